@@ -1,0 +1,20 @@
+"""Scores a checkpoint: ``python evaluate.py --help``."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from lightning_gpt.cli import parse_evaluate, reporting_errors
+
+
+@reporting_errors
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parses the command line, scores, and prints a line per number."""
+    options = parse_evaluate(argv)
+    from lightning_gpt.evaluation import evaluate  # after parsing, so that --help need not wait for torch
+
+    for name, value in asdict(evaluate(options)).items():
+        print(f"{name:14}{value:.4f}" if isinstance(value, float) else f"{name:14}{value}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""Train GPTs written as plain PyTorch under any Lightning strategy, from one command line."""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "GPTModule": "lightning_gpt.models",
+    "MinGPT": "lightning_gpt.models",
+    "NanoGPT": "lightning_gpt.models",
+    "TokenData": "lightning_gpt.data.loading",
+    "UserError": "lightning_gpt.config",
+    "prepare": "lightning_gpt.data.preparation",
+    "train": "lightning_gpt.training",
+}
+__all__ = ["GPTModule", "MinGPT", "NanoGPT", "TokenData", "UserError", "prepare", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first asked for, so that importing the package does not import torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    return getattr(import_module(_HOMES[name]), name)

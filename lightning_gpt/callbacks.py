@@ -1,0 +1,175 @@
+"""What a run shows and logs: progress bar, speed, memory, MFU, validation lines, and a sample at the end."""
+
+import resource
+import time
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+
+from lightning_gpt.generation import complete
+from lightning_gpt.models import GPTModule
+from lightning_gpt.strategies import peak_flops
+from lightning_gpt.tokenizers import Tokenizer
+
+
+def flops_per_token(module: GPTModule) -> float:
+    """Training FLOPs per token: 6 N + 12 n_layer n_embd T (PaLM, Chowdhery et al. 2022, appendix B).
+
+    N counts the parameters without position embeddings, as nanoGPT does. A model whose config lacks n_layer or n_embd
+    is counted without its attention term.
+    """
+    config = getattr(module.model, "config", None)
+    n_layer, n_embd = getattr(config, "n_layer", 0) or 0, getattr(config, "n_embd", 0) or 0
+    n = sum(p.numel() for name, p in module.model.named_parameters() if not name.endswith("wpe.weight"))
+    return 6 * n + 12 * n_layer * n_embd * module.model_config["block_size"]
+
+
+class ProgressBar(TQDMProgressBar):
+    """Lightning's bar, which knows the length of an endless epoch: the budget in micro-batches."""
+
+    @property
+    def total_train_batches(self) -> int | float:
+        """Micro-batches until the budget is used up."""
+        return self.trainer.max_steps * self.trainer.accumulate_grad_batches
+
+    def init_validation_tqdm(self) -> Tqdm:
+        """No second bar: a validation's result gets a line of its own."""
+        return Tqdm(disable=True)
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """The losses; not the log's version number, which says nothing here."""
+        return {k: v for k, v in super().get_metrics(trainer, pl_module).items() if k != "v_num"}
+
+    def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
+        """Starts the bar where the run goes on."""
+        super().on_train_epoch_start(trainer)
+        self.train_progress_bar.initial = trainer.global_step * trainer.accumulate_grad_batches
+        self.train_progress_bar.set_description("train")
+
+
+class DropoutSeed(Callback):
+    """Makes dropout a pure function of (seed, optimizer step, micro-batch, rank), so that a resumed run repeats it."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Seeds the generator of the device that computes."""
+        micro_batch = (
+            trainer.global_step * trainer.accumulate_grad_batches + batch_idx % trainer.accumulate_grad_batches
+        )
+        # Odd multipliers keep the three numbers apart in the 64 bits of the seed.
+        seed = (self.seed * 0x9E3779B97F4A7C15 + micro_batch * 0xBF58476D1CE4E5B9 + trainer.global_rank) % 2**63
+        if pl_module.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+        else:
+            torch.default_generator.manual_seed(seed)
+
+
+class ValidateAtEnd(Callback):
+    """Validates, and so saves, at the last step of the budget, also where that is between two validations."""
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Asks the loop to stop, which makes it validate first; stopping at ``max_steps`` does not."""
+        if trainer.global_step >= trainer.max_steps:
+            trainer.should_stop = True
+
+
+class RunMetrics(Callback):
+    """Logs speed, learning rate, gradient norm, memory and MFU, and prints a line per validation.
+
+    Between two lines of the log it does nothing but count, so that no step waits for it.
+
+    Args:
+        tokens_per_step: Tokens of an optimizer step over all ranks.
+    """
+
+    def __init__(self, *, tokens_per_step: int) -> None:
+        self.tokens_per_step = tokens_per_step
+        self._flops_per_step = 0.0
+        self._peak: float | None = None
+        self._since = (0, 0.0)  # step, time
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Looks up what does not change."""
+        assert isinstance(pl_module, GPTModule)
+        self._flops_per_step = flops_per_token(pl_module) * self.tokens_per_step
+        peak = peak_flops(pl_module.device, precision=str(trainer.precision))
+        self._peak = peak * trainer.world_size if peak else None
+        self._since = (trainer.global_step, time.perf_counter())
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Every ``log_every_n_steps`` optimizer steps: a row of metrics."""
+        step = trainer.global_step
+        if step % trainer.log_every_n_steps or step == self._since[0]:
+            return
+        assert isinstance(pl_module, GPTModule)
+        now = time.perf_counter()
+        seconds = (now - self._since[1]) / (step - self._since[0])
+        self._since = (step, now)
+        metrics = {
+            "step": float(step),
+            "tokens_per_second": self.tokens_per_step / seconds,
+            "step_time_ms": seconds * 1e3,
+            "learning_rate": float(trainer.optimizers[0].param_groups[0]["lr"]),
+            "peak_memory_mb": _peak_memory(pl_module.device) / 2**20,
+        }
+        if self._peak:
+            metrics["mfu"] = self._flops_per_step / seconds / self._peak
+        if pl_module.grad_norm is not None:
+            metrics["grad_norm"] = float(pl_module.grad_norm)
+        pl_module.log_dict(metrics)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Puts the validation loss at its step in the log."""
+        if not trainer.sanity_checking:
+            pl_module.log("step", float(trainer.global_step))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prints the validation loss; its time does not count as training time."""
+        if trainer.sanity_checking:
+            return
+        bar = trainer.progress_bar_callback
+        if bar is not None and trainer.is_global_zero:
+            losses = {
+                k: trainer.callback_metrics[k] for k in ("train_loss", "val_loss") if k in trainer.callback_metrics
+            }
+            shown = ", ".join(f"{name} {float(value):.4f}" for name, value in losses.items())
+            bar.print(f"step {trainer.global_step}: {shown}")
+        self._since = (trainer.global_step, time.perf_counter())
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Peak bytes: what the GPU's allocator held, or this process's resident memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class FinalSample(Callback):
+    """Prints what the trained model writes."""
+
+    def __init__(self, tokenizer: Tokenizer, *, prompt: str, max_new_tokens: int, seed: int) -> None:
+        self.tokenizer = tokenizer
+        self.prompt = prompt
+        self.max_new_tokens = max_new_tokens
+        self.seed = seed
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Samples on rank 0 while the model is still on its device."""
+        if not trainer.is_global_zero or not hasattr(getattr(pl_module, "model", None), "generate"):
+            return
+        assert isinstance(pl_module, GPTModule)
+        text = complete(
+            pl_module,
+            tokenizer=self.tokenizer,
+            prompt=self.prompt,
+            max_new_tokens=self.max_new_tokens,
+            seed=self.seed,
+        )
+        print(f"--- sample ---\n{text}\n--------------")

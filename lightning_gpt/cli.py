@@ -1,0 +1,228 @@
+"""Command line and YAML to config objects; every mistake of a user's becomes one line and exit code 2."""
+
+import argparse
+import dataclasses
+import difflib
+import functools
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from lightning_gpt.config import (
+    BUDGETS,
+    DataOptions,
+    EvaluateOptions,
+    ModelOptions,
+    OptimOptions,
+    Option,
+    RunOptions,
+    SampleOptions,
+    TrainConfig,
+    TrainerOptions,
+    UserError,
+    options_of,
+)
+from lightning_gpt.implementations import flag_options, get_implementation
+
+GROUPS: dict[str, type] = {
+    "model": ModelOptions,
+    "data": DataOptions,
+    "optimisation": OptimOptions,
+    "trainer": TrainerOptions,
+    "run": RunOptions,
+}
+ALIASES = {"accumulate_grad_batches": "--grad_accum", "gradient_clip_val": "--grad_clip"}
+# What a flag means when it stands alone; flags of type bool mean true.
+STANDING_ALONE = {"compile": "true", "resume": "latest"}
+
+
+class _Parser(ArgumentParser):
+    """jsonargparse's parser, with errors of one line and a guess at what an unknown flag was meant to be."""
+
+    def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
+        raise UserError(_one_line(message, [o for action in self._actions for o in action.option_strings]))
+
+
+def _one_line(message: str, flags: Sequence[str]) -> str:
+    text = " ".join(str(message).split())
+    for marker in ("Unrecognized arguments: ", "unrecognized arguments: "):
+        if marker in text:
+            wrong = text.partition(marker)[2].split()[0].partition("=")[0]
+            return f"unknown flag {wrong}{_nearest(wrong, flags)}; --help lists them all"
+    if text.startswith("Parser key "):
+        key, _, rest = text[len("Parser key ") :].partition(":")
+        text = f"--{key.strip(chr(34)).strip(chr(39))}: {rest.strip()}"
+    return text
+
+
+def _nearest(wrong: str, choices: Sequence[str]) -> str:
+    near = difflib.get_close_matches(wrong, choices, n=1, cutoff=0.5)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def reporting_errors(main: Callable[..., None]) -> Callable[..., None]:
+    """Makes an entry point print a UserError as one line on stderr and exit with code 2; Ctrl-C exits with 130."""
+
+    @functools.wraps(main)
+    def wrapped(argv: Sequence[str] | None = None) -> None:
+        try:
+            main(argv)
+        except UserError as error:
+            if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # one process speaks for all
+                print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+    return wrapped
+
+
+def _load_yaml(path: str) -> dict[str, Any]:
+    """A YAML mapping, or a UserError that names the file and the line."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from error
+    try:
+        loaded = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"--config {path}{where}: {getattr(error, 'problem', error)}") from error
+    if not isinstance(loaded, dict):
+        raise UserError(f"--config {path}: expected lines of the form 'flag: value'")
+    return loaded
+
+
+def _add(parser: ArgumentParser, options: Sequence[Option], title: str) -> None:
+    group = parser.add_argument_group(title)
+    for o in options:
+        flags = [f"--{o.name}", *([ALIASES[o.name]] if o.name in ALIASES else [])]
+        note = "" if o.default is None or "default:" in o.help or o.name == "trainer" else f" (default: {o.default!r})"
+        group.add_argument(*flags, type=o.type, default=o.default, help=(o.help + note).replace("%", "%%"))
+
+
+def _parser(description: str) -> _Parser:
+    parser = _Parser(
+        description=description, formatter_class=argparse.HelpFormatter, allow_abbrev=False, exit_on_error=True
+    )
+    parser.add_argument("--config", action="config", help="YAML file of flags; flags on the command line override it")
+    return parser
+
+
+def _complete(argv: Sequence[str], options: Sequence[Option]) -> list[str]:
+    """Gives the flags that may stand alone their value."""
+    alone = STANDING_ALONE | {o.name: "true" for o in options if o.type is bool}
+    done = []
+    for token, after in zip(argv, [*argv[1:], "--"], strict=True):
+        name = token.removeprefix("--")
+        done.append(f"{token}={alone[name]}" if token != name and name in alone and after.startswith("--") else token)
+    return done
+
+
+def _first_pass(argv: Sequence[str]) -> tuple[dict[str, Any], Any]:
+    """What must be known before the parser can be built: the YAML files' content and the flags that choose flags."""
+    scout = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    scout.add_argument("--config", action="append", default=[])
+    scout.add_argument("--implementation")
+    scout.add_argument("--resume")
+    scout.add_argument("--out_dir")
+    try:
+        known, _ = scout.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from error
+    merged: dict[str, Any] = {}
+    for path in known.config:
+        merged |= _load_yaml(path)
+    return merged, known
+
+
+def _given_budgets(argv: Sequence[str]) -> list[str]:
+    return [b for b in BUDGETS if any(token.partition("=")[0] == f"--{b}" for token in argv)]
+
+
+def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
+    """The training run that the command line asks for.
+
+    Layers, each over the one before: the declared defaults, the saved settings of a run that is resumed, ``--config``
+    files, flags.
+
+    Raises:
+        UserError: The command line or a YAML file is wrong.
+    """
+    argv = _complete(list(sys.argv[1:] if argv is None else argv), [])
+    from_files, known = _first_pass(argv)
+    saved: dict[str, Any] = {}
+    resume = known.resume or from_files.get("resume")
+    if resume:
+        from lightning_gpt.checkpoint import find_checkpoint  # imports torch, which --help need not wait for
+
+        checkpoint = find_checkpoint(resume, which="last", out_dir=known.out_dir or from_files.get("out_dir"))
+        saved_path = checkpoint.parent.parent / "config.yaml"
+        if saved_path.exists():
+            saved = _load_yaml(str(saved_path))
+            saved |= {"resume": str(checkpoint), "out_dir": str(saved_path.parent)}
+    budgets = _given_budgets(argv) or [b for b in BUDGETS if from_files.get(b) is not None]
+    if len(budgets) > 1:
+        raise UserError(f"{' and '.join('--' + b for b in budgets)} are two budgets; give one of them")
+    for name in set(BUDGETS) - set(budgets) if budgets else ():
+        saved.pop(name, None)
+
+    implementation = known.implementation or from_files.get("implementation") or saved.get("implementation")
+    row = get_implementation(implementation or ModelOptions.implementation)
+    model_options = flag_options(row)
+    parser = _parser("Train a GPT. Every option is a flag, or a line of a YAML file.")
+    for title, cls in GROUPS.items():
+        _add(parser, options_of(cls), title)
+        if title == "model":
+            _add(parser, model_options, f"model: fields of {row.name}'s own config")
+    argv = _complete(argv, model_options)
+    flags = [o for action in parser._actions for o in action.option_strings]
+    for key in from_files:
+        if f"--{key}" not in flags:
+            raise UserError(f"--config {', '.join(known.config)}: unknown option {key}{_nearest('--' + key, flags)}")
+    parser.set_defaults({k: v for k, v in saved.items() if f"--{k}" in flags})
+    values = parser.parse_args(argv)
+    if resume:
+        values.resume = str(checkpoint)
+    if budgets:  # a budget on the command line replaces a file's
+        for name in set(BUDGETS) - set(budgets):
+            values[name] = None
+    return TrainConfig(
+        *(_fill(cls, values) for cls in GROUPS.values()), {o.name: values[o.name] for o in model_options}
+    )
+
+
+def _fill(cls: type, values: Namespace) -> Any:
+    def plain(value: Any) -> Any:
+        return value.as_dict() if isinstance(value, Namespace) else value
+
+    return cls(**{f.name: plain(values[f.name]) for f in dataclasses.fields(cls)})
+
+
+def parse_options(cls: type, argv: Sequence[str] | None = None, *, description: str) -> Any:
+    """One options dataclass from the command line, for the smaller entry points.
+
+    Raises:
+        UserError: The command line or a YAML file is wrong.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    _first_pass(argv)
+    parser = _parser(description)
+    _add(parser, options_of(cls), "options")
+    return _fill(cls, parser.parse_args(argv))
+
+
+def parse_evaluate(argv: Sequence[str] | None = None) -> EvaluateOptions:
+    """The options of ``evaluate.py``."""
+    return parse_options(EvaluateOptions, argv, description="Score a checkpoint on its validation text.")
+
+
+def parse_sample(argv: Sequence[str] | None = None) -> SampleOptions:
+    """The options of ``sample.py``."""
+    return parse_options(SampleOptions, argv, description="Write text with a trained model.")

@@ -1,0 +1,238 @@
+"""Every option of the command line, declared once.
+
+A field's annotation is its flag's type, its default is the flag's default, and the string below it is the flag's line
+in ``--help``. Nothing here needs more than the standard library, so ``--help`` answers without importing torch.
+"""
+
+import ast
+import dataclasses
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class UserError(ValueError):
+    """Something a user can put right: shown as one line, exit code 2, without a traceback."""
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model is built. Fields of the implementation's own config become further flags of this group."""
+
+    implementation: str = "mingpt"
+    """mingpt, nanogpt, or package.module:Class for a model of your own"""
+    model_type: str | None = None
+    """a preset of sizes, gpt-nano to gpt2-4xl; single sizes given beside it replace the preset's (default: gpt-micro
+    unless all of n_layer, n_head and n_embd are given)"""
+    block_size: int = 64
+    """context length in tokens"""
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which text is learnt, and how it is cut into batches."""
+
+    data: str = "stdlib"
+    """stdlib (this Python's own standard library), a text file, a folder of text files, or a folder with train.bin and
+    val.bin"""
+    tokenizer: str | None = None
+    """char, byte or gpt2 (default: char for text; a folder of token files knows its own)"""
+    batch_size: int = 12
+    """sequences per device and micro-batch"""
+    num_workers: int = 0
+    """worker processes that read batches; 0 reads in the training process, which is fastest for memory-mapped tokens"""
+
+
+@dataclass(frozen=True)
+class OptimOptions:
+    """AdamW, linear warm-up, then a cosine down to min_learning_rate."""
+
+    learning_rate: float = 1e-3
+    """peak learning rate"""
+    min_learning_rate: float | None = None
+    """learning rate at the end of the schedule (default: a tenth of learning_rate)"""
+    warmup_steps: int | None = None
+    """optimizer steps of linear warm-up (default: a tenth of the schedule, at most 100)"""
+    lr_decay_steps: int | None = None
+    """optimizer step at which the cosine ends (default: the last step of the budget)"""
+    weight_decay: float = 0.1
+    """decoupled weight decay, on the parameters that the implementation decays"""
+    beta1: float = 0.9
+    """AdamW's decay of the gradient mean"""
+    beta2: float = 0.95
+    """AdamW's decay of the squared gradient"""
+    gradient_clip_val: float = 1.0
+    """clip the norm of the whole gradient to this; 0 turns clipping off"""
+    accumulate_grad_batches: int = 1
+    """micro-batches per optimizer step (also --grad_accum)"""
+
+
+@dataclass(frozen=True)
+class TrainerOptions:
+    """Where and for how long to train. Other options of lightning.Trainer are reachable as --trainer.NAME VALUE."""
+
+    strategy: str = "auto"
+    """auto or ddp"""
+    accelerator: str = "auto"
+    """auto, cpu, gpu, or another that Lightning knows"""
+    devices: int | str = "auto"
+    """how many devices a node, or a list such as 0,2"""
+    gpus: int | None = None
+    """short for --accelerator gpu --devices N"""
+    num_nodes: int = 1
+    """how many machines; torchrun sets it by itself"""
+    precision: int | str = 32
+    """16, bf16, 32, or one of Lightning's own names such as bf16-true"""
+    compile: bool | str = False
+    """torch.compile each block, in place; alone, or with a backend (dynamo is the default one, inductor)"""
+    max_steps: int | None = None
+    """budget in optimizer steps (default: 1000, where no other budget is given)"""
+    max_tokens: int | None = None
+    """budget in tokens, rounded up to whole steps"""
+    max_epochs: float | None = None
+    """budget in passes over the training text, rounded up to whole steps"""
+    eval_interval: int = 250
+    """optimizer steps between validations; every validation saves checkpoints/last, the best one checkpoints/best"""
+    eval_batches: int = 200
+    """validate on the first this many batches of the validation split; 0 takes the whole split"""
+    log_every_n_steps: int = 10
+    """optimizer steps between two lines in the log"""
+    trainer: dict[str, Any] = field(default_factory=dict)
+    """any other option of lightning.Trainer, as --trainer.NAME VALUE"""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a run is called, where it goes, and what it says."""
+
+    out_dir: str | None = None
+    """the run folder (default: a fresh one under runs/)"""
+    resume: str | None = None
+    """go on with a run: its folder or a checkpoint file; alone, the latest run. Its saved settings are the defaults"""
+    seed: int = 1337
+    """seed of the weights, the order of the samples, and dropout"""
+    logger: str = "tensorboard"
+    """tensorboard, csv, wandb or none"""
+    prompt: str = "\n"
+    """what the sample at the end continues"""
+    sample_tokens: int = 200
+    """length of that sample in tokens; 0 for none"""
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Which checkpoint is scored, on what."""
+
+    checkpoint: str | None = None
+    """a run folder or a checkpoint file (default: the latest run)"""
+    which: str = "best"
+    """best or last, where checkpoint is a run folder"""
+    data: str | None = None
+    """text or token files, as for train.py (default: what the run was trained on)"""
+    batch_size: int = 32
+    """sequences per batch"""
+    eval_batches: int = 0
+    """score the first this many batches of the validation split; 0 takes the whole split"""
+    accelerator: str = "auto"
+    """auto, cpu or gpu"""
+    json: str | None = None
+    """also write the result to this file"""
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """Which checkpoint writes, and how."""
+
+    checkpoint: str | None = None
+    """a run folder or a checkpoint file (default: the latest run)"""
+    which: str = "best"
+    """best or last, where checkpoint is a run folder"""
+    prompt: str = "\n"
+    """the text to continue"""
+    num_samples: int = 1
+    """how many texts to write"""
+    max_new_tokens: int = 500
+    """length of each in tokens"""
+    temperature: float = 1.0
+    """below 1 is more careful, above 1 more daring"""
+    top_k: int | None = None
+    """draw from the k likeliest tokens only"""
+    seed: int = 1337
+    """seed of the draw"""
+    accelerator: str = "auto"
+    """auto, cpu or gpu"""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One resolved training run: the option groups, and the model's own config fields by name."""
+
+    model: ModelOptions
+    data: DataOptions
+    optim: OptimOptions
+    trainer: TrainerOptions
+    run: RunOptions
+    model_fields: dict[str, Any]
+
+    def flat(self) -> dict[str, Any]:
+        """The run as one flat mapping, the form of ``config.yaml``."""
+        groups = (self.model, self.data, self.optim, self.trainer, self.run)
+        return {k: v for group in groups for k, v in dataclasses.asdict(group).items()} | self.model_fields
+
+
+# Each fixes the length of a run; at most one of them may be given.
+BUDGETS = ("max_steps", "max_tokens", "max_epochs")
+# Each names the weights' shapes; a checkpoint decides them when training resumes.
+SIZES = ("n_layer", "n_head", "n_embd")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One field of a config dataclass, as a flag: name, type annotation, default and help line."""
+
+    name: str
+    type: Any
+    default: Any
+    help: str
+
+
+def options_of(cls: type, source: str | None = None) -> list[Option]:
+    """Reads a config dataclass: its fields, and the strings below them, which Python itself does not keep.
+
+    Args:
+        cls: The dataclass.
+        source: Its source text; by default looked up, and help lines stay empty where there is none (a notebook).
+    """
+    if source is None:
+        try:
+            source = inspect.cleandoc("\n" + inspect.getsource(cls))
+        except OSError:
+            source = ""
+    statements = [s for node in ast.parse(source).body if isinstance(node, ast.ClassDef) for s in node.body]
+    docs = {}
+    for statement, after in zip(statements, statements[1:], strict=False):
+        is_doc = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and is_doc:
+            docs[statement.target.id] = " ".join(str(after.value.value).split())
+    found = []
+    for f in dataclasses.fields(cls):
+        default = None if f.default is dataclasses.MISSING else f.default
+        if f.default_factory is not dataclasses.MISSING:
+            default = f.default_factory()
+        found.append(Option(f.name, f.type, default, docs.get(f.name, "")))
+    return found
+
+
+def options_in_file(path: str, class_name: str) -> list[Option]:
+    """Reads a config dataclass out of a source file without importing the file, which may import torch.
+
+    Only the class statement is run, so its annotations and defaults must need no more than ``dataclasses``.
+    """
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    node = next(n for n in ast.parse(text).body if isinstance(n, ast.ClassDef) and n.name == class_name)
+    lines = text.splitlines()
+    source = "\n".join(lines[node.decorator_list[0].lineno - 1 : node.end_lineno])
+    namespace: dict[str, Any] = {"__name__": __name__, "dataclass": dataclass, "field": field}
+    exec(compile(source, path, "exec"), namespace)
+    return options_of(namespace[class_name], source)

@@ -1,0 +1,180 @@
+"""The registry of model implementations: what a model must offer, and the rows of the built-in two.
+
+A model is a class ``Model(config)`` with ``forward(idx, targets=None) -> (logits, loss or None)``: ``idx`` and
+``targets`` are ``(B, T)`` int64, a target of -1 is ignored, and the loss is the mean over the other targets.
+``config`` is a dataclass that has at least the fields ``vocab_size`` and ``block_size``.
+"""
+
+import dataclasses
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lightning_gpt.config import SIZES, Option, UserError, options_in_file, options_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def decay_linear(module: "nn.Module", name: str) -> bool:
+    """minGPT's rule: the weights of Linear layers decay, nothing else does."""
+    from torch import nn
+
+    return isinstance(module, nn.Linear) and name == "weight"
+
+
+def decay_matrices(module: "nn.Module", name: str) -> bool:
+    """nanoGPT's rule, tensors of two or more dimensions decay.
+
+    It is told by module type where that is known, since a sharded parameter does not show its dimensions.
+    """
+    from torch import nn
+
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        return name == "weight"
+    return module.get_parameter(name).dim() >= 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Implementation:
+    """One row of the registry.
+
+    Attributes:
+        name: What ``--implementation`` calls it.
+        module: The module it lives in, imported when a model is built.
+        model: Name of the model class in that module.
+        config: Name of its config dataclass.
+        block: Name of the module class that is compiled, recomputed and sharded as a unit; None for the whole model.
+        presets: Where to find the named sizes, as ``module:NAME``.
+        decays: ``(module, parameter name) -> bool``, whether weight decay applies.
+    """
+
+    name: str
+    module: str
+    model: str = "GPT"
+    config: str = "GPTConfig"
+    block: str | None = "Block"
+    presets: str | None = None
+    decays: Callable[["nn.Module", str], bool] = decay_matrices
+    builtin: bool = field(default=False, repr=False)
+
+    def load(self, name: str) -> Any:
+        """An attribute of the row's module, imported now."""
+        return getattr(importlib.import_module(self.module), name)
+
+    def config_options(self) -> list[Option]:
+        """The fields of the model's config that become flags; a built-in model is not imported for it."""
+        if not self.builtin:
+            return options_of(self.load(self.config))
+        spec = importlib.util.find_spec(self.module)
+        assert spec is not None and spec.origin is not None
+        return options_in_file(spec.origin, self.config)
+
+    def block_class(self) -> "type[nn.Module] | None":
+        """The unit that is compiled and sharded."""
+        return self.load(self.block) if self.block else None
+
+    def sizes(self, model_type: str) -> dict[str, int]:
+        """The sizes of a preset.
+
+        Raises:
+            UserError: The preset does not exist, or the implementation has none.
+        """
+        if self.presets is None:
+            raise UserError(f"--implementation {self.name} has no presets; leave --model_type out and give its sizes")
+        module, _, name = self.presets.partition(":")
+        presets = getattr(importlib.import_module(module), name)
+        if model_type not in presets:
+            raise UserError(f"--model_type {model_type} is unknown; choose one of {', '.join(presets)}")
+        return dict(presets[model_type])
+
+    def resolve(self, *, model_type: str | None = None, **fields: Any) -> dict[str, Any]:
+        """Config fields with a preset applied below the sizes that were given, and fields of None left out.
+
+        Without a preset, sizes that are missing come from the config's own defaults.
+        """
+        given = {k: v for k, v in fields.items() if v is not None}
+        return (self.sizes(model_type) if model_type else {}) | given
+
+    def build(self, fields: dict[str, Any]) -> "nn.Module":
+        """Builds the model from its config fields.
+
+        Raises:
+            UserError: The config refuses the fields; the message is the model's own.
+        """
+        config_class = self.load(self.config)
+        known = {f.name for f in dataclasses.fields(config_class)}
+        for name in fields:
+            if name not in known:
+                raise UserError(f"--implementation {self.name} has no option {name}; it has {', '.join(sorted(known))}")
+        try:
+            return self.load(self.model)(config_class(**fields))
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    row.name: row
+    for row in (
+        Implementation(
+            name="mingpt", module="mingpt.model", presets="mingpt.model:PRESETS", decays=decay_linear, builtin=True
+        ),
+        Implementation(name="nanogpt", module="nanogpt.model", presets="mingpt.model:PRESETS", builtin=True),
+    )
+}
+
+
+def get_implementation(name: str) -> Implementation:
+    """The row of a built-in implementation, or one made for ``package.module:Class``.
+
+    Raises:
+        UserError: There is no such row, module or class, or the class has no config dataclass.
+    """
+    if name in IMPLEMENTATIONS:
+        return IMPLEMENTATIONS[name]
+    module_name, _, class_name = name.partition(":")
+    if not class_name:
+        choices = ", ".join(IMPLEMENTATIONS)
+        raise UserError(f"--implementation {name} is unknown; choose one of {choices}, or package.module:Class")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a script's own folder is on the path, the folder it is called from is not
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise UserError(f"--implementation {name}: {error}; give package.module:Class from this folder") from error
+    model = getattr(module, class_name, None)
+    if not inspect.isclass(model):
+        raise UserError(f"--implementation {name}: {module_name} has no class {class_name}")
+    config = next(iter(typing.get_type_hints(model.__init__).values()), None)
+    if not dataclasses.is_dataclass(config) or not {"vocab_size", "block_size"} <= {
+        f.name for f in dataclasses.fields(config)
+    }:
+        raise UserError(
+            f"--implementation {name}: annotate the first argument of {class_name}.__init__ with a dataclass that has"
+            " the fields vocab_size and block_size"
+        )
+    return Implementation(
+        name=name,
+        module=module_name,
+        model=class_name,
+        config=config.__name__,
+        block="Block" if hasattr(module, "Block") else None,
+    )
+
+
+def flag_options(row: Implementation) -> list[Option]:
+    """The model config's fields that are flags: all but those that the data or ModelOptions decide.
+
+    Sizes default to None where presets exist, meaning the preset's.
+    """
+    decided = ("vocab_size", "block_size", "model_type")
+    options = [o for o in row.config_options() if o.name not in decided]
+    if row.presets is None:
+        return options
+    return [dataclasses.replace(o, type=int | None, default=None) if o.name in SIZES else o for o in options]

@@ -1,0 +1,243 @@
+"""The LightningModules: a thin layer over models that are plain PyTorch.
+
+``GPTModule`` serves every implementation; ``MinGPT`` and ``NanoGPT`` are its forms with the models' own arguments
+spelled out, for use from Python with any DataLoader of ``(idx, targets)`` pairs and a plain ``lightning.Trainer``.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+
+from lightning_gpt.compilation import compile_model
+from lightning_gpt.implementations import get_implementation
+from lightning_gpt.optim import adamw, parameter_groups, warmup_cosine
+
+
+class GPTModule(LightningModule):
+    """Trains the model of any implementation.
+
+    Args:
+        implementation: A name of the registry, or ``package.module:Class``.
+        model_config: The fields of the implementation's config dataclass.
+        weight_decay: Decoupled weight decay, on the parameters the implementation decays.
+        learning_rate: Peak learning rate.
+        betas: AdamW's betas.
+        warmup_steps: Optimizer steps of linear warm-up.
+        decay_steps: Optimizer step at which the cosine ends; None for a constant learning rate after the warm-up.
+        final_lr_ratio: The learning rate at the end over the peak.
+        compile: Whether, or with which backend, blocks are compiled in place.
+
+    Raises:
+        UserError: The implementation is unknown, or its config refuses the fields.
+    """
+
+    def __init__(
+        self,
+        implementation: str,
+        *,
+        model_config: dict[str, Any],
+        weight_decay: float = 0.1,
+        learning_rate: float = 3e-4,
+        betas: tuple[float, float] = (0.9, 0.95),
+        warmup_steps: int = 0,
+        decay_steps: int | None = None,
+        final_lr_ratio: float = 0.1,
+        compile: bool | str = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(logger=False)
+        self.implementation = get_implementation(implementation)
+        self.model_config = model_config
+        self.weight_decay = weight_decay
+        self.learning_rate = learning_rate
+        self.betas = betas
+        self.schedule = partial(warmup_cosine, warmup_steps=warmup_steps, decay_steps=decay_steps, final=final_lr_ratio)
+        self.model: nn.Module = self.implementation.build(model_config)
+        compile_model(self.model, block_class=self.implementation.block_class(), setting=compile)
+        # Device tensors, read only when something is logged, so that no step waits for them.
+        self.step_loss: Tensor | None = None
+        self.grad_norm: Tensor | None = None
+        self._val_sums: Tensor | None = None
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The model's own forward: ``idx`` and ``targets`` are (B, T) int64, targets of -1 are ignored."""
+        return self.model(idx, targets)
+
+    def generate(self, idx: Tensor, max_new_tokens: int, **settings: Any) -> Tensor:
+        """The model's own ``generate``: (B, T) to (B, T + max_new_tokens)."""
+        return self.model.generate(idx, max_new_tokens, **settings)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Mean loss of a micro-batch; ``step_loss`` gathers the mean over the optimizer step's micro-batches."""
+        _, loss = self.model(*batch)
+        parts = self.trainer.accumulate_grad_batches
+        if parts == 1:
+            self.step_loss = loss.detach()
+        else:
+            part = loss.detach() / parts
+            first = batch_idx % parts == 0 or self.step_loss is None
+            self.step_loss = part if first else self.step_loss + part
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Shows and logs the training loss every ``log_every_n_steps`` optimizer steps."""
+        trainer = self.trainer
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            if trainer.global_step % trainer.log_every_n_steps == 0:
+                self.log("train_loss", self.step_loss, prog_bar=True, sync_dist=True)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips as the Trainer says, and keeps the norm from before clipping, which Lightning would throw away."""
+        if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+            self.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def on_validation_epoch_start(self) -> None:
+        """Begins the sums of the validation loss."""
+        self._val_sums = torch.zeros(2, dtype=torch.float64, device="cpu" if self.device.type == "mps" else self.device)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Adds a batch's loss and its number of scored tokens to the sums."""
+        assert self._val_sums is not None
+        _, loss = self.model(*batch)
+        assert loss is not None
+        scored = (batch[1] != -1).sum()
+        # A batch of padding alone has no loss.
+        total = torch.where(scored > 0, loss.double() * scored, 0.0)
+        self._val_sums += torch.stack([total, scored.double()]).to(self._val_sums.device)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs ``val_loss``: the sum over all ranks divided by the tokens they scored, nats per token."""
+        assert self._val_sums is not None
+        total, scored = self.trainer.strategy.reduce(self._val_sums, reduce_op="sum")
+        self.log("val_loss", (total / scored).float(), prog_bar=True)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW with the implementation's decay groups, and the schedule per optimizer step."""
+        groups = parameter_groups(self.model, decays=self.implementation.decays, weight_decay=self.weight_decay)
+        optimizer = adamw(groups, learning_rate=self.learning_rate, betas=self.betas)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class MinGPT(GPTModule):
+    """minGPT: untied head, biases everywhere, tanh GELU.
+
+    Args:
+        vocab_size: Number of tokens in the vocabulary.
+        block_size: Context length in tokens.
+        model_type: A preset of sizes.
+        n_layer: Layers, in the preset's place.
+        n_head: Attention heads, in the preset's place.
+        n_embd: Width, in the preset's place.
+        embd_pdrop: Dropout after the embeddings.
+        resid_pdrop: Dropout on each residual branch.
+        attn_pdrop: Dropout on the attention weights.
+        weight_decay: See GPTModule, as for ``learning_rate``, ``betas`` and the rest.
+        learning_rate: Peak learning rate.
+        betas: AdamW's betas.
+        **settings: ``attention``, and further arguments of GPTModule.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        block_size: int,
+        model_type: str | None = "gpt2",
+        n_layer: int | None = None,
+        n_head: int | None = None,
+        n_embd: int | None = None,
+        embd_pdrop: float = 0.1,
+        resid_pdrop: float = 0.1,
+        attn_pdrop: float = 0.1,
+        weight_decay: float = 0.1,
+        learning_rate: float = 3e-4,
+        betas: tuple[float, float] = (0.9, 0.95),
+        attention: str = "sdpa",
+        **settings: Any,
+    ) -> None:
+        config = get_implementation("mingpt").resolve(
+            model_type=model_type,
+            n_layer=n_layer,
+            n_head=n_head,
+            n_embd=n_embd,
+            vocab_size=vocab_size,
+            block_size=block_size,
+            embd_pdrop=embd_pdrop,
+            resid_pdrop=resid_pdrop,
+            attn_pdrop=attn_pdrop,
+            attention=attention,
+        )
+        super().__init__(
+            "mingpt",
+            model_config=config,
+            weight_decay=weight_decay,
+            learning_rate=learning_rate,
+            betas=betas,
+            **settings,
+        )
+
+
+class NanoGPT(GPTModule):
+    """nanoGPT: tied head, optional biases, exact GELU.
+
+    Args:
+        vocab_size: Number of tokens in the vocabulary.
+        block_size: Context length in tokens.
+        model_type: A preset of sizes.
+        n_layer: Layers, in the preset's place.
+        n_head: Attention heads, in the preset's place.
+        n_embd: Width, in the preset's place.
+        dropout: Dropout everywhere.
+        bias: Whether Linear and LayerNorm have biases.
+        weight_decay: See GPTModule, as for ``learning_rate``, ``betas`` and the rest.
+        learning_rate: Peak learning rate.
+        betas: AdamW's betas.
+        **settings: ``attention``, and further arguments of GPTModule.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        block_size: int,
+        model_type: str | None = "gpt2",
+        n_layer: int | None = None,
+        n_head: int | None = None,
+        n_embd: int | None = None,
+        dropout: float = 0.1,
+        bias: bool = True,
+        weight_decay: float = 0.1,
+        learning_rate: float = 3e-4,
+        betas: tuple[float, float] = (0.9, 0.95),
+        attention: str = "sdpa",
+        **settings: Any,
+    ) -> None:
+        config = get_implementation("nanogpt").resolve(
+            model_type=model_type,
+            n_layer=n_layer,
+            n_head=n_head,
+            n_embd=n_embd,
+            vocab_size=vocab_size,
+            block_size=block_size,
+            dropout=dropout,
+            bias=bias,
+            attention=attention,
+        )
+        super().__init__(
+            "nanogpt",
+            model_config=config,
+            weight_decay=weight_decay,
+            learning_rate=learning_rate,
+            betas=betas,
+            **settings,
+        )

@@ -1,0 +1,98 @@
+"""Names of strategies, accelerators and precisions to what Lightning is given."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightning_gpt.config import TrainerOptions, UserError
+
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import Strategy
+
+PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}
+LIGHTNING_PRECISIONS = ("16-mixed", "bf16-mixed", "32-true", "64-true", "16-true", "bf16-true")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrategyRow:
+    """One row of the registry: a name, and what builds the Lightning strategy."""
+
+    name: str
+    build: "Callable[[], Strategy | str]"
+
+
+def _ddp() -> "Strategy":
+    from lightning.pytorch.strategies import DDPStrategy
+
+    # Gradients live in the communication buckets, which saves a copy per step.
+    return DDPStrategy(gradient_as_bucket_view=True)
+
+
+STRATEGIES: dict[str, StrategyRow] = {
+    row.name: row for row in (StrategyRow(name="auto", build=lambda: "auto"), StrategyRow(name="ddp", build=_ddp))
+}
+
+
+def device_arguments(options: TrainerOptions) -> dict[str, Any]:
+    """The Trainer arguments that say where to run: accelerator, devices, num_nodes, strategy, precision.
+
+    Under torchrun, whose environment says how many processes there are, devices and nodes follow it.
+
+    Raises:
+        UserError: An unknown strategy or precision, GPUs where there are none, or half precision on a CPU.
+    """
+    if options.strategy not in STRATEGIES:
+        raise UserError(f"--strategy {options.strategy} is unknown; choose one of {', '.join(STRATEGIES)}")
+    accelerator, devices = options.accelerator, options.devices
+    if options.gpus is not None:
+        if accelerator not in ("auto", "gpu", "cuda") or devices not in ("auto", options.gpus):
+            raise UserError("--gpus N is short for --accelerator gpu --devices N; do not give them differently as well")
+        accelerator, devices = "gpu", options.gpus
+    if accelerator in ("gpu", "cuda", "auto"):
+        found = torch.cuda.device_count() or int(torch.backends.mps.is_available())
+        if accelerator != "auto" and found == 0:
+            raise UserError("a GPU was asked for and none is found here; use --accelerator cpu")
+        if found and isinstance(devices, int) and devices > found:
+            raise UserError(f"{devices} GPUs were asked for and {found} found here; lower --devices or --gpus")
+        accelerator = "gpu" if found else "cpu"
+    precision = PRECISIONS.get(str(options.precision), str(options.precision))
+    if precision not in LIGHTNING_PRECISIONS:
+        choices = ", ".join([*PRECISIONS, *LIGHTNING_PRECISIONS])
+        raise UserError(f"--precision {options.precision} is unknown; choose one of {choices}")
+    if accelerator == "cpu" and precision.startswith("16"):
+        raise UserError(f"--precision {options.precision} needs a GPU; on a CPU use bf16 or 32")
+    num_nodes = options.num_nodes
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        devices, num_nodes = local, int(os.environ["WORLD_SIZE"]) // local
+    if devices == "auto" and accelerator == "cpu":
+        devices = 1
+    return {
+        "accelerator": accelerator,
+        "devices": devices,
+        "num_nodes": num_nodes,
+        "strategy": STRATEGIES[options.strategy].build(),
+        "precision": precision,
+    }
+
+
+def peak_flops(device: torch.device, *, precision: str) -> float | None:
+    """Dense peak of a device in FLOP/s for matrix products, from the makers' data sheets; None where unknown."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    half = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "L4": 121e12, "V100": 125e12}
+    full = {
+        "H200": 67e12,
+        "H100": 67e12,
+        "A100": 19.5e12,
+        "L40S": 91.6e12,
+        "A10G": 35e12,
+        "L4": 30.3e12,
+        "V100": 15.7e12,
+    }
+    table = full if precision == "32-true" else half
+    return next((peak for key, peak in table.items() if key in name), None)

@@ -1,0 +1,215 @@
+"""A training run, put together: tokens, trainer, module, and what is said about them."""
+
+import logging
+import math
+import warnings
+from datetime import datetime
+from difflib import get_close_matches
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning import Trainer, seed_everything
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+
+from lightning_gpt.callbacks import DropoutSeed, FinalSample, ProgressBar, RunMetrics, ValidateAtEnd
+from lightning_gpt.checkpoint import RUNS, ExactResume, load_checkpoint
+from lightning_gpt.config import BUDGETS, SIZES, OptimOptions, TrainConfig, UserError
+from lightning_gpt.data.loading import TokenData
+from lightning_gpt.data.preparation import prepare
+from lightning_gpt.data.token_files import TokenFiles
+from lightning_gpt.implementations import get_implementation
+from lightning_gpt.models import GPTModule
+from lightning_gpt.strategies import device_arguments
+
+DEFAULT_STEPS = 1000
+DEFAULT_PRESET = "gpt-micro"
+
+LOGGERS = {
+    "tensorboard": lambda run: TensorBoardLogger(run, name="logs"),
+    "csv": lambda run: CSVLogger(run, name="logs"),
+    "wandb": lambda run: WandbLogger(save_dir=run, name=run.name),
+    "none": lambda run: False,
+}
+
+
+def train(config: TrainConfig) -> Path:
+    """Runs a training run to the end of its budget.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        UserError: Something about the run is wrong; found before the first step.
+    """
+    _quiet()
+    options = config.trainer
+    files = prepare(config.data.data, tokenizer=config.data.tokenizer, block_size=config.model.block_size)
+    if config.run.sample_tokens and files.tokenizer:
+        files.tokenizer.encode(config.run.prompt)  # a prompt that cannot be encoded is told now, not after the training
+    run_dir = Path(config.run.out_dir) if config.run.out_dir else _fresh_folder()
+    trainer = _trainer(config, run_dir, files)
+    samples_per_step = config.data.batch_size * config.optim.accumulate_grad_batches * trainer.world_size
+    data = TokenData(
+        files,
+        name=config.data.data,
+        block_size=config.model.block_size,
+        batch_size=config.data.batch_size,
+        seed=config.run.seed,
+        num_workers=config.data.num_workers,
+        eval_batches=options.eval_batches,
+    )
+    max_steps = _budget(config, samples_per_step, data)
+    trainer.fit_loop.epoch_loop.max_steps = max_steps  # the budget needs the world size, which the Trainer finds out
+    seed_everything(config.run.seed, verbose=False)
+    module = _module(config, vocab_size=files.vocab_size, max_steps=max_steps)
+    if config.run.resume:
+        checkpoint = load_checkpoint(Path(config.run.resume))
+        checkpoint.require_fit(module)
+        if checkpoint.step >= max_steps:
+            raise UserError(f"{checkpoint.path} is at step {checkpoint.step} of {max_steps} already; raise --max_steps")
+        del checkpoint
+    _open_folder(run_dir, config)
+    _header(config, trainer, module, files, samples_per_step * config.model.block_size, max_steps)
+    trainer.fit(module, data, ckpt_path=config.run.resume, weights_only=True)
+    if trainer.is_global_zero:
+        print(f"checkpoints: {run_dir}/checkpoints\nnext: python sample.py --checkpoint {run_dir}")
+    return run_dir
+
+
+def _quiet() -> None:
+    """Silences what the header says better, and advice that does not fit a run over memory-mapped tokens."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in (".*does not have many workers.*", ".*`IterableDataset` has `__len__` defined.*", ".*`isinstance.*"):
+        warnings.filterwarnings("ignore", message=message)
+    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+
+
+def _fresh_folder() -> Path:
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    folder, count = RUNS / stamp, 1
+    while folder.exists():
+        count += 1
+        folder = RUNS / f"{stamp}-{count}"
+    return folder
+
+
+@rank_zero_only
+def _open_folder(run_dir: Path, config: TrainConfig) -> None:
+    """Makes the run folder and saves the resolved configuration in it."""
+    flat = config.flat() | {"out_dir": str(run_dir), "resume": None}
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(yaml.safe_dump(flat, sort_keys=False), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out_dir {run_dir} cannot be written: {error.strerror}; choose another") from error
+
+
+def _budget(config: TrainConfig, samples_per_step: int, data: TokenData) -> int:
+    """The run's length in optimizer steps."""
+    options = config.trainer
+    given = {name: getattr(options, name) for name in BUDGETS if getattr(options, name) is not None}
+    for name, value in given.items():
+        if value <= 0:
+            raise UserError(f"--{name} {value} leaves nothing to train; give a positive number")
+    if options.max_tokens is not None:
+        return math.ceil(options.max_tokens / (samples_per_step * config.model.block_size))
+    if options.max_epochs is not None:
+        return math.ceil(options.max_epochs * data.stream.n_windows / samples_per_step)
+    return options.max_steps or DEFAULT_STEPS
+
+
+def _module(config: TrainConfig, *, vocab_size: int, max_steps: int) -> GPTModule:
+    row = get_implementation(config.model.implementation)
+    model_type = config.model.model_type
+    if row.presets and not all(config.model_fields.get(size) for size in SIZES):
+        model_type = model_type or DEFAULT_PRESET
+    fields = row.resolve(
+        model_type=model_type, **config.model_fields, vocab_size=vocab_size, block_size=config.model.block_size
+    )
+    optim: OptimOptions = config.optim
+    decay_steps = optim.lr_decay_steps or max_steps
+    floor = optim.learning_rate / 10 if optim.min_learning_rate is None else optim.min_learning_rate
+    return GPTModule(
+        row.name,
+        model_config=fields,
+        weight_decay=optim.weight_decay,
+        learning_rate=optim.learning_rate,
+        betas=(optim.beta1, optim.beta2),
+        warmup_steps=min(100, decay_steps // 10) if optim.warmup_steps is None else optim.warmup_steps,
+        decay_steps=decay_steps,
+        final_lr_ratio=floor / optim.learning_rate,
+        compile=config.trainer.compile,
+    )
+
+
+def _trainer(config: TrainConfig, run_dir: Path, files: TokenFiles) -> Trainer:
+    options, run = config.trainer, config.run
+    if run.logger not in LOGGERS:
+        raise UserError(f"--logger {run.logger} is unknown; choose one of {', '.join(LOGGERS)}")
+    try:
+        logger: Logger | bool = LOGGERS[run.logger](run_dir)
+    except ModuleNotFoundError as error:
+        raise UserError(f"--logger {run.logger} needs a package: {error}; pip install it or choose another") from error
+    checkpoints = dict(dirpath=run_dir / "checkpoints", enable_version_counter=False, save_on_train_epoch_end=False)
+    tokens_per_micro_batch = config.data.batch_size * config.model.block_size
+    metrics = RunMetrics(tokens_per_step=tokens_per_micro_batch * config.optim.accumulate_grad_batches)
+    callbacks = [
+        ExactResume(),
+        DropoutSeed(run.seed),
+        metrics,
+        ValidateAtEnd(),
+        ModelCheckpoint(filename="best", monitor="val_loss", **checkpoints),
+        ModelCheckpoint(filename="last", **checkpoints),
+        ProgressBar(refresh_rate=10 * config.optim.accumulate_grad_batches),
+    ]
+    if run.sample_tokens and files.tokenizer:
+        sample = FinalSample(files.tokenizer, prompt=run.prompt, max_new_tokens=run.sample_tokens, seed=run.seed)
+        callbacks.append(sample)
+    ours: dict[str, Any] = {
+        **device_arguments(options),
+        "logger": logger,
+        "callbacks": callbacks,
+        "max_epochs": -1,
+        "accumulate_grad_batches": config.optim.accumulate_grad_batches,
+        "gradient_clip_val": config.optim.gradient_clip_val or None,
+        "val_check_interval": options.eval_interval * config.optim.accumulate_grad_batches,
+        "check_val_every_n_epoch": None,
+        "num_sanity_val_steps": 0,
+        "log_every_n_steps": options.log_every_n_steps,
+        "use_distributed_sampler": False,
+        "enable_model_summary": False,
+    }
+    known = set(signature(Trainer.__init__).parameters) - {"self"}
+    for name in options.trainer:
+        if name in ours or name in ("max_steps", "max_time"):
+            raise UserError(f"--trainer.{name} is decided by lightning-gpt's own flags; see --help")
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise UserError(f"--trainer.{name}: lightning.Trainer has no such option{hint}")
+    trainer = Trainer(**ours, **options.trainer)
+    metrics.tokens_per_step *= trainer.world_size
+    return trainer
+
+
+@rank_zero_only
+def _header(
+    config: TrainConfig, trainer: Trainer, module: GPTModule, files: TokenFiles, tokens_per_step: int, max_steps: int
+) -> None:
+    """Prints what is about to run."""
+    parameters = sum(p.numel() for p in module.parameters())
+    fields = module.model_config
+    sizes = "/".join(str(fields[s]) for s in SIZES if s in fields)
+    print(
+        f"model     {module.implementation.name} {sizes}, block {fields['block_size']}, {parameters:,} parameters\n"
+        f"data      {files.source}: {files.train_tokens:,} training and {files.val_tokens:,} validation tokens,"
+        f" vocabulary {files.vocab_size:,}\n"
+        f"steps     {max_steps:,} of {tokens_per_step:,} tokens"
+        f" ({config.data.batch_size} x {fields['block_size']} x {config.optim.accumulate_grad_batches} micro-batches"
+        f" x {trainer.world_size} devices)\n"
+        f"strategy  {type(trainer.strategy).__name__}, {trainer.precision}, {trainer.strategy.root_device}"
+    )

@@ -1,0 +1,1 @@
+"""minGPT: a small, readable GPT for a single device."""

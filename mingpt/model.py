@@ -1,0 +1,277 @@
+"""The minGPT language model: untied output head, tanh GELU, logits at every position."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+ATTENTION_CHOICES = ("sdpa", "manual")
+
+PRESETS: dict[str, dict[str, int]] = {
+    "openai-gpt": {"n_layer": 12, "n_head": 12, "n_embd": 768},
+    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768},
+    "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
+    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
+    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
+    "gpt2-xxl": {"n_layer": 96, "n_head": 25, "n_embd": 1600},
+    "gpt2-xxxl": {"n_layer": 100, "n_head": 30, "n_embd": 1920},
+    "gpt2-4xl": {"n_layer": 190, "n_head": 30, "n_embd": 1920},
+    "gopher-44m": {"n_layer": 8, "n_head": 16, "n_embd": 512},
+    "gpt-mini": {"n_layer": 6, "n_head": 6, "n_embd": 192},
+    "gpt-micro": {"n_layer": 4, "n_head": 4, "n_embd": 128},
+    "gpt-nano": {"n_layer": 3, "n_head": 3, "n_embd": 48},
+}
+
+
+@dataclass
+class GPTConfig:
+    """Sizes and dropout rates; a size left as None comes from the preset named by `model_type`."""
+
+    model_type: str | None = None
+    """Preset giving n_layer, n_head and n_embd; sizes that are also set replace the preset's."""
+    n_layer: int | None = None
+    """Number of transformer blocks."""
+    n_head: int | None = None
+    """Number of attention heads in each block."""
+    n_embd: int | None = None
+    """Width of the residual stream; a multiple of n_head."""
+    vocab_size: int | None = None
+    """Number of distinct tokens."""
+    block_size: int | None = None
+    """Longest sequence the model can read."""
+    embd_pdrop: float = 0.1
+    """Dropout probability on the summed embeddings."""
+    resid_pdrop: float = 0.1
+    """Dropout probability on each block's two residual branches."""
+    attn_pdrop: float = 0.1
+    """Dropout probability on the attention weights."""
+    attention: str = "sdpa"
+    """Attention implementation: sdpa (fused) or manual (explicit formula)."""
+
+
+def _resolve(config: GPTConfig) -> GPTConfig:
+    """Return a copy of `config` with every size filled in, or raise ValueError."""
+    sizes: dict[str, int] = {}
+    if config.model_type is not None:
+        if config.model_type not in PRESETS:
+            raise ValueError(f"unknown model_type {config.model_type!r}; choose one of: {', '.join(PRESETS)}")
+        sizes.update(PRESETS[config.model_type])
+    names = ("n_layer", "n_head", "n_embd", "vocab_size", "block_size")
+    sizes.update({name: value for name in names if (value := getattr(config, name)) is not None})
+    if missing := [name for name in names if name not in sizes]:
+        raise ValueError(
+            f"config is missing {', '.join(missing)}; set each one (model_type sets n_layer, n_head, n_embd)"
+        )
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    return replace(config, **sizes)
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head self-attention in which a position sees only itself and earlier ones."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        """Build the projections; ValueError on an indivisible n_embd or an unknown `attention`."""
+        super().__init__()
+        assert config.n_embd is not None and config.n_head is not None
+        n_embd, n_head = config.n_embd, config.n_head
+        if n_embd % n_head != 0:
+            raise ValueError(
+                f"n_embd={n_embd} is not divisible by n_head={n_head}; "
+                "choose a width that is a multiple of the number of heads"
+            )
+        if config.attention not in ATTENTION_CHOICES:
+            raise ValueError(f"unknown attention {config.attention!r}; choose one of: {', '.join(ATTENTION_CHOICES)}")
+        self.n_head = n_head
+        self.head_size = n_embd // n_head
+        self.fused = config.attention == "sdpa"
+        self.c_attn = nn.Linear(n_embd, 3 * n_embd)
+        self.c_proj = nn.Linear(n_embd, n_embd)
+        self.c_proj.is_residual = True  # type: ignore[assignment]
+        self.attn_dropout = nn.Dropout(config.attn_pdrop)
+        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # Original checkpoints store the causal mask under this name; here it is recomputed, never stored.
+        state_dict.pop(prefix + "bias", None)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (B, T, C) to (B, T, C), each position reading itself and earlier ones."""
+        B, T, C = x.shape
+        heads = self.c_attn(x).view(B, T, 3 * self.n_head, self.head_size).transpose(1, 2)
+        q, k, v = heads.split(self.n_head, dim=1)  # each (B, n_head, T, head_size)
+        if self.fused:
+            p = self.attn_dropout.p if self.training else 0.0
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+        else:
+            scores = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(self.head_size))  # (B, n_head, T, T)
+            future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+            y = self.attn_dropout(F.softmax(scores.masked_fill(future, -math.inf), dim=-1)) @ v
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+
+
+class MLP(nn.Module):
+    """Position-wise feed-forward network, four times wider inside."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        """Build the two projections from a config whose sizes are all set."""
+        super().__init__()
+        assert config.n_embd is not None
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.act = nn.GELU(approximate="tanh")
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.c_proj.is_residual = True  # type: ignore[assignment]
+        self.dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (B, T, C) to (B, T, C), each position on its own."""
+        return self.dropout(self.c_proj(self.act(self.c_fc(x))))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention then MLP, each added to its input."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        """Build one block from a config whose sizes are all set."""
+        super().__init__()
+        assert config.n_embd is not None
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (B, T, C) to (B, T, C)."""
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.ModuleDict):
+    """Everything below the output head, with the types of its entries."""
+
+    wte: nn.Embedding
+    wpe: nn.Embedding
+    drop: nn.Dropout
+    h: nn.ModuleList
+    ln_f: nn.LayerNorm
+
+
+class GPT(nn.Module):
+    """Decoder-only transformer; `config` is the resolved copy of what was passed in."""
+
+    @staticmethod
+    def get_default_config() -> GPTConfig:
+        """Return a fresh config to fill in: set model_type or the sizes, then vocab_size and block_size."""
+        return GPTConfig()
+
+    def __init__(self, config: GPTConfig) -> None:
+        """Build and initialise the model; `config` itself is left unchanged.
+
+        Args:
+            config: Sizes, dropout rates and the attention implementation.
+
+        Raises:
+            ValueError: If a preset is unknown, a size is missing or invalid, or `attention` is not a known choice.
+        """
+        super().__init__()
+        config = self.config = _resolve(config)
+        assert config.n_layer is not None and config.n_embd is not None
+        assert config.vocab_size is not None and config.block_size is not None
+        self.block_size = config.block_size
+        self.residual_std = 0.02 / math.sqrt(2 * config.n_layer)
+        self.transformer = Transformer(
+            {
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "wpe": nn.Embedding(config.block_size, config.n_embd),
+                "drop": nn.Dropout(config.embd_pdrop),
+                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                "ln_f": nn.LayerNorm(config.n_embd),
+            }
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.apply(self._init_weights)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # Each call touches only the module's own parameters, so it also works where those are gathered one by one.
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=self.residual_std if hasattr(module, "is_residual") else 0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+
+    def forward(
+        self, idx: torch.Tensor, targets: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Predict the next token at every position.
+
+        Args:
+            idx: Token indices (B, T), T at most block_size.
+            targets: Next tokens (B, T); positions holding -1 are ignored.
+
+        Returns:
+            Logits (B, T, vocab_size), and the mean cross entropy as a scalar or None without targets.
+
+        Raises:
+            ValueError: If T exceeds block_size.
+        """
+        T = idx.size(1)
+        if T > self.block_size:
+            raise ValueError(f"sequence of length {T} is longer than block_size={self.block_size}")
+        pos = torch.arange(T, device=idx.device)
+        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))  # (B, T, C)
+        for block in self.transformer.h:
+            x = block(x)
+        logits = self.lm_head(self.transformer.ln_f(x))
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.reshape(-1), ignore_index=-1)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        idx: torch.Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        do_sample: bool = False,
+        top_k: int | None = None,
+    ) -> torch.Tensor:
+        """Extend each sequence one token at a time, in whichever mode (train or eval) the model is in.
+
+        Args:
+            idx: Token indices (B, T) to continue; only the last block_size are read.
+            max_new_tokens: Number of tokens to append.
+            temperature: Divides the logits before sampling.
+            do_sample: Sample if True, otherwise take the most likely token.
+            top_k: Sample among this many most likely tokens; more than vocab_size means all.
+
+        Returns:
+            Token indices (B, T + max_new_tokens).
+
+        Raises:
+            ValueError: If temperature is not positive when sampling, or top_k is below 1.
+        """
+        if do_sample and temperature <= 0:
+            raise ValueError(f"temperature must be positive, got {temperature}; use do_sample=False for greedy")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {top_k}")
+        for _ in range(max_new_tokens):
+            logits = self(idx[:, -self.block_size :])[0][:, -1]  # (B, vocab_size)
+            if do_sample:
+                logits = logits / temperature
+                if top_k is not None:
+                    kept = torch.topk(logits, min(top_k, logits.size(-1))).values
+                    logits = logits.masked_fill(logits < kept[:, -1:], -math.inf)
+                token = torch.multinomial(F.softmax(logits, dim=-1), num_samples=1)
+            else:
+                token = logits.argmax(dim=-1, keepdim=True)
+            idx = torch.cat((idx, token), dim=1)
+        return idx

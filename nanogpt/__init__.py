@@ -1,0 +1,1 @@
+"""nanoGPT: a compact GPT-2 for a single device."""

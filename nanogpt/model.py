@@ -1,0 +1,263 @@
+"""The nanoGPT language model: GPT-2 with tied embeddings, exact GELU and optional biases."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+ATTENTION_CHOICES = ("sdpa", "manual")
+
+
+@dataclass
+class GPTConfig:
+    """Sizes and options of the model; the defaults are GPT-2 with the vocabulary padded to a multiple of 64."""
+
+    block_size: int = 1024
+    """Longest sequence the model can read."""
+    vocab_size: int = 50304
+    """Number of distinct tokens."""
+    n_layer: int = 12
+    """Number of transformer blocks."""
+    n_head: int = 12
+    """Number of attention heads in each block."""
+    n_embd: int = 768
+    """Width of the residual stream; a multiple of n_head."""
+    dropout: float = 0.0
+    """Dropout probability on embeddings, attention weights and residual branches."""
+    bias: bool = True
+    """Whether linear layers and layer norms have a bias."""
+    attention: str = "sdpa"
+    """Attention implementation: sdpa (fused) or manual (explicit formula)."""
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last dimension with an optional bias."""
+
+    def __init__(self, size: int, bias: bool) -> None:
+        """Build a norm over vectors of length `size`."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size)) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (..., size) to (..., size)."""
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, 1e-5)
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head self-attention in which a position sees only itself and earlier ones."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        """Build the projections; ValueError on an indivisible n_embd or an unknown `attention`."""
+        super().__init__()
+        if config.n_embd % config.n_head != 0:
+            raise ValueError(
+                f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}; "
+                "choose a width that is a multiple of the number of heads"
+            )
+        if config.attention not in ATTENTION_CHOICES:
+            raise ValueError(f"unknown attention {config.attention!r}; choose one of: {', '.join(ATTENTION_CHOICES)}")
+        self.n_head = config.n_head
+        self.head_size = config.n_embd // config.n_head
+        self.fused = config.attention == "sdpa"
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_proj.is_residual = True  # type: ignore[assignment]
+        self.attn_dropout = nn.Dropout(config.dropout)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # Original checkpoints may store the causal mask under this name; here it is recomputed, never stored.
+        state_dict.pop(prefix + "bias", None)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (B, T, C) to (B, T, C), each position reading itself and earlier ones."""
+        B, T, C = x.shape
+        heads = self.c_attn(x).view(B, T, 3 * self.n_head, self.head_size).transpose(1, 2)
+        q, k, v = heads.split(self.n_head, dim=1)  # each (B, n_head, T, head_size)
+        if self.fused:
+            p = self.attn_dropout.p if self.training else 0.0
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+        else:
+            scores = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(self.head_size))  # (B, n_head, T, T)
+            future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+            y = self.attn_dropout(F.softmax(scores.masked_fill(future, -math.inf), dim=-1)) @ v
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+
+
+class MLP(nn.Module):
+    """Position-wise feed-forward network, four times wider inside."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        """Build the two projections."""
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.gelu = nn.GELU()
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_proj.is_residual = True  # type: ignore[assignment]
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (B, T, C) to (B, T, C), each position on its own."""
+        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention then MLP, each added to its input."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        """Build one block."""
+        super().__init__()
+        self.ln_1 = LayerNorm(config.n_embd, config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = LayerNorm(config.n_embd, config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (B, T, C) to (B, T, C)."""
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.ModuleDict):
+    """Everything below the output head, with the types of its entries."""
+
+    wte: nn.Embedding
+    wpe: nn.Embedding
+    drop: nn.Dropout
+    h: nn.ModuleList
+    ln_f: LayerNorm
+
+
+class GPT(nn.Module):
+    """Decoder-only transformer whose output head shares the token embedding's weight."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        """Build and initialise the model; it keeps a copy of `config`.
+
+        Args:
+            config: Sizes and options of the model.
+
+        Raises:
+            ValueError: If a size is invalid or `attention` is not a known choice.
+        """
+        super().__init__()
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            if getattr(config, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+        config = self.config = replace(config)
+        self.transformer = Transformer(
+            {
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "wpe": nn.Embedding(config.block_size, config.n_embd),
+                "drop": nn.Dropout(config.dropout),
+                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                "ln_f": LayerNorm(config.n_embd, config.bias),
+            }
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.transformer.wte.weight = self.lm_head.weight
+        self.apply(self._init_weights)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # Each call touches only the module's own parameters, so it also works where those are gathered one by one.
+        if isinstance(module, nn.Linear):
+            residual = hasattr(module, "is_residual")
+            nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        elif isinstance(module, LayerNorm):
+            nn.init.ones_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif module is self:
+            # to_empty() gives each module a parameter of its own, so a model built on meta has to be tied again.
+            self.transformer.wte.weight = self.lm_head.weight
+
+    def get_num_params(self, non_embedding: bool = True) -> int:
+        """Count parameters, the shared embedding once.
+
+        Args:
+            non_embedding: Leave out the position embedding; the token embedding counts, being the output head too.
+
+        Returns:
+            The number of parameters.
+        """
+        total = sum(p.numel() for p in self.parameters())
+        return total - self.transformer.wpe.weight.numel() if non_embedding else total
+
+    def forward(
+        self, idx: torch.Tensor, targets: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Predict next tokens.
+
+        Args:
+            idx: Token indices (B, T), T at most block_size.
+            targets: Next tokens (B, T); positions holding -1 are ignored.
+
+        Returns:
+            With targets, logits (B, T, vocab_size) and the mean cross entropy as a scalar; without, the last
+            position's logits (B, 1, vocab_size) and None.
+
+        Raises:
+            ValueError: If T exceeds block_size.
+        """
+        T = idx.size(1)
+        if T > self.config.block_size:
+            raise ValueError(f"sequence of length {T} is longer than block_size={self.config.block_size}")
+        pos = torch.arange(T, device=idx.device)
+        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))  # (B, T, C)
+        for block in self.transformer.h:
+            x = block(x)
+        if targets is None:
+            return self.lm_head(self.transformer.ln_f(x[:, -1:])), None
+        logits = self.lm_head(self.transformer.ln_f(x))
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.reshape(-1), ignore_index=-1)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        idx: torch.Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        *,
+        do_sample: bool = True,
+    ) -> torch.Tensor:
+        """Extend each sequence one token at a time, in whichever mode (train or eval) the model is in.
+
+        Args:
+            idx: Token indices (B, T) to continue; only the last block_size are read.
+            max_new_tokens: Number of tokens to append.
+            temperature: Divides the logits before sampling.
+            top_k: Sample among this many most likely tokens; more than vocab_size means all.
+            do_sample: Sample if True, otherwise take the most likely token.
+
+        Returns:
+            Token indices (B, T + max_new_tokens).
+
+        Raises:
+            ValueError: If temperature is not positive when sampling, or top_k is below 1.
+        """
+        if do_sample and temperature <= 0:
+            raise ValueError(f"temperature must be positive, got {temperature}; use do_sample=False for greedy")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {top_k}")
+        for _ in range(max_new_tokens):
+            logits = self(idx[:, -self.config.block_size :])[0][:, -1]  # (B, vocab_size)
+            if do_sample:
+                logits = logits / temperature
+                if top_k is not None:
+                    kept = torch.topk(logits, min(top_k, logits.size(-1))).values
+                    logits = logits.masked_fill(logits < kept[:, -1:], -math.inf)
+                token = torch.multinomial(F.softmax(logits, dim=-1), num_samples=1)
+            else:
+                token = logits.argmax(dim=-1, keepdim=True)
+            idx = torch.cat((idx, token), dim=1)
+        return idx

@@ -1,0 +1,75 @@
+"""Corpora: which files, in which order, and the one-line errors."""
+
+from pathlib import Path
+
+import pytest
+
+from lightning_gpt.config import UserError
+from lightning_gpt.data import corpora
+from lightning_gpt.data.corpora import load_corpus
+
+
+def test_standard_library() -> None:
+    corpus = load_corpus("stdlib")
+    assert corpus.source.startswith("stdlib (Python 3.")
+    assert len(corpus.content) > 4_000_000
+    assert corpus.content.isascii()
+    assert b"class TestProgram(" in corpus.content  # unittest is library, not a test
+    assert b"class BaseTestUUID" not in corpus.content
+    assert corpus == load_corpus("stdlib")
+
+
+def _library(root: Path, names: list[str]) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(f"# {name}")
+
+
+def test_standard_library_order_and_selection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = ["a.py", "b.py", "json/c.py", "zoo/d.py", "e.py"]
+    dropped = ["test/x.py", "json/tests/x.py", "site-packages/x.py", "idlelib/idle_test/x.py", "x.txt"]
+    contents = []
+    for folder, names in (("one", kept + dropped), ("two", (kept + dropped)[::-1])):
+        _library(tmp_path / folder, names)
+        (tmp_path / folder / "accents.py").write_text("# \u00e9", encoding="utf-8")
+        monkeypatch.setattr(corpora.sysconfig, "get_path", lambda name, f=folder: str(tmp_path / f))
+        contents.append(load_corpus("stdlib").content)
+    assert contents[0] == contents[1]
+    lines = contents[0].decode().splitlines()
+    assert sorted(lines) == sorted(f"# {name}" for name in kept)
+    assert lines != sorted(lines)
+
+
+def test_file_is_taken_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "any.data").write_bytes(b"a\r\n\xff")
+    corpus = load_corpus(str(tmp_path / "any.data"))
+    assert corpus.content == b"a\r\n\xff"
+    assert corpus.source == str(tmp_path / "any.data")
+
+
+def test_folder(tmp_path: Path) -> None:
+    for name, content in {
+        "b.txt": "b",
+        "a.md": "a\n",
+        "sub/c.PY": "c",
+        "empty.txt": "",
+        ".hidden.txt": "no",
+        ".git/x.txt": "no",
+        "picture.png": "no",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    (tmp_path / "folder.txt").mkdir()
+    assert load_corpus(str(tmp_path)).content == b"a\nb\nc\n"
+
+
+def test_errors(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="missing: no such file or folder"):
+        load_corpus(str(tmp_path / "missing"))
+    with pytest.raises(UserError, match="no text files"):
+        load_corpus(str(tmp_path))
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(UserError, match="no text in it"):
+        load_corpus(str(tmp_path / "empty.txt"))
+    with pytest.raises(UserError, match="no text in it"):
+        load_corpus(str(tmp_path))
