@@ -128,7 +128,7 @@ class RunMetrics(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the validation loss at its step in the log."""
         if not trainer.sanity_checking:
-            pl_module.log("step", float(trainer.global_step))
+            pl_module.log("step", float(trainer.global_step), sync_dist=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints the validation loss; its time does not count as training time."""

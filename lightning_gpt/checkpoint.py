@@ -143,7 +143,8 @@ class ExactResume(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Runs after the checkpoint's loop state is loaded and before the first batch is fetched."""
         loop = trainer.fit_loop.epoch_loop
-        trainer.fit_loop.restarting = False
+        trainer.fit_loop.reset_restart_stage()
+        loop.restarting = False
         done = trainer.global_step * trainer.accumulate_grad_batches
         total = loop.batch_progress.total
         total.ready = total.started = total.processed = total.completed = done

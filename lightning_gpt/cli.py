@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import functools
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -39,6 +40,22 @@ GROUPS: dict[str, type] = {
 ALIASES = {"accumulate_grad_batches": "--grad_accum", "gradient_clip_val": "--grad_clip"}
 # What a flag means when it stands alone; flags of type bool mean true.
 STANDING_ALONE = {"compile": "true", "resume": "latest"}
+# What numbers make sense, by flag, whichever entry point has it.
+LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
+    **dict.fromkeys(
+        ("batch_size", "block_size", "n_layer", "n_head", "n_embd", "accumulate_grad_batches", "eval_interval")
+        + ("log_every_n_steps", "num_nodes", "learning_rate", "lr_decay_steps", "num_samples", "temperature", "top_k")
+        + BUDGETS,
+        (lambda value: value > 0, "a number above 0"),
+    ),
+    **dict.fromkeys(
+        ("num_workers", "min_learning_rate", "warmup_steps", "weight_decay", "gradient_clip_val", "eval_batches")
+        + ("sample_tokens", "max_new_tokens"),
+        (lambda value: value >= 0, "0 or more"),
+    ),
+    **dict.fromkeys(("beta1", "beta2"), (lambda value: 0 <= value < 1, "at least 0 and below 1")),
+    "seed": (lambda value: 0 <= value < 2**32, "from 0 to 4294967295"),
+}
 
 
 class _Parser(ArgumentParser):
@@ -74,7 +91,7 @@ def reporting_errors(main: Callable[..., None]) -> Callable[..., None]:
             main(argv)
         except UserError as error:
             if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # one process speaks for all
-                print(f"error: {error}", file=sys.stderr)
+                print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
             sys.exit(130)
@@ -88,13 +105,15 @@ def _load_yaml(path: str) -> dict[str, Any]:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--config {path}: not a text in UTF-8") from error
     try:
         loaded = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"--config {path}{where}: {getattr(error, 'problem', error)}") from error
-    if not isinstance(loaded, dict):
+    if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
         raise UserError(f"--config {path}: expected lines of the form 'flag: value'")
     return loaded
 
@@ -174,7 +193,7 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
         saved.pop(name, None)
 
     implementation = known.implementation or from_files.get("implementation") or saved.get("implementation")
-    row = get_implementation(implementation or ModelOptions.implementation)
+    row = get_implementation(str(implementation or ModelOptions.implementation))
     model_options = flag_options(row)
     parser = _parser("Train a GPT. Every option is a flag, or a line of a YAML file.")
     for title, cls in GROUPS.items():
@@ -188,6 +207,7 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
             raise UserError(f"--config {', '.join(known.config)}: unknown option {key}{_nearest('--' + key, flags)}")
     parser.set_defaults({k: v for k, v in saved.items() if f"--{k}" in flags})
     values = parser.parse_args(argv)
+    _check_numbers(values)
     if resume:
         values.resume = str(checkpoint)
     if budgets:  # a budget on the command line replaces a file's
@@ -198,10 +218,20 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
     )
 
 
+def _check_numbers(values: Namespace) -> None:
+    for name, (fits, wanted) in LIMITS.items():
+        value = values.get(name)
+        if isinstance(value, int | float) and not (math.isfinite(value) and fits(value)):
+            raise UserError(f"--{name} {value} makes no sense; give {wanted}")
+
+
 def _fill(cls: type, values: Namespace) -> Any:
     def plain(value: Any) -> Any:
         return value.as_dict() if isinstance(value, Namespace) else value
 
+    for f in dataclasses.fields(cls):
+        if values[f.name] is None and f.default is not None:  # a YAML file can say null, to any option
+            raise UserError(f"--{f.name} needs a value; leave it out for its default")
     return cls(**{f.name: plain(values[f.name]) for f in dataclasses.fields(cls)})
 
 
@@ -215,7 +245,9 @@ def parse_options(cls: type, argv: Sequence[str] | None = None, *, description: 
     _first_pass(argv)
     parser = _parser(description)
     _add(parser, options_of(cls), "options")
-    return _fill(cls, parser.parse_args(argv))
+    values = parser.parse_args(argv)
+    _check_numbers(values)
+    return _fill(cls, values)
 
 
 def parse_evaluate(argv: Sequence[str] | None = None) -> EvaluateOptions:

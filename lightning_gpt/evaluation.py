@@ -41,6 +41,8 @@ def evaluate(options: EvaluateOptions) -> Score:
     Raises:
         UserError: Checkpoint or data are missing or do not fit each other.
     """
+    if options.json and not Path(options.json).parent.is_dir():
+        raise UserError(f"--json {options.json} cannot be written: its folder does not exist; make it first")
     path = find_checkpoint(options.checkpoint or "latest", which=options.which)
     checkpoint = load_checkpoint(path)
     module = checkpoint.module()

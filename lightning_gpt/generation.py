@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 from lightning_gpt.checkpoint import find_checkpoint, load_checkpoint
@@ -9,6 +10,21 @@ from lightning_gpt.config import SampleOptions, TrainerOptions, UserError
 from lightning_gpt.models import GPTModule
 from lightning_gpt.strategies import device_arguments
 from lightning_gpt.tokenizers import Tokenizer
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> np.ndarray:
+    """The tokens of a prompt, int64 of shape (T,).
+
+    Raises:
+        UserError: The prompt is empty, or holds a character that the tokenizer does not know.
+    """
+    try:
+        ids = tokenizer.encode(prompt)
+    except UserError as error:
+        raise UserError(f"--prompt: {error}") from error
+    if len(ids) == 0:
+        raise UserError("--prompt is empty; give at least one character to continue")
+    return ids
 
 
 def complete(
@@ -26,9 +42,7 @@ def complete(
     Raises:
         UserError: The prompt is empty, or holds a character that the tokenizer does not know.
     """
-    ids = tokenizer.encode(prompt)
-    if len(ids) == 0:
-        raise UserError("--prompt is empty; give at least one character to continue")
+    ids = encode_prompt(tokenizer, prompt)
     device = module.device
     idx = torch.as_tensor(ids, dtype=torch.long, device=device)[None]  # (1, T)
     was_training = module.training

@@ -65,8 +65,9 @@ class Implementation:
     builtin: bool = field(default=False, repr=False)
 
     def load(self, name: str) -> Any:
-        """An attribute of the row's module, imported now."""
-        return getattr(importlib.import_module(self.module), name)
+        """An attribute of the row's module, or ``module:NAME`` of another, imported now."""
+        module, _, attribute = name.rpartition(":")
+        return getattr(importlib.import_module(module or self.module), attribute)
 
     def config_options(self) -> list[Option]:
         """The fields of the model's config that become flags; a built-in model is not imported for it."""
@@ -88,8 +89,7 @@ class Implementation:
         """
         if self.presets is None:
             raise UserError(f"--implementation {self.name} has no presets; leave --model_type out and give its sizes")
-        module, _, name = self.presets.partition(":")
-        presets = getattr(importlib.import_module(module), name)
+        presets = self.load(self.presets)
         if model_type not in presets:
             raise UserError(f"--model_type {model_type} is unknown; choose one of {', '.join(presets)}")
         return dict(presets[model_type])
@@ -113,10 +113,13 @@ class Implementation:
         for name in fields:
             if name not in known:
                 raise UserError(f"--implementation {self.name} has no option {name}; it has {', '.join(sorted(known))}")
+        for f in dataclasses.fields(config_class):
+            if f.name not in fields and f.default is f.default_factory is dataclasses.MISSING:
+                raise UserError(f"--implementation {self.name} has no default for {f.name}; give --{f.name}")
         try:
             return self.load(self.model)(config_class(**fields))
         except ValueError as error:
-            raise UserError(str(error)) from error
+            raise UserError(f"--implementation {self.name}: {error}") from error
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
@@ -139,7 +142,7 @@ def get_implementation(name: str) -> Implementation:
     if name in IMPLEMENTATIONS:
         return IMPLEMENTATIONS[name]
     module_name, _, class_name = name.partition(":")
-    if not class_name:
+    if not all(part.isidentifier() for part in (*module_name.split("."), class_name)):
         choices = ", ".join(IMPLEMENTATIONS)
         raise UserError(f"--implementation {name} is unknown; choose one of {choices}, or package.module:Class")
     if os.getcwd() not in sys.path:
@@ -163,7 +166,7 @@ def get_implementation(name: str) -> Implementation:
         name=name,
         module=module_name,
         model=class_name,
-        config=config.__name__,
+        config=f"{config.__module__}:{config.__name__}",
         block="Block" if hasattr(module, "Block") else None,
     )
 

@@ -120,7 +120,7 @@ class GPTModule(LightningModule):
         """Logs ``val_loss``: the sum over all ranks divided by the tokens they scored, nats per token."""
         assert self._val_sums is not None
         total, scored = self.trainer.strategy.reduce(self._val_sums, reduce_op="sum")
-        self.log("val_loss", (total / scored).float(), prog_bar=True)
+        self.log("val_loss", (total / scored).float(), prog_bar=True, sync_dist=True)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with the implementation's decay groups, and the schedule per optimizer step."""

@@ -44,9 +44,14 @@ def device_arguments(options: TrainerOptions) -> dict[str, Any]:
     Raises:
         UserError: An unknown strategy or precision, GPUs where there are none, or half precision on a CPU.
     """
+    from lightning.pytorch.accelerators import AcceleratorRegistry
+
     if options.strategy not in STRATEGIES:
         raise UserError(f"--strategy {options.strategy} is unknown; choose one of {', '.join(STRATEGIES)}")
     accelerator, devices = options.accelerator, options.devices
+    accelerators = ["auto", "gpu", *sorted(AcceleratorRegistry.available_accelerators())]
+    if accelerator not in accelerators:
+        raise UserError(f"--accelerator {accelerator} is unknown; choose one of {', '.join(accelerators)}")
     if options.gpus is not None:
         if accelerator not in ("auto", "gpu", "cuda") or devices not in ("auto", options.gpus):
             raise UserError("--gpus N is short for --accelerator gpu --devices N; do not give them differently as well")

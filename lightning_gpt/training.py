@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 from lightning import Trainer, seed_everything
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
@@ -21,6 +22,7 @@ from lightning_gpt.config import BUDGETS, SIZES, OptimOptions, TrainConfig, User
 from lightning_gpt.data.loading import TokenData
 from lightning_gpt.data.preparation import prepare
 from lightning_gpt.data.token_files import TokenFiles
+from lightning_gpt.generation import encode_prompt
 from lightning_gpt.implementations import get_implementation
 from lightning_gpt.models import GPTModule
 from lightning_gpt.strategies import device_arguments
@@ -49,7 +51,9 @@ def train(config: TrainConfig) -> Path:
     options = config.trainer
     files = prepare(config.data.data, tokenizer=config.data.tokenizer, block_size=config.model.block_size)
     if config.run.sample_tokens and files.tokenizer:
-        files.tokenizer.encode(config.run.prompt)  # a prompt that cannot be encoded is told now, not after the training
+        encode_prompt(
+            files.tokenizer, config.run.prompt
+        )  # a prompt that cannot be encoded is told now, not after the training
     run_dir = Path(config.run.out_dir) if config.run.out_dir else _fresh_folder()
     trainer = _trainer(config, run_dir, files)
     samples_per_step = config.data.batch_size * config.optim.accumulate_grad_batches * trainer.world_size
@@ -191,7 +195,10 @@ def _trainer(config: TrainConfig, run_dir: Path, files: TokenFiles) -> Trainer:
             near = get_close_matches(name, known, n=1)
             hint = f" (did you mean {near[0]}?)" if near else ""
             raise UserError(f"--trainer.{name}: lightning.Trainer has no such option{hint}")
-    trainer = Trainer(**ours, **options.trainer)
+    try:
+        trainer = Trainer(**ours, **options.trainer)
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        raise UserError(f"lightning.Trainer refuses its options: {error}") from error
     metrics.tokens_per_step *= trainer.world_size
     return trainer
 

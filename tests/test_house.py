@@ -1,0 +1,135 @@
+"""The house rules: who may import whom, how long a file may be, and what may not be written."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).parent.parent
+ENTRY_POINTS = sorted(REPO.glob("*.py"))
+MODELS = ("mingpt", "nanogpt")
+LIBRARY = sorted(p for room in ("lightning_gpt", *MODELS) for p in (REPO / room).rglob("*.py"))
+CODE = [*ENTRY_POINTS, *LIBRARY]
+HEAVY = {"deepspeed", "transformers", "tiktoken"}
+
+# Rooms of lightning_gpt, each with those that it may import besides `config` and itself; a folder is one room.
+_FIRST = {"implementations", "compilation", "optim", "strategies", "tokenizers", "models", "checkpoint", "data"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "config": set(),
+    "implementations": set(),
+    "tokenizers": set(),
+    "compilation": {"implementations"},
+    "optim": {"implementations"},
+    "strategies": {"implementations"},
+    "data": {"implementations", "tokenizers"},
+    "models": {"implementations", "compilation", "optim"},
+    "checkpoint": {"implementations", "models", "tokenizers", "data"},
+    "generation": {"implementations", "checkpoint", "models", "data", "strategies", "tokenizers"},
+    "evaluation": {"implementations", "checkpoint", "models", "data", "strategies", "tokenizers"},
+    "callbacks": {"implementations", "models", "generation", "strategies", "tokenizers"},
+    "cli": _FIRST,
+    "training": _FIRST | {"callbacks", "generation", "evaluation"},
+}
+
+
+def _name(path: Path) -> str:
+    return path.relative_to(REPO).as_posix()
+
+
+def _imported(statement: ast.AST) -> list[str]:
+    if isinstance(statement, ast.Import):
+        return [alias.name for alias in statement.names]
+    if isinstance(statement, ast.ImportFrom):
+        assert statement.level == 0, "imports are absolute"
+        # `from lightning_gpt import data` names a room as well.
+        return [f"{statement.module}.{alias.name}" for alias in statement.names]
+    return []
+
+
+def _imports(path: Path) -> set[str]:
+    """Dotted names of everything imported anywhere in a file, in functions too."""
+    return {name for node in ast.walk(_tree(path)) for name in _imported(node)}
+
+
+def _at_import_time(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """The statements that run when a module is imported: also those in an if, try or class, but in no function."""
+    for statement in body:
+        yield statement
+        if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if isinstance(statement, ast.If) and ast.unparse(statement.test).endswith("TYPE_CHECKING"):
+            yield from _at_import_time(statement.orelse)
+            continue
+        for part in ("body", "orelse", "finalbody"):
+            yield from _at_import_time(getattr(statement, part, []))
+        for handler in getattr(statement, "handlers", []):
+            yield from _at_import_time(handler.body)
+
+
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def _room(dotted: str) -> str | None:
+    """The room of lightning_gpt that a dotted name lies in; None for other packages and the package itself."""
+    parts = dotted.split(".")
+    return parts[1] if parts[0] == "lightning_gpt" and len(parts) > 1 else None
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=_name)
+def test_who_imports_whom(path):
+    names = _imports(path)
+    packages = {name.partition(".")[0] for name in names}
+    package, *rest = path.relative_to(REPO).with_suffix("").parts
+    assert not packages & {p.stem for p in ENTRY_POINTS}, "nothing imports an entry point"
+    if package in MODELS:
+        assert packages - set(sys.stdlib_module_names) <= {"torch", package}
+        return
+    room = rest[0]
+    if room == "__init__":  # public names, which are imported lazily
+        return
+    assert room in MAY_IMPORT, "a new room: say in MAY_IMPORT whom it may import"
+    rooms = {r for r in map(_room, names) if r and r != "__version__"}
+    assert rooms <= MAY_IMPORT[room] | {"config", room}
+    if room == "config":
+        assert packages <= set(sys.stdlib_module_names)
+    if room != "implementations":
+        assert not packages & set(MODELS), "models are reached through the registry"
+
+
+@pytest.mark.parametrize("path", ENTRY_POINTS, ids=_name)
+def test_entry_point(path):
+    packages = {name.partition(".")[0] for name in _imports(path)}
+    assert packages - set(sys.stdlib_module_names) <= {"lightning_gpt"}
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 60
+    functions = [n for n in _tree(path).body if isinstance(n, ast.FunctionDef)]
+    main = next(f for f in functions if f.name == "main")
+    assert len(main.args.args) == len(main.args.defaults) == 1, "main(argv=None)"
+
+
+@pytest.mark.parametrize("path", CODE, ids=_name)
+def test_heavy_packages_are_imported_where_they_are_needed(path):
+    names = {name for statement in _at_import_time(_tree(path).body) for name in _imported(statement)}
+    assert not {name.partition(".")[0] for name in names} & HEAVY
+
+
+@pytest.mark.parametrize("path", CODE, ids=_name)
+def test_registries_instead_of_comparisons(path):
+    for node in ast.walk(_tree(path)):
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            subjects = {ast.unparse(side).rpartition(".")[2] for side in sides}
+            texts = [s for side in sides for s in ast.walk(side) if isinstance(s, ast.Constant)]
+            is_named = subjects & {"implementation", "strategy"} and any(isinstance(t.value, str) for t in texts)
+            assert not is_named, f"line {node.lineno}: {ast.unparse(node)}"
+        if isinstance(node, ast.Match):
+            assert ast.unparse(node.subject).rpartition(".")[2] not in ("implementation", "strategy")
+
+
+@pytest.mark.parametrize("path", [*CODE, *sorted((REPO / "tests").glob("*.py"))], ids=_name)
+def test_file_is_about_one_idea(path):
+    assert path.stem not in ("utils", "util", "helpers", "helper", "common", "misc")
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 450
+    assert path.read_bytes().isascii()

@@ -1,0 +1,126 @@
+"""Resume is exact: a run that stopped and went on equals one that never stopped, bit by bit on one CPU process."""
+
+import csv
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+
+REPO = Path(__file__).parent.parent
+STEPS = 12
+SIZES = ["--n_layer", "2", "--n_head", "2", "--n_embd", "16", "--block_size", "8"]
+LOGGED = ["--logger", "csv", "--log_every_n_steps", "1", "--sample_tokens", "0", "--accelerator", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTNING_GPT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    """900 training characters, so 111 windows of 8, and 100 for the validation."""
+    drawn = random.Random(0).choices("abcdefgh \n", k=1000)
+    path = tmp_path / "text.txt"
+    path.write_text("".join(drawn))
+    return str(path)
+
+
+def checkpoint(run: Path) -> dict:
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def losses(run: Path) -> dict[int, tuple[str, str]]:
+    """Loss and gradient norm by optimizer step, as text, over all log files of a run."""
+    found = {}
+    for file in sorted(run.glob("logs/version_*/metrics.csv")):
+        for row in csv.DictReader(file.open()):
+            if row["train_loss"]:
+                found[int(float(row["step"]))] = (row["train_loss"], row["grad_norm"])
+    return found
+
+
+def assert_bit_identical(a: Path, b: Path) -> None:
+    ours, theirs = checkpoint(a), checkpoint(b)
+    assert ours["global_step"] == theirs["global_step"] == STEPS
+    assert ours["TokenData"] == theirs["TokenData"]
+    torch.testing.assert_close(ours["state_dict"], theirs["state_dict"], rtol=0, atol=0)
+    assert ours["optimizer_states"][0]["param_groups"] == theirs["optimizer_states"][0]["param_groups"]
+    torch.testing.assert_close(
+        ours["optimizer_states"][0]["state"], theirs["optimizer_states"][0]["state"], rtol=0, atol=0
+    )
+    assert ours["lr_schedulers"] == theirs["lr_schedulers"]
+    assert losses(a) == losses(b)
+    assert sorted(losses(a)) == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize(
+    ("implementation", "stop", "batch_size", "accumulate"),
+    [
+        ("mingpt", 6, 4, 1),  # mid-pass, with dropout
+        ("mingpt", 5, 4, 3),  # accumulation, and a stop between two validations
+        ("nanogpt", 10, 11, 1),  # 110 windows make a pass: stopped exactly at its end
+        ("nanogpt", 7, 40, 1),  # in the third pass
+    ],
+)
+def test_resume_is_bit_identical(
+    tmp_path: Path, text: str, implementation: str, stop: int, batch_size: int, accumulate: int
+) -> None:
+    flags = ["--implementation", implementation, "--data", text, *SIZES, *LOGGED, "--batch_size", str(batch_size)]
+    flags += ["--accumulate_grad_batches", str(accumulate), "--eval_interval", "3", "--lr_decay_steps", str(STEPS)]
+    if implementation == "nanogpt":
+        flags += ["--dropout", "0.2"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train.main([*flags, "--max_steps", str(STEPS), "--out_dir", str(whole)])
+    train.main([*flags, "--max_steps", str(stop), "--out_dir", str(parts)])
+    assert checkpoint(parts)["global_step"] == stop
+    train.main(["--resume", str(parts), "--max_steps", str(STEPS), *LOGGED])
+    assert_bit_identical(whole, parts)
+
+
+def test_resume_after_a_crash_goes_on_from_the_last_save(tmp_path: Path, text: str) -> None:
+    flags = ["--data", text, *SIZES, *LOGGED, "--batch_size", "4", "--eval_interval", "4"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train.main([*flags, "--max_steps", str(STEPS), "--out_dir", str(whole)])
+    code = (
+        "import os, train, lightning\n"
+        "class Crash(lightning.Callback):\n"
+        "    def on_train_batch_start(self, trainer, *_):\n"
+        "        if trainer.global_step == 6: os._exit(9)\n"
+        "import lightning_gpt.training as t\n"
+        "build = t.Trainer\n"
+        "t.Trainer = lambda **k: build(**{**k, 'callbacks': [*k['callbacks'], Crash()]})\n"
+        f"train.main({[*flags, '--max_steps', str(STEPS), '--out_dir', str(parts)]!r})\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True).returncode == 9
+    assert checkpoint(parts)["global_step"] == 4
+    train.main(["--resume", str(parts)])  # every setting is the saved run's
+    ours, theirs = checkpoint(whole), checkpoint(parts)
+    torch.testing.assert_close(ours["state_dict"], theirs["state_dict"], rtol=0, atol=0)
+    assert ours["TokenData"] == theirs["TokenData"]
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_resume_on_two_ranks_sees_the_same_samples(tmp_path: Path, text: str, accumulate: int) -> None:
+    """One process with 12 samples a step, then two ranks with 12/2 each: the same losses to rounding."""
+    flags = ["--implementation", "nanogpt", "--data", text, *SIZES, *LOGGED, "--eval_interval", "3"]
+    flags += ["--lr_decay_steps", str(STEPS)]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train.main([*flags, "--batch_size", "12", "--max_steps", str(STEPS), "--out_dir", str(whole)])
+    train.main([*flags, "--batch_size", "12", "--max_steps", "5", "--out_dir", str(parts)])
+    two = ["--strategy", "ddp", "--devices", "2", "--batch_size", str(6 // accumulate)]
+    two += ["--accumulate_grad_batches", str(accumulate), "--max_steps", str(STEPS), *LOGGED]
+    command = [sys.executable, str(REPO / "train.py"), "--resume", str(parts), *two]
+    subprocess.run(command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=300)
+    ours, theirs = losses(whole), losses(parts)
+    assert sorted(ours) == sorted(theirs) == list(range(1, STEPS + 1))
+    for step in ours:
+        assert [float(x) for x in ours[step]] == pytest.approx([float(x) for x in theirs[step]], rel=2e-5), step
+    assert checkpoint(whole)["TokenData"] == checkpoint(parts)["TokenData"]
+    torch.testing.assert_close(checkpoint(whole)["state_dict"], checkpoint(parts)["state_dict"], rtol=1e-4, atol=1e-5)
