@@ -92,6 +92,8 @@ class RunMetrics(Callback):
         self._flops_per_step = 0.0
         self._peak: float | None = None
         self._since = (0, 0.0)  # step, time
+        self._first_step = 0
+        self._training_seconds = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Looks up what does not change."""
@@ -100,6 +102,7 @@ class RunMetrics(Callback):
         peak = peak_flops(pl_module.device, precision=str(trainer.precision))
         self._peak = peak * trainer.world_size if peak else None
         self._since = (trainer.global_step, time.perf_counter())
+        self._first_step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -110,6 +113,7 @@ class RunMetrics(Callback):
             return
         assert isinstance(pl_module, GPTModule)
         now = time.perf_counter()
+        self._training_seconds += now - self._since[1]
         seconds = (now - self._since[1]) / (step - self._since[0])
         self._since = (step, now)
         metrics = {
@@ -117,7 +121,7 @@ class RunMetrics(Callback):
             "tokens_per_second": self.tokens_per_step / seconds,
             "step_time_ms": seconds * 1e3,
             "learning_rate": float(trainer.optimizers[0].param_groups[0]["lr"]),
-            "peak_memory_mb": _peak_memory(pl_module.device) / 2**20,
+            "peak_memory_mib": _peak_memory(pl_module.device) / 2**20,
         }
         if self._peak:
             metrics["mfu"] = self._flops_per_step / seconds / self._peak
@@ -125,13 +129,29 @@ class RunMetrics(Callback):
             metrics["grad_norm"] = float(pl_module.grad_norm)
         pl_module.log_dict(metrics)
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stops the clock: a validation's time is not training time."""
+        self._training_seconds += time.perf_counter() - self._since[1]
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prints the speed of the whole run."""
+        steps = trainer.global_step - self._first_step
+        if not trainer.is_global_zero or not steps:
+            return
+        seconds = self._training_seconds / steps
+        mfu = f"{self._flops_per_step / seconds / self._peak:.1%}" if self._peak else "n/a"
+        print(
+            f"speed     {self.tokens_per_step / seconds:,.0f} tokens/s, {seconds * 1e3:.1f} ms/step, MFU {mfu},"
+            f" peak memory {_peak_memory(pl_module.device) / 2**20:,.0f} MiB"
+        )
+
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the validation loss at its step in the log."""
         if not trainer.sanity_checking:
             pl_module.log("step", float(trainer.global_step), sync_dist=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prints the validation loss; its time does not count as training time."""
+        """Prints the validation loss, and starts the clock again."""
         if trainer.sanity_checking:
             return
         bar = trainer.progress_bar_callback

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import functools
+import itertools
 import math
 import os
 import sys
@@ -138,7 +139,7 @@ def _complete(argv: Sequence[str], options: Sequence[Option]) -> list[str]:
     """Gives the flags that may stand alone their value."""
     alone = STANDING_ALONE | {o.name: "true" for o in options if o.type is bool}
     done = []
-    for token, after in zip(argv, [*argv[1:], "--"], strict=True):
+    for token, after in zip(argv, [*argv, "--"][1:], strict=True):
         name = token.removeprefix("--")
         done.append(f"{token}={alone[name]}" if token != name and name in alone and after.startswith("--") else token)
     return done
@@ -157,12 +158,29 @@ def _first_pass(argv: Sequence[str]) -> tuple[dict[str, Any], Any]:
         raise UserError(str(error)) from error
     merged: dict[str, Any] = {}
     for path in known.config:
-        merged |= _load_yaml(path)
+        loaded = _load_yaml(path)
+        if _one_budget([b for b in BUDGETS if loaded.get(b) is not None]):
+            merged = {k: v for k, v in merged.items() if k not in BUDGETS}
+        merged |= loaded
     return merged, known
 
 
-def _given_budgets(argv: Sequence[str]) -> list[str]:
-    return [b for b in BUDGETS if any(token.partition("=")[0] == f"--{b}" for token in argv)]
+def _configs_first(argv: Sequence[str]) -> list[str]:
+    """Moves ``--config FILE`` to the front: jsonargparse lets the later of two win, and a flag shall always."""
+    configs, others, tokens = [], [], iter(argv)
+    for token in tokens:
+        if token == "--config":
+            configs += [token, *itertools.islice(tokens, 1)]
+        else:
+            (configs if token.startswith("--config=") else others).append(token)
+    return configs + others
+
+
+def _one_budget(given: list[str]) -> list[str]:
+    """The budget given in one place, if any; it replaces those of the places before."""
+    if len(given) > 1:
+        raise UserError(f"{' and '.join('--' + b for b in given)} are two budgets; give one of them")
+    return given
 
 
 def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
@@ -186,9 +204,8 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
         if saved_path.exists():
             saved = _load_yaml(str(saved_path))
             saved |= {"resume": str(checkpoint), "out_dir": str(saved_path.parent)}
-    budgets = _given_budgets(argv) or [b for b in BUDGETS if from_files.get(b) is not None]
-    if len(budgets) > 1:
-        raise UserError(f"{' and '.join('--' + b for b in budgets)} are two budgets; give one of them")
+    budgets = _one_budget([b for b in BUDGETS if any(token.partition("=")[0] == f"--{b}" for token in argv)])
+    budgets = budgets or [b for b in BUDGETS if from_files.get(b) is not None]
     for name in set(BUDGETS) - set(budgets) if budgets else ():
         saved.pop(name, None)
 
@@ -206,7 +223,7 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
         if f"--{key}" not in flags:
             raise UserError(f"--config {', '.join(known.config)}: unknown option {key}{_nearest('--' + key, flags)}")
     parser.set_defaults({k: v for k, v in saved.items() if f"--{k}" in flags})
-    values = parser.parse_args(argv)
+    values = parser.parse_args(_configs_first(argv))
     _check_numbers(values)
     if resume:
         values.resume = str(checkpoint)
@@ -245,7 +262,7 @@ def parse_options(cls: type, argv: Sequence[str] | None = None, *, description: 
     _first_pass(argv)
     parser = _parser(description)
     _add(parser, options_of(cls), "options")
-    values = parser.parse_args(argv)
+    values = parser.parse_args(_configs_first(argv))
     _check_numbers(values)
     return _fill(cls, values)
 

@@ -7,6 +7,7 @@ in ``--help``. Nothing here needs more than the standard library, so ``--help`` 
 import ast
 import dataclasses
 import inspect
+import typing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -214,12 +215,13 @@ def options_of(cls: type, source: str | None = None) -> list[Option]:
         is_doc = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and is_doc:
             docs[statement.target.id] = " ".join(str(after.value.value).split())
+    types = typing.get_type_hints(cls)  # under `from __future__ import annotations` a field's own type is a text
     found = []
     for f in dataclasses.fields(cls):
         default = None if f.default is dataclasses.MISSING else f.default
         if f.default_factory is not dataclasses.MISSING:
             default = f.default_factory()
-        found.append(Option(f.name, f.type, default, docs.get(f.name, "")))
+        found.append(Option(f.name, types[f.name], default, docs.get(f.name, "")))
     return found
 
 

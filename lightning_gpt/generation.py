@@ -65,8 +65,11 @@ def samples(options: SampleOptions) -> Iterator[str]:
     tokenizer = checkpoint.tokenizer
     if tokenizer is None:
         raise UserError(f"{path} does not know its tokenizer")
+    module = checkpoint.module()
+    if not hasattr(module.model, "generate"):
+        raise UserError(f"{path} cannot be sampled: its --implementation {checkpoint.implementation} has no generate")
     where = device_arguments(TrainerOptions(accelerator=options.accelerator))
-    module = checkpoint.module().to("cuda" if where["accelerator"] == "gpu" else "cpu")
+    module = module.to("cuda" if where["accelerator"] == "gpu" else "cpu")
     for number in range(options.num_samples):
         yield complete(
             module,

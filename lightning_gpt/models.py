@@ -143,10 +143,14 @@ class MinGPT(GPTModule):
         embd_pdrop: Dropout after the embeddings.
         resid_pdrop: Dropout on each residual branch.
         attn_pdrop: Dropout on the attention weights.
-        weight_decay: See GPTModule, as for ``learning_rate``, ``betas`` and the rest.
+        weight_decay: See GPTModule for this and the further arguments.
         learning_rate: Peak learning rate.
         betas: AdamW's betas.
-        **settings: ``attention``, and further arguments of GPTModule.
+        attention: "sdpa" or "manual".
+        warmup_steps: Optimizer steps of linear warm-up.
+        decay_steps: Optimizer step at which the cosine ends.
+        final_lr_ratio: The learning rate at the end over the peak.
+        compile: Whether, or with which backend, blocks are compiled in place.
     """
 
     def __init__(
@@ -164,7 +168,10 @@ class MinGPT(GPTModule):
         learning_rate: float = 3e-4,
         betas: tuple[float, float] = (0.9, 0.95),
         attention: str = "sdpa",
-        **settings: Any,
+        warmup_steps: int = 0,
+        decay_steps: int | None = None,
+        final_lr_ratio: float = 0.1,
+        compile: bool | str = False,
     ) -> None:
         config = get_implementation("mingpt").resolve(
             model_type=model_type,
@@ -184,7 +191,10 @@ class MinGPT(GPTModule):
             weight_decay=weight_decay,
             learning_rate=learning_rate,
             betas=betas,
-            **settings,
+            warmup_steps=warmup_steps,
+            decay_steps=decay_steps,
+            final_lr_ratio=final_lr_ratio,
+            compile=compile,
         )
 
 
@@ -200,10 +210,14 @@ class NanoGPT(GPTModule):
         n_embd: Width, in the preset's place.
         dropout: Dropout everywhere.
         bias: Whether Linear and LayerNorm have biases.
-        weight_decay: See GPTModule, as for ``learning_rate``, ``betas`` and the rest.
+        weight_decay: See GPTModule for this and the further arguments.
         learning_rate: Peak learning rate.
         betas: AdamW's betas.
-        **settings: ``attention``, and further arguments of GPTModule.
+        attention: "sdpa" or "manual".
+        warmup_steps: Optimizer steps of linear warm-up.
+        decay_steps: Optimizer step at which the cosine ends.
+        final_lr_ratio: The learning rate at the end over the peak.
+        compile: Whether, or with which backend, blocks are compiled in place.
     """
 
     def __init__(
@@ -220,7 +234,10 @@ class NanoGPT(GPTModule):
         learning_rate: float = 3e-4,
         betas: tuple[float, float] = (0.9, 0.95),
         attention: str = "sdpa",
-        **settings: Any,
+        warmup_steps: int = 0,
+        decay_steps: int | None = None,
+        final_lr_ratio: float = 0.1,
+        compile: bool | str = False,
     ) -> None:
         config = get_implementation("nanogpt").resolve(
             model_type=model_type,
@@ -239,5 +256,8 @@ class NanoGPT(GPTModule):
             weight_decay=weight_decay,
             learning_rate=learning_rate,
             betas=betas,
-            **settings,
+            warmup_steps=warmup_steps,
+            decay_steps=decay_steps,
+            final_lr_ratio=final_lr_ratio,
+            compile=compile,
         )

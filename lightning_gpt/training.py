@@ -3,6 +3,7 @@
 import logging
 import math
 import warnings
+from collections.abc import Sequence
 from datetime import datetime
 from difflib import get_close_matches
 from inspect import signature
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning import Trainer, seed_everything
+from lightning import Callback, Trainer, seed_everything
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -38,8 +39,12 @@ LOGGERS = {
 }
 
 
-def train(config: TrainConfig) -> Path:
+def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Path:
     """Runs a training run to the end of its budget.
+
+    Args:
+        config: The run.
+        callbacks: Called after the run's own.
 
     Returns:
         The run folder.
@@ -56,6 +61,7 @@ def train(config: TrainConfig) -> Path:
         )  # a prompt that cannot be encoded is told now, not after the training
     run_dir = Path(config.run.out_dir) if config.run.out_dir else _fresh_folder()
     trainer = _trainer(config, run_dir, files)
+    trainer.callbacks.extend(callbacks)
     samples_per_step = config.data.batch_size * config.optim.accumulate_grad_batches * trainer.world_size
     data = TokenData(
         files,

@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "callbacks": {"implementations", "models", "generation", "strategies", "tokenizers"},
     "cli": _FIRST,
     "training": _FIRST | {"callbacks", "generation", "evaluation"},
+    "benchmarks": _FIRST | {"cli", "training"},
 }
 
 

@@ -1,0 +1,193 @@
+"""The Lightning layer and whole runs, through the doors a user has."""
+
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Trainer
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import evaluate
+import sample
+import train
+from lightning_gpt import MinGPT, NanoGPT
+from lightning_gpt.optim import warmup_cosine
+
+REPO = Path(__file__).parent.parent
+SIZES = ["--n_layer", "1", "--n_head", "2", "--n_embd", "16", "--block_size", "8", "--batch_size", "4"]
+QUIET = ["--sample_tokens", "0", "--accelerator", "cpu", "--logger", "csv", "--log_every_n_steps", "1"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTNING_GPT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    path = tmp_path / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    return str(path)
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    return [row for file in sorted(run.glob("logs/*/metrics.csv")) for row in csv.DictReader(file.open())]
+
+
+def column(run: Path, name: str) -> dict[int, float]:
+    return {int(float(row["step"])): float(row[name]) for row in rows(run) if row.get(name)}
+
+
+@pytest.mark.parametrize("cls", [MinGPT, NanoGPT])
+def test_trains_under_a_plain_trainer_and_loads_again(cls: type, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    idx = torch.arange(9).repeat(64, 1)  # counting up, learnt in a few steps
+    loader = DataLoader(TensorDataset(idx[:, :-1], idx[:, 1:]), batch_size=8)
+    module = cls(vocab_size=10, block_size=8, model_type="gpt-nano", n_layer=1, learning_rate=1e-2)
+    assert (module.model.config.n_layer, module.model.config.n_embd) == (1, 48)  # the preset with one size replaced
+    trainer = Trainer(
+        max_epochs=8, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
+    trainer.fit(module, loader, loader)
+    assert trainer.callback_metrics["val_loss"] < 0.5
+    trainer.save_checkpoint(tmp_path / "plain.ckpt")
+    again = cls.load_from_checkpoint(tmp_path / "plain.ckpt", weights_only=True)
+    module.eval(), again.eval()
+    torch.testing.assert_close(again(idx[:2, :8])[0], module(idx[:2, :8])[0])
+    assert module.generate(idx[:1, :3], 4, do_sample=False).tolist() == [[0, 1, 2, 3, 4, 5, 6]]
+
+
+@pytest.mark.parametrize("cls", [MinGPT, NanoGPT])
+def test_decay_groups_are_the_originals(cls: type) -> None:
+    module = cls(vocab_size=10, block_size=8, model_type="gpt-nano")
+    decayed, rest = module.configure_optimizers()["optimizer"].param_groups
+    assert (decayed["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
+    named = dict(module.model.named_parameters())
+    if cls is NanoGPT:
+        expected = {name for name, p in named.items() if p.dim() >= 2}
+    else:
+        linear = {name for name, m in module.model.named_modules() if isinstance(m, nn.Linear)}
+        expected = {name for name in named if name.rpartition(".")[0] in linear and name.endswith("weight")}
+        assert "lm_head.weight" in expected and "transformer.wte.weight" not in expected
+    assert {id(p) for p in decayed["params"]} == {id(named[name]) for name in expected}
+    assert {id(p) for p in rest["params"]} == {id(named[name]) for name in named.keys() - expected}
+
+
+def test_schedule_is_the_closed_form() -> None:
+    factor = [warmup_cosine(s, warmup_steps=10, decay_steps=110, final=0.1) for s in range(120)]
+    assert factor[0] == pytest.approx(1 / 11)
+    assert factor[10] == pytest.approx(1.0)
+    assert factor[60] == pytest.approx(0.55)
+    assert factor[110:] == [0.1] * 10
+    assert all(b > a for a, b in zip(factor[:10], factor[1:11], strict=True))
+    assert all(b < a for a, b in zip(factor[10:110], factor[11:111], strict=True))
+
+
+def test_a_run_logs_learns_saves_and_is_scored_and_sampled(
+    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    flags = ["--data", text, *SIZES, "--accelerator", "cpu", "--logger", "csv", "--log_every_n_steps", "5"]
+    flags += ["--learning_rate", "0.01", "--max_steps", "62", "--eval_interval", "30", "--eval_batches", "0"]
+    train.main([*flags, "--out_dir", str(run), "--prompt", "the", "--sample_tokens", "20"])
+    out = capsys.readouterr().out
+    assert "model     mingpt 1/2/16, block 8" in out and "--- sample ---\nthe" in out
+    assert "MFU n/a" in out or torch.cuda.is_available()
+    assert f"python sample.py --checkpoint {run}" in out
+    learnt = column(run, "train_loss")
+    assert list(learnt) == list(range(5, 61, 5)) and learnt[60] < learnt[5] - 0.5
+    for name in ("tokens_per_second", "step_time_ms", "learning_rate", "grad_norm", "peak_memory_mib"):
+        assert all(value > 0 for value in column(run, name).values()) and len(column(run, name)) == 12
+    validated = column(run, "val_loss")
+    assert list(validated) == [30, 60, 62]  # the last step is validated, and saved, too
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 62 and saved["TokenData"]["consumed_samples"] == 62 * 4
+
+    evaluate.main(["--checkpoint", str(run), "--which", "last", "--json", str(tmp_path / "score.json")])
+    score = json.loads((tmp_path / "score.json").read_text())
+    assert score["loss"] == pytest.approx(validated[62], rel=1e-5)
+    assert score["perplexity"] == pytest.approx(math.exp(score["loss"]))
+    assert score["tokens"] == 269  # 2,700 characters, a tenth of them for the validation, the first unscored
+    assert score["bits_per_byte"] == pytest.approx(score["loss"] / math.log(2) * 269 / 270)
+
+    capsys.readouterr()
+    sample.main(["--checkpoint", str(run), "--prompt", "the", "--max_new_tokens", "9", "--num_samples", "2"])
+    first, second = capsys.readouterr().out.splitlines()[:2]
+    assert first.startswith("the") and len(first) == 12 and first != second
+
+
+def test_validation_loss_equals_a_plain_sum_over_the_split(tmp_path: Path, text: str) -> None:
+    """Against the formula, one sequence at a time, whatever the batch size pads."""
+    from lightning_gpt.checkpoint import load_checkpoint
+    from lightning_gpt.data.preparation import prepare
+
+    train.main(["--data", text, *SIZES, *QUIET, "--max_steps", "2", "--out_dir", str(tmp_path / "r"), "--seed", "3"])
+    model = load_checkpoint(tmp_path / "r" / "checkpoints" / "last.ckpt").module().model.eval()
+    tokens = torch.from_numpy(prepare(text, tokenizer="char", block_size=8).tokens("val").astype("int64"))
+    total = 0.0
+    with torch.no_grad():
+        for start in range(0, len(tokens) - 1, 8):
+            idx, targets = tokens[start : start + 8], tokens[start + 1 : start + 9]
+            logits = model(idx[: len(targets)][None])[0][0].double()
+            total -= logits.log_softmax(-1).gather(1, targets[:, None]).sum().item()
+    assert column(tmp_path / "r", "val_loss")[2] == pytest.approx(total / (len(tokens) - 1), rel=1e-5)
+
+
+@pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
+def test_two_ranks_equal_one(tmp_path: Path, text: str, launcher: str) -> None:
+    """The same global batches: the same losses and the same validation, padding and all."""
+    flags = ["--implementation", "nanogpt", "--data", text, *SIZES, *QUIET, "--max_steps", "6", "--eval_interval", "3"]
+    flags += ["--eval_batches", "5"]
+    train.main([*flags, "--batch_size", "6", "--out_dir", str(tmp_path / "one"), "--eval_batches", "5"])
+    if launcher == "lightning":
+        start = [sys.executable, str(REPO / "train.py"), "--strategy", "ddp", "--devices", "2"]
+    else:
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        start += [str(REPO / "train.py")]
+    two = [*flags, "--batch_size", "3", "--eval_batches", "10", "--out_dir", str(tmp_path / "two")]
+    subprocess.run([*start, *two], env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=tmp_path, check=True, timeout=300)
+    for name in ("train_loss", "val_loss", "grad_norm"):
+        one, both = column(tmp_path / "one", name), column(tmp_path / "two", name)
+        assert one.keys() == both.keys() and len(one) >= 2
+        assert list(both.values()) == pytest.approx(list(one.values()), rel=1e-5), name
+    assert not (tmp_path / "runs").exists()
+
+
+def test_accumulation_equals_a_larger_batch(tmp_path: Path, text: str) -> None:
+    flags = ["--implementation", "nanogpt", "--data", text, *SIZES, *QUIET, "--max_steps", "5"]
+    train.main([*flags, "--batch_size", "6", "--out_dir", str(tmp_path / "a")])
+    train.main([*flags, "--batch_size", "2", "--grad_accum", "3", "--out_dir", str(tmp_path / "b")])
+    a, b = column(tmp_path / "a", "train_loss"), column(tmp_path / "b", "train_loss")
+    assert a.keys() == b.keys() and list(a.values()) == pytest.approx(list(b.values()), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("budget", "steps"), [(["--max_tokens", "100"], 4), (["--max_epochs", "0.1"], 8), (["--max_steps", "3"], 3)]
+)
+def test_budgets(tmp_path: Path, text: str, budget: list[str], steps: int) -> None:
+    """32 tokens a step; a pass has 2430 // 8 - 1 = 302 windows, a tenth of it 30.2 of 4 a step."""
+    train.main(["--data", text, *SIZES, *QUIET, *budget, "--out_dir", str(tmp_path / "r")])
+    assert torch.load(tmp_path / "r/checkpoints/last.ckpt", weights_only=True)["global_step"] == steps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["mingpt", "nanogpt"])
+def test_compiled_blocks_train_the_same(tmp_path: Path, text: str, implementation: str) -> None:
+    flags = ["--implementation", implementation, "--data", text, *SIZES, *QUIET, "--max_steps", "4"]
+    flags += ["--embd_pdrop=0", "--resid_pdrop=0", "--attn_pdrop=0"] if implementation == "mingpt" else []
+    train.main([*flags, "--out_dir", str(tmp_path / "eager")])
+    train.main([*flags, "--out_dir", str(tmp_path / "compiled"), "--compile"])
+    eager, compiled = column(tmp_path / "eager", "train_loss"), column(tmp_path / "compiled", "train_loss")
+    assert list(compiled.values()) == pytest.approx(list(eager.values()), rel=1e-4)
+    keys = [
+        torch.load(tmp_path / r / "checkpoints/last.ckpt", weights_only=True)["state_dict"].keys()
+        for r in ("eager", "compiled")
+    ]
+    assert keys[0] == keys[1]
