@@ -91,11 +91,9 @@ class Tax:
     def table(self) -> str:
         """The same for people."""
         rows = [f"{'path':10}{'median ms/step':>16}{'min':>10}{'max':>10}"]
-        for name, timing in self.paths.items():
-            ms = timing.ms_per_step
-            rows.append(f"{name:10}{statistics.median(ms):16.3f}{min(ms):10.3f}{max(ms):10.3f}")
-        ratios = self.ratios
-        rows.append(f"{'ratio':10}{statistics.median(ratios):16.3f}{min(ratios):10.3f}{max(ratios):10.3f}")
+        measured = {name: timing.ms_per_step for name, timing in self.paths.items()} | {"ratio": self.ratios}
+        for name, values in measured.items():
+            rows.append(f"{name:10}{statistics.median(values):16.3f}{min(values):10.3f}{max(values):10.3f}")
         m = self.machine
         rows.append(
             f"{self.rounds} rounds in turns, {self.steps} timed steps each; {m['hardware']}, {m['cores']} cores,"
@@ -123,26 +121,26 @@ def measure_tax(*, rounds: int = 7, steps: int = 100, threads: int | None = None
     for name, value in (("rounds", rounds), ("steps", steps), ("threads", threads)):
         if value is not None and value < 1:
             raise UserError(f"--{name} {value} leaves nothing to measure; give a positive number")
-    if json and not Path(json).resolve().parent.is_dir():
-        raise UserError(f"--json {json}: its folder does not exist")
+    if json and (Path(json).is_dir() or not os.access(Path(json).resolve().parent, os.W_OK)):
+        raise UserError(f"--json {json} cannot be written: name a file in a folder that can")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    threads = threads or torch.get_num_threads()
-    tax = Tax(rounds, steps, {LOOP: Timing(), OURS: Timing()}, _machine(device, threads))
-    with tempfile.TemporaryDirectory(prefix="lightning-gpt-bench-") as temporary:
-        data = Path(temporary, "tokens")
-        _write_tokens(data)
-        for number in range(rounds):
-            config = _config(data, Path(temporary, f"run-{number}"), device, WARMUP_STEPS + steps)
-            pair = [(LOOP, _hand_written), (OURS, _through_trainer)]
-            for name, run in pair if number % 2 == 0 else reversed(pair):
-                torch.set_num_threads(threads)
-                gc.collect()
-                _record(tax.paths[name], run, config, device, steps)
+    before = torch.get_num_threads()
+    tax = Tax(rounds, steps, {LOOP: Timing(), OURS: Timing()}, _machine(device, threads or before))
+    pair = [(LOOP, _hand_written), (OURS, _through_trainer)]
+    try:
+        with tempfile.TemporaryDirectory(prefix="lightning-gpt-bench-") as temporary:
+            data = Path(temporary, "tokens")
+            _write_tokens(data)
+            for number in range(rounds):
+                config = _config(data, Path(temporary, f"run-{number}"), device, WARMUP_STEPS + steps)
+                for name, run in pair if number % 2 == 0 else reversed(pair):
+                    torch.set_num_threads(threads or before)
+                    gc.collect()
+                    _record(tax.paths[name], run, config, device, steps)
+    finally:
+        torch.set_num_threads(before)
     if json:
-        try:
-            Path(json).write_text(dumps(tax.to_dict(), indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--json {json} cannot be written: {error.strerror}") from error
+        Path(json).write_text(dumps(tax.to_dict(), indent=2) + "\n", encoding="utf-8")
     return tax
 
 
@@ -151,11 +149,10 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def _machine(device: torch.device, threads: int) -> dict[str, Any]:
-    names = [platform.processor() or platform.machine()]
+    cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")] or names
-    cpu = names[0]
+        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
     return {
         "hardware": f"{torch.cuda.get_device_name(device)} and {cpu}" if device.type == "cuda" else cpu,
         "device": device.type,
@@ -260,13 +257,10 @@ def _hand_written(config: TrainConfig, clock: _Clock) -> None:
     torch.manual_seed(config.run.seed)
     row = get_implementation(config.model.implementation)
     fields = config.model_fields | {"vocab_size": VOCAB_SIZE, "block_size": config.model.block_size}
-    model = row.build(row.resolve(**fields)).to(device)
-    parameters = list(model.parameters())
+    model = row.build(fields).to(device)
+    matrices, vectors = ([p for p in model.parameters() if (p.dim() >= 2) is wanted] for wanted in (True, False))
     optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": optim.weight_decay},
-            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-        ],
+        [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
         lr=optim.learning_rate,
         betas=(optim.beta1, optim.beta2),
         **({"fused": True} if device.type == "cuda" else {}),
