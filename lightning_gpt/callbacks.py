@@ -1,7 +1,9 @@
 """What a run shows and logs: progress bar, speed, memory, MFU, validation lines, and a sample at the end."""
 
+import logging
 import resource
 import time
+import warnings
 from typing import Any
 
 import torch
@@ -13,6 +15,14 @@ from lightning_gpt.generation import complete
 from lightning_gpt.models import GPTModule
 from lightning_gpt.strategies import peak_flops
 from lightning_gpt.tokenizers import Tokenizer
+
+
+def quiet_lightning() -> None:
+    """Silences what the header says better, and advice that does not fit a run over memory-mapped tokens."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in (".*does not have many workers.*", ".*`IterableDataset` has `__len__` defined.*", ".*`isinstance.*"):
+        warnings.filterwarnings("ignore", message=message)
+    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
 
 
 def flops_per_token(module: GPTModule) -> float:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lightning import Trainer
 
+from lightning_gpt.callbacks import quiet_lightning
 from lightning_gpt.checkpoint import find_checkpoint, load_checkpoint
 from lightning_gpt.config import EvaluateOptions, TrainerOptions, UserError
 from lightning_gpt.data.loading import TokenData
@@ -43,6 +44,7 @@ def evaluate(options: EvaluateOptions) -> Score:
     """
     if options.json and not Path(options.json).parent.is_dir():
         raise UserError(f"--json {options.json} cannot be written: its folder does not exist; make it first")
+    quiet_lightning()
     path = find_checkpoint(options.checkpoint or "latest", which=options.which)
     checkpoint = load_checkpoint(path)
     module = checkpoint.module()
@@ -58,7 +60,9 @@ def evaluate(options: EvaluateOptions) -> Score:
         files, name=data, block_size=block_size, batch_size=options.batch_size, eval_batches=options.eval_batches
     )
     where = device_arguments(TrainerOptions(accelerator=options.accelerator, devices=1))
-    trainer = Trainer(**where, logger=False, enable_model_summary=False, enable_checkpointing=False)
+    trainer = Trainer(
+        **where, logger=False, enable_model_summary=False, enable_checkpointing=False, enable_progress_bar=False
+    )
     loss = trainer.validate(module, source, verbose=False)[0]["val_loss"]
     tokens = files.val_tokens - 1
     if options.eval_batches:

@@ -1,8 +1,6 @@
 """A training run, put together: tokens, trainer, module, and what is said about them."""
 
-import logging
 import math
-import warnings
 from collections.abc import Sequence
 from datetime import datetime
 from difflib import get_close_matches
@@ -17,7 +15,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
-from lightning_gpt.callbacks import DropoutSeed, FinalSample, ProgressBar, RunMetrics, ValidateAtEnd
+from lightning_gpt.callbacks import DropoutSeed, FinalSample, ProgressBar, RunMetrics, ValidateAtEnd, quiet_lightning
 from lightning_gpt.checkpoint import RUNS, ExactResume, load_checkpoint
 from lightning_gpt.config import BUDGETS, SIZES, OptimOptions, TrainConfig, UserError
 from lightning_gpt.data.loading import TokenData
@@ -52,7 +50,7 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Path:
     Raises:
         UserError: Something about the run is wrong; found before the first step.
     """
-    _quiet()
+    quiet_lightning()
     options = config.trainer
     files = prepare(config.data.data, tokenizer=config.data.tokenizer, block_size=config.model.block_size)
     if config.run.sample_tokens and files.tokenizer:
@@ -88,14 +86,6 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Path:
     if trainer.is_global_zero:
         print(f"checkpoints: {run_dir}/checkpoints\nnext: python sample.py --checkpoint {run_dir}")
     return run_dir
-
-
-def _quiet() -> None:
-    """Silences what the header says better, and advice that does not fit a run over memory-mapped tokens."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in (".*does not have many workers.*", ".*`IterableDataset` has `__len__` defined.*", ".*`isinstance.*"):
-        warnings.filterwarnings("ignore", message=message)
-    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
 
 
 def _fresh_folder() -> Path:
@@ -170,11 +160,11 @@ def _trainer(config: TrainConfig, run_dir: Path, files: TokenFiles) -> Trainer:
     callbacks = [
         ExactResume(),
         DropoutSeed(run.seed),
-        metrics,
         ValidateAtEnd(),
         ModelCheckpoint(filename="best", monitor="val_loss", **checkpoints),
         ModelCheckpoint(filename="last", **checkpoints),
         ProgressBar(refresh_rate=10 * config.optim.accumulate_grad_batches),
+        metrics,  # after the bar, which must be closed before the closing line is printed
     ]
     if run.sample_tokens and files.tokenizer:
         sample = FinalSample(files.tokenizer, prompt=run.prompt, max_new_tokens=run.sample_tokens, seed=run.seed)

@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"implementations", "compilation", "optim"},
     "checkpoint": {"implementations", "models", "tokenizers", "data"},
     "generation": {"implementations", "checkpoint", "models", "data", "strategies", "tokenizers"},
-    "evaluation": {"implementations", "checkpoint", "models", "data", "strategies", "tokenizers"},
+    "evaluation": {"implementations", "callbacks", "checkpoint", "models", "data", "strategies", "tokenizers"},
     "callbacks": {"implementations", "models", "generation", "strategies", "tokenizers"},
     "cli": _FIRST,
     "training": _FIRST | {"callbacks", "generation", "evaluation"},
