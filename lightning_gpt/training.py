@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 
 from lightning_gpt.callbacks import DropoutSeed, FinalSample, ProgressBar, RunMetrics, ValidateAtEnd, quiet_lightning
 from lightning_gpt.checkpoint import RUNS, ExactResume, load_checkpoint
-from lightning_gpt.config import BUDGETS, SIZES, OptimOptions, TrainConfig, UserError
+from lightning_gpt.config import SIZES, OptimOptions, TrainConfig, UserError
 from lightning_gpt.data.loading import TokenData
 from lightning_gpt.data.preparation import prepare
 from lightning_gpt.data.token_files import TokenFiles
@@ -54,9 +54,8 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Path:
     options = config.trainer
     files = prepare(config.data.data, tokenizer=config.data.tokenizer, block_size=config.model.block_size)
     if config.run.sample_tokens and files.tokenizer:
-        encode_prompt(
-            files.tokenizer, config.run.prompt
-        )  # a prompt that cannot be encoded is told now, not after the training
+        # A prompt that cannot be encoded is told now, not after the training.
+        encode_prompt(files.tokenizer, config.run.prompt)
     run_dir = Path(config.run.out_dir) if config.run.out_dir else _fresh_folder()
     trainer = _trainer(config, run_dir, files)
     trainer.callbacks.extend(callbacks)
@@ -111,10 +110,6 @@ def _open_folder(run_dir: Path, config: TrainConfig) -> None:
 def _budget(config: TrainConfig, samples_per_step: int, data: TokenData) -> int:
     """The run's length in optimizer steps."""
     options = config.trainer
-    given = {name: getattr(options, name) for name in BUDGETS if getattr(options, name) is not None}
-    for name, value in given.items():
-        if value <= 0:
-            raise UserError(f"--{name} {value} leaves nothing to train; give a positive number")
     if options.max_tokens is not None:
         return math.ceil(options.max_tokens / (samples_per_step * config.model.block_size))
     if options.max_epochs is not None:

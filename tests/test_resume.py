@@ -18,11 +18,6 @@ SIZES = ["--n_layer", "2", "--n_head", "2", "--n_embd", "16", "--block_size", "8
 LOGGED = ["--logger", "csv", "--log_every_n_steps", "1", "--sample_tokens", "0", "--accelerator", "cpu"]
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LIGHTNING_GPT_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.fixture
 def text(tmp_path: Path) -> str:
     """900 training characters, so 111 windows of 8, and 100 for the validation."""

@@ -25,11 +25,6 @@ SIZES = ["--n_layer", "1", "--n_head", "2", "--n_embd", "16", "--block_size", "8
 QUIET = ["--sample_tokens", "0", "--accelerator", "cpu", "--logger", "csv", "--log_every_n_steps", "1"]
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LIGHTNING_GPT_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.fixture
 def text(tmp_path: Path) -> str:
     path = tmp_path / "text.txt"
