@@ -10,9 +10,13 @@ from lightning_gpt.cli import parse_evaluate, reporting_errors
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, scores, and prints a line per number."""
     options = parse_evaluate(argv)
-    from lightning_gpt.evaluation import evaluate  # after parsing, so that --help need not wait for torch
+    from lightning_gpt.evaluation import convert_only, evaluate  # after parsing: --help need not wait for torch
 
-    for name, value in asdict(evaluate(options)).items():
+    if options.convert_only:
+        print(f"converted     {convert_only(options)}")
+        return
+    score = evaluate(options)
+    for name, value in asdict(score).items() if score else ():
         print(f"{name:14}{value:.4f}" if isinstance(value, float) else f"{name:14}{value}")
 
 

@@ -19,10 +19,18 @@ from lightning_gpt.tokenizers import Tokenizer
 
 def quiet_lightning() -> None:
     """Silences what the header says better, and advice that does not fit a run over memory-mapped tokens."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in (".*does not have many workers.*", ".*`IterableDataset` has `__len__` defined.*", ".*`isinstance.*"):
+    for name in ("lightning.pytorch", "lightning.fabric", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*`IterableDataset` has `__len__` defined.*",
+        ".*`isinstance.*",
+        ".*exists and is not empty.*",
+        ".*DeepSpeed handles gradient clipping internally.*",
+        ".*each worker will save a shard of the checkpoint.*",
+        r".*`torch\.distributed\..*` is deprecated.*",  # calls inside of DeepSpeed
+    ):
         warnings.filterwarnings("ignore", message=message)
-    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
 
 
 def flops_per_token(module: GPTModule) -> float:
@@ -135,8 +143,9 @@ class RunMetrics(Callback):
         }
         if self._peak:
             metrics["mfu"] = self._flops_per_step / seconds / self._peak
-        if pl_module.grad_norm is not None:
-            metrics["grad_norm"] = float(pl_module.grad_norm)
+        norm = pl_module.gradient_norm()
+        if norm is not None:
+            metrics["grad_norm"] = float(norm)
         pl_module.log_dict(metrics)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -191,8 +200,8 @@ class FinalSample(Callback):
         self.seed = seed
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Samples on rank 0 while the model is still on its device."""
-        if not trainer.is_global_zero or not hasattr(getattr(pl_module, "model", None), "generate"):
+        """Samples while the model is still on its devices; on all ranks, since each may hold a share of the weights."""
+        if not hasattr(getattr(pl_module, "model", None), "generate"):
             return
         assert isinstance(pl_module, GPTModule)
         text = complete(
@@ -202,4 +211,5 @@ class FinalSample(Callback):
             max_new_tokens=self.max_new_tokens,
             seed=self.seed,
         )
-        print(f"--- sample ---\n{text}\n--------------")
+        if trainer.is_global_zero:
+            print(f"--- sample ---\n{text}\n--------------")

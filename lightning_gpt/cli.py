@@ -40,7 +40,7 @@ GROUPS: dict[str, type] = {
 }
 ALIASES = {"accumulate_grad_batches": "--grad_accum", "gradient_clip_val": "--grad_clip"}
 # What a flag means when it stands alone; flags of type bool mean true.
-STANDING_ALONE = {"compile": "true", "resume": "latest"}
+STANDING_ALONE = {"compile": "true", "resume": "latest", "convert_only": "true"}
 # What numbers make sense, by flag, whichever entry point has it.
 LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
     **dict.fromkeys(
@@ -192,7 +192,8 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
     Raises:
         UserError: The command line or a YAML file is wrong.
     """
-    argv = _complete(list(sys.argv[1:] if argv is None else argv), [])
+    options = [o for cls in GROUPS.values() for o in options_of(cls)]
+    argv = _complete(list(sys.argv[1:] if argv is None else argv), options)
     from_files, known = _first_pass(argv)
     saved: dict[str, Any] = {}
     resume = known.resume or from_files.get("resume")
@@ -258,10 +259,11 @@ def parse_options(cls: type, argv: Sequence[str] | None = None, *, description: 
     Raises:
         UserError: The command line or a YAML file is wrong.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    options = options_of(cls)
+    argv = _complete(list(sys.argv[1:] if argv is None else argv), options)
     _first_pass(argv)
     parser = _parser(description)
-    _add(parser, options_of(cls), "options")
+    _add(parser, options, "options")
     values = parser.parse_args(_configs_first(argv))
     _check_numbers(values)
     return _fill(cls, values)

@@ -1,9 +1,15 @@
-"""The one place that says what torch.compile is applied to, and how."""
+"""The one place that says what torch.compile and recomputation are applied to, and how.
 
+The order of everything that is applied to a model from outside: recomputation, compilation, sharding.
+"""
+
+import functools
+import os
 import shutil
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_gpt.config import UserError
 
@@ -17,20 +23,38 @@ def compile_model(model: nn.Module, *, block_class: type[nn.Module] | None, sett
     Args:
         model: The plain model.
         block_class: The unit to compile.
-        setting: False or "false" for not at all; True, "dynamo" or "inductor" for the default backend; otherwise the
-            name of a backend that torch knows.
+        setting: False or "false" for not at all; True, "dynamo" or "inductor" for the default backend; one of its
+            modes, such as "max-autotune"; otherwise the name of a backend that torch knows.
 
     Raises:
         UserError: The backend is unknown, or there is no C++ compiler for the default one on a CPU.
     """
-    if str(setting).lower() in ("false", "none", "no", "off"):
+    name = str(setting).lower()
+    if name in ("false", "none", "no", "off"):
         return
-    backend = "inductor" if str(setting).lower() in ("true", "yes", "on", "dynamo") else str(setting)
+    mode = name if name in torch._inductor.list_mode_options() else None
+    backend = "inductor" if mode or name in ("true", "yes", "on", "dynamo") else str(setting)
     backends = torch.compiler.list_backends(exclude_tags=())
     if backend not in backends:
-        raise UserError(f"--compile {setting} is unknown; choose dynamo, or one of torch's: {', '.join(backends)}")
-    if backend == "inductor" and not torch.cuda.is_available() and not shutil.which("c++"):
-        raise UserError("--compile needs a C++ compiler for the CPU, and there is no c++ here; install g++ or leave it")
-    units = [m for m in model.modules() if block_class is not None and isinstance(m, block_class)] or [model]
-    for unit in units:
-        unit.compile(backend=backend)
+        choices = ", ".join([*torch._inductor.list_mode_options(), *backends])
+        raise UserError(f"--compile {setting} is unknown; choose dynamo, or a mode or backend of torch's: {choices}")
+    compiler = os.environ.get("CXX", "c++")
+    if backend == "inductor" and not torch.cuda.is_available() and not shutil.which(compiler):
+        raise UserError(
+            f"--compile needs a C++ compiler for the CPU, and there is no {compiler} here; install g++ or leave it"
+        )
+    for unit in _units(model, block_class):
+        unit.compile(backend=backend, mode=mode)
+
+
+def recompute_blocks(model: nn.Module, *, block_class: type[nn.Module] | None) -> None:
+    """Makes every block keep its input alone, and compute the rest again in the backward pass, in place.
+
+    Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost". Dropout draws the same again.
+    """
+    for unit in _units(model, block_class):
+        unit.forward = functools.partial(checkpoint, unit.forward, use_reentrant=False)
+
+
+def _units(model: nn.Module, block_class: type[nn.Module] | None) -> list[nn.Module]:
+    return [m for m in model.modules() if block_class is not None and isinstance(m, block_class)] or [model]

@@ -73,7 +73,9 @@ class TrainerOptions:
     """Where and for how long to train. Other options of lightning.Trainer are reachable as --trainer.NAME VALUE."""
 
     strategy: str = "auto"
-    """auto or ddp"""
+    """auto, ddp, fsdp, or deepspeed_stage_1, _2 or _3, _2_offload or _3_offload (deepspeed is stage 2)"""
+    deepspeed_config: str | None = None
+    """a DeepSpeed JSON file, in place of a stage"""
     accelerator: str = "auto"
     """auto, cpu, gpu, or another that Lightning knows"""
     devices: int | str = "auto"
@@ -85,7 +87,10 @@ class TrainerOptions:
     precision: int | str = 32
     """16, bf16, 32, or one of Lightning's own names such as bf16-true"""
     compile: bool | str = False
-    """torch.compile each block, in place; alone, or with a backend (dynamo is the default one, inductor)"""
+    """torch.compile each block, in place; alone, or with a backend (dynamo means the default one) or a mode such as
+    max-autotune"""
+    recompute: bool = False
+    """keep only each block's input, and compute its activations again in the backward pass: less memory, more time"""
     max_steps: int | None = None
     """budget in optimizer steps (default: 1000, where no other budget is given)"""
     max_tokens: int | None = None
@@ -109,7 +114,10 @@ class RunOptions:
     out_dir: str | None = None
     """the run folder (default: a fresh one under runs/)"""
     resume: str | None = None
-    """go on with a run: its folder or a checkpoint file; alone, the latest run. Its saved settings are the defaults"""
+    """go on with a run: its folder or any checkpoint, under any strategy and number of devices; alone, the latest run.
+    Its saved settings are the defaults"""
+    trust_checkpoint: bool = False
+    """let a checkpoint that another made run the code that it may hold"""
     seed: int = 1337
     """seed of the weights, the order of the samples, and dropout"""
     logger: str = "tensorboard"
@@ -122,22 +130,38 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Which checkpoint is scored, on what."""
+    """Which checkpoint is scored, on what, and where."""
 
     checkpoint: str | None = None
-    """a run folder or a checkpoint file (default: the latest run)"""
+    """a run folder or any checkpoint, of any strategy and number of devices (default: the latest run)"""
     which: str = "best"
     """best or last, where checkpoint is a run folder"""
     data: str | None = None
     """text or token files, as for train.py (default: what the run was trained on)"""
     batch_size: int = 32
-    """sequences per batch"""
+    """sequences per device and batch"""
     eval_batches: int = 0
     """score the first this many batches of the validation split; 0 takes the whole split"""
+    strategy: str = TrainerOptions.strategy
+    """what it is scored under, as for train.py"""
+    deepspeed_config: str | None = None
+    """a DeepSpeed JSON file, in place of a stage"""
     accelerator: str = "auto"
     """auto, cpu or gpu"""
+    devices: int | str = 1
+    """how many devices a node"""
+    gpus: int | None = None
+    """short for --accelerator gpu --devices N"""
+    num_nodes: int = 1
+    """how many machines; torchrun sets it by itself"""
+    precision: int | str = 32
+    """16, bf16, 32, or one of Lightning's own names"""
     json: str | None = None
     """also write the result to this file"""
+    convert_only: bool | str = False
+    """convert the checkpoint, optimizer state included, and score nothing; "pt" writes model.pt as well"""
+    trust_checkpoint: bool = False
+    """let a checkpoint that another made run the code that it may hold"""
 
 
 @dataclass(frozen=True)
@@ -162,6 +186,8 @@ class SampleOptions:
     """seed of the draw"""
     accelerator: str = "auto"
     """auto, cpu or gpu"""
+    trust_checkpoint: bool = False
+    """let a checkpoint that another made run the code that it may hold"""
 
 
 @dataclass(frozen=True)

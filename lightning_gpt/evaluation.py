@@ -1,18 +1,28 @@
-"""Exact scores of a checkpoint."""
+"""Exact scores of a checkpoint, and its conversion."""
 
 import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lightning import Trainer
+from lightning import Callback, LightningModule, Trainer
 
 from lightning_gpt.callbacks import quiet_lightning
-from lightning_gpt.checkpoint import find_checkpoint, load_checkpoint
+from lightning_gpt.checkpoint import (
+    Checkpoint,
+    canonical_folder,
+    convert,
+    ensure_canonical,
+    find_checkpoint,
+    open_checkpoint,
+)
+from lightning_gpt.checkpoint.resume import restore_weights
 from lightning_gpt.config import EvaluateOptions, TrainerOptions, UserError
 from lightning_gpt.data.loading import TokenData
 from lightning_gpt.data.preparation import prepare
-from lightning_gpt.strategies import device_arguments
+from lightning_gpt.data.token_files import TokenFiles
+from lightning_gpt.models import FORMS
+from lightning_gpt.strategies import device_arguments, get_strategy
 
 
 @dataclass(frozen=True)
@@ -20,7 +30,8 @@ class Score:
     """What an evaluation found.
 
     Attributes:
-        checkpoint: The file that was scored.
+        checkpoint: What was scored.
+        hash: A sha256 of its weights, the same in every form of a checkpoint.
         step: Optimizer steps it was trained for.
         loss: Mean cross-entropy, nats per token.
         perplexity: exp(loss).
@@ -29,6 +40,7 @@ class Score:
     """
 
     checkpoint: str
+    hash: str
     step: int
     loss: float
     perplexity: float
@@ -36,8 +48,26 @@ class Score:
     tokens: int
 
 
-def evaluate(options: EvaluateOptions) -> Score:
-    """Scores a checkpoint on the validation split of its own text, or of another.
+def convert_only(options: EvaluateOptions) -> Path:
+    """Writes the canonical form of a checkpoint beside it, optimizer state included where there is one.
+
+    Raises:
+        UserError: There is no such checkpoint, it does not fit its model, or the folder cannot be written.
+    """
+    pt = str(options.convert_only).lower() == "pt"
+    if not pt and str(options.convert_only).lower() != "true":
+        raise UserError(f"--convert_only {options.convert_only} is unknown; give it alone, or as --convert_only pt")
+    path = find_checkpoint(options.checkpoint or "latest", which=options.which)
+    checkpoint = open_checkpoint(path, trust=options.trust_checkpoint)
+    _require_own_fit(checkpoint)
+    return convert(checkpoint, canonical_folder(path), optimizer=checkpoint.has_optimizer, pt=pt)
+
+
+def evaluate(options: EvaluateOptions) -> Score | None:
+    """Scores a checkpoint on the validation split of its own text, or of another, under any strategy.
+
+    Returns:
+        The score; None on ranks other than the first.
 
     Raises:
         UserError: Checkpoint or data are missing or do not fit each other.
@@ -45,31 +75,86 @@ def evaluate(options: EvaluateOptions) -> Score:
     if options.json and not Path(options.json).parent.is_dir():
         raise UserError(f"--json {options.json} cannot be written: its folder does not exist; make it first")
     quiet_lightning()
+    where = TrainerOptions(
+        strategy=options.strategy,
+        deepspeed_config=options.deepspeed_config,
+        accelerator=options.accelerator,
+        devices="auto" if options.gpus else options.devices,
+        gpus=options.gpus,
+        num_nodes=options.num_nodes,
+        precision=options.precision,
+    )
+    row = get_strategy(where)
+    arguments = device_arguments(where, row=row)
     path = find_checkpoint(options.checkpoint or "latest", which=options.which)
-    checkpoint = load_checkpoint(path)
-    module = checkpoint.module()
+    checkpoint = ensure_canonical(path, trust=options.trust_checkpoint)
+    module = FORMS[row.form](checkpoint.implementation, model_config=checkpoint.model_config, **row.form_options)
+    checkpoint.require_fit(module)
+    files, name = _held_out(checkpoint, options)
+    source = TokenData(
+        files,
+        name=name,
+        block_size=checkpoint.model_config["block_size"],
+        batch_size=options.batch_size,
+        eval_batches=options.eval_batches,
+    )
+    trainer = Trainer(
+        **arguments,
+        logger=False,
+        callbacks=[_Weights(checkpoint)],
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
+    loss = trainer.validate(module, source, verbose=False)[0]["val_loss"]
+    if not trainer.is_global_zero:
+        return None
+    score = _score(loss, checkpoint, files, options)
+    if options.json:
+        Path(options.json).write_text(json.dumps(asdict(score), indent=2) + "\n", encoding="utf-8")
+    return score
+
+
+class _Weights(Callback):
+    """Fills the model when the strategy has put it where it lives, each rank with its share."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        restore_weights(pl_module.model, self.checkpoint)
+
+
+def _require_own_fit(checkpoint: Checkpoint) -> None:
+    module = FORMS["fsdp"](checkpoint.implementation, model_config=checkpoint.model_config)  # takes no memory
+    checkpoint.require_fit(module)
+
+
+def _held_out(checkpoint: Checkpoint, options: EvaluateOptions) -> tuple[TokenFiles, str]:
+    """The tokens to score, and what they are called."""
     data = options.data or checkpoint.data
     if data is None:
-        raise UserError(f"{path} does not say what it was trained on; give --data")
+        raise UserError(f"{checkpoint.path} does not say what it was trained on; give --data")
     tokenizer = checkpoint.tokenizer
     block_size = checkpoint.model_config["block_size"]
     files = prepare(data, tokenizer=tokenizer.name if tokenizer else None, block_size=block_size)
     if tokenizer and files.tokenizer and files.tokenizer.to_dict() != tokenizer.to_dict():
-        raise UserError(f"--data {data} has another vocabulary than {path} was trained with; give the same text")
-    source = TokenData(
-        files, name=data, block_size=block_size, batch_size=options.batch_size, eval_batches=options.eval_batches
-    )
-    where = device_arguments(TrainerOptions(accelerator=options.accelerator, devices=1))
-    trainer = Trainer(
-        **where, logger=False, enable_model_summary=False, enable_checkpointing=False, enable_progress_bar=False
-    )
-    loss = trainer.validate(module, source, verbose=False)[0]["val_loss"]
+        raise UserError(
+            f"--data {data} has another vocabulary than {checkpoint.path} was trained with; give the same text"
+        )
+    return files, data
+
+
+def _score(loss: float, checkpoint: Checkpoint, files: TokenFiles, options: EvaluateOptions) -> Score:
     tokens = files.val_tokens - 1
     if options.eval_batches:
+        block_size = checkpoint.model_config["block_size"]
         tokens = min(tokens, options.eval_batches * options.batch_size * block_size)
     whole = tokens == files.val_tokens - 1 and files.val_bytes
-    score = Score(
-        checkpoint=str(path),
+    return Score(
+        checkpoint=str(checkpoint.path),
+        hash=checkpoint.hash(),
         step=checkpoint.step,
         loss=loss,
         perplexity=math.exp(loss),
@@ -77,6 +162,3 @@ def evaluate(options: EvaluateOptions) -> Score:
         bits_per_byte=loss * tokens / math.log(2) / files.val_bytes if whole and files.val_bytes else None,
         tokens=tokens,
     )
-    if options.json:
-        Path(options.json).write_text(json.dumps(asdict(score), indent=2) + "\n", encoding="utf-8")
-    return score

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from lightning_gpt.checkpoint import find_checkpoint, load_checkpoint
+from lightning_gpt.checkpoint import ensure_canonical, find_checkpoint
 from lightning_gpt.config import SampleOptions, TrainerOptions, UserError
 from lightning_gpt.models import GPTModule
 from lightning_gpt.strategies import device_arguments
@@ -61,7 +61,7 @@ def samples(options: SampleOptions) -> Iterator[str]:
         UserError: There is no such checkpoint, or it does not know its tokenizer.
     """
     path = find_checkpoint(options.checkpoint or "latest", which=options.which)
-    checkpoint = load_checkpoint(path)
+    checkpoint = ensure_canonical(path, trust=options.trust_checkpoint)
     tokenizer = checkpoint.tokenizer
     if tokenizer is None:
         raise UserError(f"{path} does not know its tokenizer")

@@ -13,6 +13,7 @@ import os
 import sys
 import typing
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -102,8 +103,17 @@ class Implementation:
         given = {k: v for k, v in fields.items() if v is not None}
         return (self.sizes(model_type) if model_type else {}) | given
 
-    def build(self, fields: dict[str, Any]) -> "nn.Module":
-        """Builds the model from its config fields.
+    @property
+    def initialises_by_apply(self) -> bool:
+        """Whether the model says that ``model.apply(model._init_weights)`` sets every one of its parameters.
+
+        Then it can be built without memory and be initialised where its shards live. A model that says nothing is built
+        whole first.
+        """
+        return getattr(self.load(self.model), "initialises_by_apply", False)
+
+    def build(self, fields: dict[str, Any], *, meta: bool = False) -> "nn.Module":
+        """Builds the model from its config fields; on the meta device it has shapes and no memory.
 
         Raises:
             UserError: The config refuses the fields; the message is the model's own.
@@ -116,8 +126,11 @@ class Implementation:
         for f in dataclasses.fields(config_class):
             if f.name not in fields and f.default is f.default_factory is dataclasses.MISSING:
                 raise UserError(f"--implementation {self.name} has no default for {f.name}; give --{f.name}")
+        import torch
+
         try:
-            return self.load(self.model)(config_class(**fields))
+            with torch.device("meta") if meta else nullcontext():
+                return self.load(self.model)(config_class(**fields))
         except ValueError as error:
             raise UserError(f"--implementation {self.name}: {error}") from error
 

@@ -1,7 +1,8 @@
 """The LightningModules: a thin layer over models that are plain PyTorch.
 
-``GPTModule`` serves every implementation; ``MinGPT`` and ``NanoGPT`` are its forms with the models' own arguments
-spelled out, for use from Python with any DataLoader of ``(idx, targets)`` pairs and a plain ``lightning.Trainer``.
+``GPTModule`` serves every implementation; ``MinGPT`` and ``NanoGPT`` have the models' own arguments spelled out, for
+use from Python with any DataLoader of ``(idx, targets)`` pairs and a plain ``lightning.Trainer``. Each has a form for
+strategies that shard, and ``FORMS`` says which strategy row gets which form of ``GPTModule``.
 """
 
 from functools import partial
@@ -11,10 +12,13 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from lightning_gpt.compilation import compile_model
+from lightning_gpt.compilation import compile_model, recompute_blocks
+from lightning_gpt.forms import DeepSpeedForm, FSDPForm
 from lightning_gpt.implementations import get_implementation
 from lightning_gpt.optim import adamw, parameter_groups, warmup_cosine
+from lightning_gpt.sharding import initialise
 
 
 class GPTModule(LightningModule):
@@ -29,7 +33,8 @@ class GPTModule(LightningModule):
         warmup_steps: Optimizer steps of linear warm-up.
         decay_steps: Optimizer step at which the cosine ends; None for a constant learning rate after the warm-up.
         final_lr_ratio: The learning rate at the end over the peak.
-        compile: Whether, or with which backend, blocks are compiled in place.
+        compile: Whether, or with which backend or mode, blocks are compiled in place.
+        recompute: Whether blocks compute their activations again in the backward pass instead of keeping them.
 
     Raises:
         UserError: The implementation is unknown, or its config refuses the fields.
@@ -47,6 +52,7 @@ class GPTModule(LightningModule):
         decay_steps: int | None = None,
         final_lr_ratio: float = 0.1,
         compile: bool | str = False,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
@@ -56,12 +62,30 @@ class GPTModule(LightningModule):
         self.learning_rate = learning_rate
         self.betas = betas
         self.schedule = partial(warmup_cosine, warmup_steps=warmup_steps, decay_steps=decay_steps, final=final_lr_ratio)
-        self.model: nn.Module = self.implementation.build(model_config)
-        compile_model(self.model, block_class=self.implementation.block_class(), setting=compile)
+        self.compile_setting = compile
+        self.recompute = recompute
+        self.model: nn.Module = self.build_model()
         # Device tensors, read only when something is logged, so that no step waits for them.
         self.step_loss: Tensor | None = None
-        self.grad_norm: Tensor | None = None
+        self._gradient_norm: Tensor | None = None
         self._val_sums: Tensor | None = None
+
+    def build_model(self) -> nn.Module:
+        """The model, initialised as the sharded forms initialise it, so that a seed means the same weights."""
+        if self.implementation.initialises_by_apply:
+            model = self.implementation.build(self.model_config, meta=True).to_empty(device="cpu")
+            initialise(model)
+        else:
+            model = self.implementation.build(self.model_config)
+        self.prepare_blocks(model)
+        return model
+
+    def prepare_blocks(self, model: nn.Module) -> None:
+        """Applies recomputation and compilation to the model's blocks, in place; sharding comes after it."""
+        block_class = self.implementation.block_class()
+        if self.recompute:
+            recompute_blocks(model, block_class=block_class)
+        compile_model(model, block_class=block_class, setting=self.compile_setting)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The model's own forward: ``idx`` and ``targets`` are (B, T) int64, targets of -1 are ignored."""
@@ -98,9 +122,14 @@ class GPTModule(LightningModule):
     ) -> None:
         """Clips as the Trainer says, and keeps the norm from before clipping, which Lightning would throw away."""
         if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
-            self.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), gradient_clip_val)
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), gradient_clip_val)
+            self._gradient_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def gradient_norm(self) -> Tensor | float | None:
+        """The norm of the last step's gradient before clipping; None where nothing is clipped."""
+        return self._gradient_norm
 
     def on_validation_epoch_start(self) -> None:
         """Begins the sums of the validation loss."""
@@ -122,10 +151,14 @@ class GPTModule(LightningModule):
         total, scored = self.trainer.strategy.reduce(self._val_sums, reduce_op="sum")
         self.log("val_loss", (total / scored).float(), prog_bar=True, sync_dist=True)
 
+    def build_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """AdamW over parameter groups."""
+        return adamw(groups, learning_rate=self.learning_rate, betas=self.betas)
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with the implementation's decay groups, and the schedule per optimizer step."""
         groups = parameter_groups(self.model, decays=self.implementation.decays, weight_decay=self.weight_decay)
-        optimizer = adamw(groups, learning_rate=self.learning_rate, betas=self.betas)
+        optimizer = self.build_optimizer(groups)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -150,7 +183,8 @@ class MinGPT(GPTModule):
         warmup_steps: Optimizer steps of linear warm-up.
         decay_steps: Optimizer step at which the cosine ends.
         final_lr_ratio: The learning rate at the end over the peak.
-        compile: Whether, or with which backend, blocks are compiled in place.
+        compile: Whether, or with which backend or mode, blocks are compiled in place.
+        recompute: Whether blocks compute their activations again in the backward pass.
     """
 
     def __init__(
@@ -172,6 +206,7 @@ class MinGPT(GPTModule):
         decay_steps: int | None = None,
         final_lr_ratio: float = 0.1,
         compile: bool | str = False,
+        recompute: bool = False,
     ) -> None:
         config = get_implementation("mingpt").resolve(
             model_type=model_type,
@@ -195,6 +230,7 @@ class MinGPT(GPTModule):
             decay_steps=decay_steps,
             final_lr_ratio=final_lr_ratio,
             compile=compile,
+            recompute=recompute,
         )
 
 
@@ -217,7 +253,8 @@ class NanoGPT(GPTModule):
         warmup_steps: Optimizer steps of linear warm-up.
         decay_steps: Optimizer step at which the cosine ends.
         final_lr_ratio: The learning rate at the end over the peak.
-        compile: Whether, or with which backend, blocks are compiled in place.
+        compile: Whether, or with which backend or mode, blocks are compiled in place.
+        recompute: Whether blocks compute their activations again in the backward pass.
     """
 
     def __init__(
@@ -238,6 +275,7 @@ class NanoGPT(GPTModule):
         decay_steps: int | None = None,
         final_lr_ratio: float = 0.1,
         compile: bool | str = False,
+        recompute: bool = False,
     ) -> None:
         config = get_implementation("nanogpt").resolve(
             model_type=model_type,
@@ -260,4 +298,32 @@ class NanoGPT(GPTModule):
             decay_steps=decay_steps,
             final_lr_ratio=final_lr_ratio,
             compile=compile,
+            recompute=recompute,
         )
+
+
+class FSDPGPTModule(FSDPForm, GPTModule):
+    """Any implementation under FSDP."""
+
+
+class FSDPMinGPT(FSDPForm, MinGPT):
+    """minGPT under FSDP."""
+
+
+class FSDPNanoGPT(FSDPForm, NanoGPT):
+    """nanoGPT under FSDP."""
+
+
+class DeepSpeedGPTModule(DeepSpeedForm, GPTModule):
+    """Any implementation under DeepSpeed."""
+
+
+class DeepSpeedMinGPT(DeepSpeedForm, MinGPT):
+    """minGPT under DeepSpeed."""
+
+
+class DeepSpeedNanoGPT(DeepSpeedForm, NanoGPT):
+    """nanoGPT under DeepSpeed."""
+
+
+FORMS: dict[str, type[GPTModule]] = {"plain": GPTModule, "fsdp": FSDPGPTModule, "deepspeed": DeepSpeedGPTModule}

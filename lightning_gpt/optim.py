@@ -43,6 +43,26 @@ def adamw(
     return torch.optim.AdamW(groups, lr=learning_rate, betas=tuple(betas), fused=True)
 
 
+def deepspeed_adam(
+    groups: Iterable[dict[str, object]], *, learning_rate: float, betas: tuple[float, float], fused: bool, on_host: bool
+) -> torch.optim.Optimizer:
+    """AdamW as DeepSpeed has it: its CPUAdam on the host, its FusedAdam on a GPU, torch's AdamW otherwise.
+
+    FusedAdam is compiled with nvcc when it is first used; without one, torch's fused AdamW computes the same.
+    """
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if on_host:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, lr=learning_rate, betas=tuple(betas), adamw_mode=True)
+    if fused and CUDA_HOME is not None:
+        from deepspeed.ops.adam import FusedAdam
+
+        return FusedAdam(groups, lr=learning_rate, betas=tuple(betas), adam_w_mode=True)
+    return adamw(groups, learning_rate=learning_rate, betas=betas)
+
+
 def warmup_cosine(step: int, *, warmup_steps: int, decay_steps: int | None, final: float) -> float:
     """The factor on the peak learning rate at an optimizer step, counted from 0.
 

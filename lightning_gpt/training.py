@@ -16,15 +16,16 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
 from lightning_gpt.callbacks import DropoutSeed, FinalSample, ProgressBar, RunMetrics, ValidateAtEnd, quiet_lightning
-from lightning_gpt.checkpoint import RUNS, ExactResume, load_checkpoint
+from lightning_gpt.checkpoint import RUNS, Checkpoint, ExactResume, open_checkpoint, remember_run
 from lightning_gpt.config import SIZES, OptimOptions, TrainConfig, UserError
 from lightning_gpt.data.loading import TokenData
 from lightning_gpt.data.preparation import prepare
 from lightning_gpt.data.token_files import TokenFiles
 from lightning_gpt.generation import encode_prompt
 from lightning_gpt.implementations import get_implementation
-from lightning_gpt.models import GPTModule
-from lightning_gpt.strategies import device_arguments
+from lightning_gpt.models import FORMS, GPTModule
+from lightning_gpt.strategies import StrategyRow, device_arguments, find_devices, get_strategy
+from lightning_gpt.strategies.saving import WholeFiles
 
 DEFAULT_STEPS = 1000
 DEFAULT_PRESET = "gpt-micro"
@@ -57,7 +58,12 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Path:
         # A prompt that cannot be encoded is told now, not after the training.
         encode_prompt(files.tokenizer, config.run.prompt)
     run_dir = Path(config.run.out_dir) if config.run.out_dir else _fresh_folder()
-    trainer = _trainer(config, run_dir, files)
+    row = _strategy(config)
+    checkpoint = None
+    if config.run.resume:
+        checkpoint = open_checkpoint(Path(config.run.resume), trust=config.run.trust_checkpoint)
+    trainer = _trainer(config, row, run_dir, files)
+    trainer.callbacks.insert(0, ExactResume(checkpoint))
     trainer.callbacks.extend(callbacks)
     samples_per_step = config.data.batch_size * config.optim.accumulate_grad_batches * trainer.world_size
     data = TokenData(
@@ -72,19 +78,23 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Path:
     max_steps = _budget(config, samples_per_step, data)
     trainer.fit_loop.epoch_loop.max_steps = max_steps  # the budget needs the world size, which the Trainer finds out
     seed_everything(config.run.seed, verbose=False)
-    module = _module(config, vocab_size=files.vocab_size, max_steps=max_steps)
-    if config.run.resume:
-        checkpoint = load_checkpoint(Path(config.run.resume))
-        checkpoint.require_fit(module)
-        if checkpoint.step >= max_steps:
-            raise UserError(f"{checkpoint.path} is at step {checkpoint.step} of {max_steps} already; raise --max_steps")
-        del checkpoint
+    module = _module(config, row, vocab_size=files.vocab_size, max_steps=max_steps)
+    if checkpoint:
+        _check_resume(checkpoint, module, max_steps)
     _open_folder(run_dir, config)
     _header(config, trainer, module, files, samples_per_step * config.model.block_size, max_steps)
-    trainer.fit(module, data, ckpt_path=config.run.resume, weights_only=True)
+    trainer.fit(module, data)
     if trainer.is_global_zero:
         print(f"checkpoints: {run_dir}/checkpoints\nnext: python sample.py --checkpoint {run_dir}")
     return run_dir
+
+
+def _check_resume(checkpoint: Checkpoint, module: GPTModule, max_steps: int) -> None:
+    checkpoint.require_fit(module)
+    if not checkpoint.has_optimizer:
+        raise UserError(f"{checkpoint.path} holds weights alone; resume from the checkpoint that it was made from")
+    if checkpoint.step >= max_steps:
+        raise UserError(f"{checkpoint.path} is at step {checkpoint.step} of {max_steps} already; raise --max_steps")
 
 
 def _fresh_folder() -> Path:
@@ -105,6 +115,7 @@ def _open_folder(run_dir: Path, config: TrainConfig) -> None:
         (run_dir / "config.yaml").write_text(yaml.safe_dump(flat, sort_keys=False), encoding="utf-8")
     except OSError as error:
         raise UserError(f"--out_dir {run_dir} cannot be written: {error.strerror}; choose another") from error
+    remember_run(run_dir)
 
 
 def _budget(config: TrainConfig, samples_per_step: int, data: TokenData) -> int:
@@ -117,7 +128,18 @@ def _budget(config: TrainConfig, samples_per_step: int, data: TokenData) -> int:
     return options.max_steps or DEFAULT_STEPS
 
 
-def _module(config: TrainConfig, *, vocab_size: int, max_steps: int) -> GPTModule:
+def _strategy(config: TrainConfig) -> StrategyRow:
+    optim, batch_size = config.optim, config.data.batch_size
+    decided = {
+        "gradient_accumulation_steps": optim.accumulate_grad_batches,
+        "train_micro_batch_size_per_gpu": batch_size,
+        "train_batch_size": batch_size * optim.accumulate_grad_batches * find_devices(config.trainer).world_size,
+        "gradient_clipping": optim.gradient_clip_val,
+    }
+    return get_strategy(config.trainer, decided=decided)
+
+
+def _module(config: TrainConfig, strategy: StrategyRow, *, vocab_size: int, max_steps: int) -> GPTModule:
     row = get_implementation(config.model.implementation)
     model_type = config.model.model_type
     if row.presets and not all(config.model_fields.get(size) for size in SIZES):
@@ -128,7 +150,7 @@ def _module(config: TrainConfig, *, vocab_size: int, max_steps: int) -> GPTModul
     optim: OptimOptions = config.optim
     decay_steps = optim.lr_decay_steps or max_steps
     floor = optim.learning_rate / 10 if optim.min_learning_rate is None else optim.min_learning_rate
-    return GPTModule(
+    return FORMS[strategy.form](
         row.name,
         model_config=fields,
         weight_decay=optim.weight_decay,
@@ -138,10 +160,12 @@ def _module(config: TrainConfig, *, vocab_size: int, max_steps: int) -> GPTModul
         decay_steps=decay_steps,
         final_lr_ratio=floor / optim.learning_rate,
         compile=config.trainer.compile,
+        recompute=config.trainer.recompute,
+        **strategy.form_options,
     )
 
 
-def _trainer(config: TrainConfig, run_dir: Path, files: TokenFiles) -> Trainer:
+def _trainer(config: TrainConfig, row: StrategyRow, run_dir: Path, files: TokenFiles) -> Trainer:
     options, run = config.trainer, config.run
     if run.logger not in LOGGERS:
         raise UserError(f"--logger {run.logger} is unknown; choose one of {', '.join(LOGGERS)}")
@@ -153,7 +177,6 @@ def _trainer(config: TrainConfig, run_dir: Path, files: TokenFiles) -> Trainer:
     tokens_per_micro_batch = config.data.batch_size * config.model.block_size
     metrics = RunMetrics(tokens_per_step=tokens_per_micro_batch * config.optim.accumulate_grad_batches)
     callbacks = [
-        ExactResume(),
         DropoutSeed(run.seed),
         ValidateAtEnd(),
         ModelCheckpoint(filename="best", monitor="val_loss", **checkpoints),
@@ -165,7 +188,8 @@ def _trainer(config: TrainConfig, run_dir: Path, files: TokenFiles) -> Trainer:
         sample = FinalSample(files.tokenizer, prompt=run.prompt, max_new_tokens=run.sample_tokens, seed=run.seed)
         callbacks.append(sample)
     ours: dict[str, Any] = {
-        **device_arguments(options),
+        **device_arguments(options, row=row),
+        "plugins": [WholeFiles()],
         "logger": logger,
         "callbacks": callbacks,
         "max_epochs": -1,

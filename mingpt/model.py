@@ -164,6 +164,9 @@ class Transformer(nn.ModuleDict):
 class GPT(nn.Module):
     """Decoder-only transformer; `config` is the resolved copy of what was passed in."""
 
+    # `apply(_init_weights)` sets every parameter, so the model can be built without memory and initialised later.
+    initialises_by_apply = True
+
     @staticmethod
     def get_default_config() -> GPTConfig:
         """Return a fresh config to fill in: set model_type or the sizes, then vocab_size and block_size."""

@@ -136,6 +136,9 @@ class Transformer(nn.ModuleDict):
 class GPT(nn.Module):
     """Decoder-only transformer whose output head shares the token embedding's weight."""
 
+    # `apply(_init_weights)` sets every parameter, so the model can be built without memory and initialised later.
+    initialises_by_apply = True
+
     def __init__(self, config: GPTConfig) -> None:
         """Build and initialise the model; it keeps a copy of `config`.
 

@@ -13,9 +13,10 @@ _TINY = (
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
-    """Tokens are cached in a folder of this session, never in the user's."""
+    """Tokens, and what DeepSpeed compiles, are kept in folders of this session, never in the user's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LIGHTNING_GPT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path_factory.mktemp("extensions")))
         yield
 
 

@@ -1,53 +1,57 @@
-"""Names of strategies, accelerators and precisions to what Lightning is given."""
+"""Accelerators, device counts and precisions: what was asked for, checked against what is here."""
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lightning_gpt.config import TrainerOptions, UserError
-
-if TYPE_CHECKING:
-    from lightning.pytorch.strategies import Strategy
 
 PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}
 LIGHTNING_PRECISIONS = ("16-mixed", "bf16-mixed", "32-true", "64-true", "16-true", "bf16-true")
 
 
 @dataclass(frozen=True, kw_only=True)
-class StrategyRow:
-    """One row of the registry: a name, and what builds the Lightning strategy."""
+class Devices:
+    """Where a run computes.
 
-    name: str
-    build: "Callable[[], Strategy | str]"
+    Attributes:
+        accelerator: "cpu" or "gpu", or another that Lightning knows.
+        devices: How many a node has, or which.
+        num_nodes: Machines.
+        precision: Lightning's name of it.
+    """
+
+    accelerator: str
+    devices: int | str
+    num_nodes: int
+    precision: str
+
+    @property
+    def per_node(self) -> int:
+        """Devices of one node."""
+        if isinstance(self.devices, int):
+            if self.devices >= 0:
+                return self.devices
+        elif self.devices not in ("auto", "-1"):
+            listed = [part for part in self.devices.strip("[]").split(",") if part.strip()]
+            return len(listed) if len(listed) > 1 or "," in self.devices else int(listed[0])
+        return torch.cuda.device_count() or 1
+
+    @property
+    def world_size(self) -> int:
+        """Processes, one for each device."""
+        return self.per_node * self.num_nodes
 
 
-def _ddp() -> "Strategy":
-    from lightning.pytorch.strategies import DDPStrategy
-
-    # Gradients live in the communication buckets, which saves a copy per step.
-    return DDPStrategy(gradient_as_bucket_view=True)
-
-
-STRATEGIES: dict[str, StrategyRow] = {
-    row.name: row for row in (StrategyRow(name="auto", build=lambda: "auto"), StrategyRow(name="ddp", build=_ddp))
-}
-
-
-def device_arguments(options: TrainerOptions) -> dict[str, Any]:
-    """The Trainer arguments that say where to run: accelerator, devices, num_nodes, strategy, precision.
-
-    Under torchrun, whose environment says how many processes there are, devices and nodes follow it.
+def find_devices(options: TrainerOptions) -> Devices:
+    """Resolves what was asked for. Under torchrun, whose environment counts the processes, devices and nodes follow it.
 
     Raises:
-        UserError: An unknown strategy or precision, GPUs where there are none, or half precision on a CPU.
+        UserError: An unknown accelerator or precision, GPUs where there are none, or half precision on a CPU.
     """
     from lightning.pytorch.accelerators import AcceleratorRegistry
 
-    if options.strategy not in STRATEGIES:
-        raise UserError(f"--strategy {options.strategy} is unknown; choose one of {', '.join(STRATEGIES)}")
     accelerator, devices = options.accelerator, options.devices
     accelerators = ["auto", "gpu", *sorted(AcceleratorRegistry.available_accelerators())]
     if accelerator not in accelerators:
@@ -75,13 +79,7 @@ def device_arguments(options: TrainerOptions) -> dict[str, Any]:
         devices, num_nodes = local, int(os.environ["WORLD_SIZE"]) // local
     if devices == "auto" and accelerator == "cpu":
         devices = 1
-    return {
-        "accelerator": accelerator,
-        "devices": devices,
-        "num_nodes": num_nodes,
-        "strategy": STRATEGIES[options.strategy].build(),
-        "precision": precision,
-    }
+    return Devices(accelerator=accelerator, devices=devices, num_nodes=num_nodes, precision=precision)
 
 
 def peak_flops(device: torch.device, *, precision: str) -> float | None:

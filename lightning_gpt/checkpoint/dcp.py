@@ -1,0 +1,137 @@
+"""The folder of torch.distributed.checkpoint (DCP), which FSDP training writes: shards, their index, a header."""
+
+import pickle
+import warnings
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, load
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+
+from lightning_gpt.checkpoint.base import PREFIX, Checkpoint, as_state, read_header, refusal, unreadable
+from lightning_gpt.config import UserError
+
+INDEX, HEADER = ".metadata", "meta.pt"
+
+_METADATA = "torch.distributed.checkpoint.metadata"
+_ALLOWED = {
+    *((_METADATA, name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties")),
+    *((_METADATA, f"{kind}StorageMetadata") for kind in ("Bytes", "Chunk", "Tensor")),
+    (_METADATA, "_MEM_FORMAT_ENCODING"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+    ("collections", "OrderedDict"),
+}
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Lets in what an index is made of."""
+
+    def __init__(self, file: IO[bytes], path: Path) -> None:
+        super().__init__(file)
+        self._path = path
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The class of a name."""
+        if module.startswith("pathlib") and name.endswith("Path"):
+            return PurePosixPath  # where it was saved, which is never opened
+        if (module, name) in _ALLOWED or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        raise refusal(self._path, f"{module}.{name}")
+
+
+class _Reader(FileSystemReader):
+    """Torch's reader, with an index that was read already; torch's own unpickles whatever it finds there."""
+
+    def __init__(self, path: Path, index: Metadata) -> None:
+        super().__init__(path)
+        self._index = index
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The index."""
+        return self._index
+
+
+class DcpCheckpoint(Checkpoint):
+    """A folder of ``ModelParallelStrategy.save_checkpoint``, written by any number of ranks.
+
+    Args:
+        path: The folder.
+        trust: Whether its index and header may hold Python objects.
+
+    Raises:
+        UserError: It is not a checkpoint of ours, is damaged, or holds Python objects and is not trusted.
+    """
+
+    def __init__(self, path: Path, *, trust: bool = False) -> None:
+        self._index = _read_index(path / INDEX, trust=trust)
+        super().__init__(path, read_header(path / HEADER, trust=trust))
+        self.stored = {}
+        self.moments = {}
+        self._keys: dict[tuple[str, ...], str] = {}
+        # Keys are paths flattened with dots, which names of weights have too; the index keeps the paths.
+        for key, (kind, *rest) in self._index.planner_data.items():
+            entry = self._index.state_dict_metadata[key]
+            if not isinstance(entry, TensorStorageMetadata):
+                continue
+            tensor = torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+            if kind == "state_dict":
+                name = rest[0].removeprefix(PREFIX)
+                self._keys[(name,)] = key
+                self.stored[name] = tensor
+            elif kind == "optimizer_0" and rest[0] == "state":
+                name = rest[1].removeprefix(PREFIX)
+                self._keys[name, rest[2]] = key
+                self.moments.setdefault(name, {})[rest[2]] = tensor
+        for shard, size in self._shard_sizes().items():
+            file = path / shard
+            if not file.is_file() or file.stat().st_size < size:
+                problem = "is cut off" if file.is_file() else "is missing"
+                raise UserError(f"{path} is incomplete: {shard} {problem}; copy the files of all ranks")
+
+    def _shard_sizes(self) -> dict[str, int]:
+        """Least sizes of the files that the index names."""
+        sizes: dict[str, int] = {}
+        for info in self._index.storage_data.values():
+            sizes[info.relative_path] = max(sizes.get(info.relative_path, 0), info.offset + info.length)
+        return sizes
+
+    @classmethod
+    def recognises(cls, path: Path) -> bool:
+        """A folder with an index and a header."""
+        return (path / INDEX).is_file() and (path / HEADER).is_file()
+
+    def _read(self, name: str) -> Tensor:
+        return self._load(self._keys[(name,)], self.stored[name])
+
+    def _read_moment(self, name: str, key: str) -> Tensor:
+        return as_state(self._load(self._keys[name, key], self.moments[name][key]))
+
+    def _load(self, key: str, like: Tensor) -> Tensor:
+        tensor = torch.empty_like(like, device="cpu")
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                # Only this process reads, also where it is one of a group.
+                load({key: tensor}, storage_reader=_Reader(self.path, self._index), no_dist=True)
+        except Exception as error:  # a shard that was cut off fails in many ways, also in torch's own wrapper
+            cause = next(iter(error.failures.values()))[0] if getattr(error, "failures", None) else error
+            raise unreadable(self.path, cause) from error
+        return tensor
+
+
+def _read_index(path: Path, *, trust: bool) -> Metadata:
+    try:
+        with path.open("rb") as file:
+            index = (pickle.Unpickler(file) if trust else _IndexUnpickler(file, path)).load()
+    except UserError:
+        raise
+    except Exception as error:  # damaged bytes fail in any way while they are unpickled
+        raise unreadable(path, error) from error
+    if not isinstance(index, Metadata) or not isinstance(index.planner_data, dict):
+        raise UserError(f"{path} is not the index of a distributed checkpoint")
+    index.storage_meta = index.storage_meta or StorageMeta()
+    return index

@@ -1,0 +1,233 @@
+"""DeepSpeed's folder: for each rank the part of the fp32 weights and of the optimizer's state that it kept.
+
+In ``checkpoint/``, a file of model states holds Lightning's header, buffers, and the shapes and order of the
+parameters, and each rank's file of optimizer states holds flat tensors, one for each parameter group (ZeRO 1 and 2) or
+sub-group (ZeRO 3), and the optimizer's states in the same layout. ZeRO 1 and 2 cut the flat tensor of a whole group
+into one part for each rank, and say which piece of which parameter is where. ZeRO 3 cuts each parameter into one piece
+for each rank, all but the last ones of the same length, and a rank's pieces follow each other.
+
+Reading needs no DeepSpeed: the few classes in these files get stand-ins.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_gpt.checkpoint.base import PREFIX, Checkpoint, MappedFile, as_state, meta
+from lightning_gpt.config import UserError
+
+FOLDER = "checkpoint"
+
+# What DeepSpeed itself writes beside the client's state, which here is Lightning's header.
+_NOT_HEADER = {
+    "module",
+    "buffer_names",
+    "optimizer",
+    "param_shapes",
+    "frozen_param_shapes",
+    "shared_params",
+    "frozen_param_fragments",
+    "lr_scheduler",
+    "data_sampler",
+    "random_ltd",
+    "sparse_tensor_module_names",
+    "skipped_steps",
+    "global_steps",
+    "global_samples",
+    "dp_world_size",
+    "mp_world_size",
+    "checkpoint_parallel_dimensions",
+    "universal_checkpoint_info",
+    "ds_config",
+    "ds_version",
+}
+
+
+class _LossScaler:
+    """Stands for DeepSpeed's scalers of the loss, which nothing here reads."""
+
+
+@dataclass
+class _Fragment:
+    """Stands for DeepSpeed's ``fragment_address``: where a piece of a parameter lies in a rank's flat tensor."""
+
+    numel: int
+    start: int
+
+
+_STAND_INS: tuple[tuple[type, str], ...] = (
+    (_LossScaler, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
+    (_LossScaler, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
+    (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    (_Fragment, "deepspeed.utils.tensor_fragment.fragment_address"),
+)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A rank's piece of a parameter."""
+
+    rank: int
+    start: int
+    numel: int
+
+
+class DeepSpeedCheckpoint(Checkpoint):
+    """A folder of ``DeepSpeedStrategy.save_checkpoint``, of any ZeRO stage and any number of ranks.
+
+    Args:
+        path: The folder.
+        trust: Whether its files may hold Python objects.
+
+    Raises:
+        UserError: It is not a checkpoint of ours, is damaged or incomplete, or holds Python objects and is not trusted.
+    """
+
+    def __init__(self, path: Path, *, trust: bool = False) -> None:
+        self._model = MappedFile(_model_states(path), trust=trust, stand_ins=_STAND_INS)
+        states = self._model.content
+        if not isinstance(states, dict) or not {"module", "param_shapes", "shared_params"} <= states.keys():
+            raise UserError(f"{self._model.path} does not hold the model states of a ZeRO checkpoint")
+        super().__init__(path, copy.deepcopy({k: v for k, v in states.items() if k not in _NOT_HEADER}))
+        self._ranks = _open_ranks(path, trust=trust)
+        try:
+            self._lay_out(states)
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{path} is not laid out as this program knows DeepSpeed's checkpoints: {error!r}"
+            ) from error
+
+    @classmethod
+    def recognises(cls, path: Path) -> bool:
+        """A folder with DeepSpeed's files in its subfolder."""
+        return any((path / FOLDER).glob("*_states.pt"))
+
+    def _lay_out(self, states: dict[str, Any]) -> None:
+        """Finds out where each tensor lies, from the shapes alone."""
+        shapes: list[dict[str, torch.Size]] = states["param_shapes"]
+        parts = [rank.content["optimizer_state_dict"] for rank in self._ranks]
+        self._is_stage_3 = "fp32_flat_groups" in parts[0]
+        self.stored, self.moments = {}, {}
+        self._group: dict[str, int] = {}
+        self._pieces: dict[str, list[_Piece]] = {}
+        if len(shapes) != len(self._flat_weights(parts[0])):
+            raise UserError(
+                f"{self.path} is damaged: {len(shapes)} groups of parameters have names, and others weights"
+            )
+        for group, named in enumerate(shapes):
+            cut = [self._cut(part, group, named, rank) for rank, part in enumerate(parts)]
+            flat = self._flat_weights(parts[0])[group]
+            state = self._state(parts[0], group)
+            for full_name, shape in named.items():
+                name = full_name.removeprefix(PREFIX)
+                pieces = [pieces[full_name] for pieces in cut if full_name in pieces]
+                if sum(piece.numel for piece in pieces) != math.prod(shape):
+                    raise UserError(f"{self.path} is damaged: parts of {name} are missing")
+                self._group[name], self._pieces[name] = group, pieces
+                self.stored[name] = meta(flat, shape=tuple(shape))
+                if state:
+                    self.moments[name] = {
+                        key: meta(value, shape=tuple(shape)) if value.dim() else meta(value)
+                        for key, value in state.items()
+                    }
+        # Buffers, and under ZeRO 1 and 2 parameters that are not trained.
+        whole = states["buffer_names"] if self._is_stage_3 else states["module"]
+        for full_name in whole:
+            name = full_name.removeprefix(PREFIX)
+            if name not in self.stored and full_name not in states["shared_params"]:
+                self.stored[name] = meta(states["module"][full_name])
+
+    def _cut(self, part: dict[str, Any], group: int, named: dict[str, torch.Size], rank: int) -> dict[str, _Piece]:
+        """A rank's pieces of a group's parameters."""
+        if not self._is_stage_3:
+            fragments = part["param_slice_mappings"][group]
+            pieces = {name: _Piece(rank, found.start, found.numel) for name, found in fragments.items()}
+        else:
+            pieces, start = {}, 0
+            for name, shape in named.items():
+                numel = math.prod(shape)
+                length = math.ceil(numel / len(self._ranks))
+                pieces[name] = _Piece(rank, start, max(0, min(length, numel - rank * length)))
+                start += length
+        available = self._flat_weights(part)[group].numel()
+        if any(piece.start + piece.numel > available for piece in pieces.values() if piece.numel):
+            raise UserError(f"{self.path} is damaged: rank {rank}'s weights are too few for their shapes")
+        return pieces
+
+    def _flat_weights(self, part: dict[str, Any]) -> list[Tensor]:
+        return part["fp32_flat_groups" if self._is_stage_3 else "single_partition_of_fp32_groups"]
+
+    def _state(self, part: dict[str, Any], group: int) -> dict[str, Tensor]:
+        """The optimizer's state of a flat tensor; some optimizers count the steps for a whole parameter group."""
+        optimizer = part["optimizer_state_dict" if self._is_stage_3 else "base_optimizer_state"]
+        state = optimizer["state"].get(group, {})
+        whole = next(g for g in optimizer["param_groups"] if group in g["params"])
+        counted = {"step": whole["step"]} if state and "step" in whole else {}
+        return {key: as_state(value) for key, value in (counted | state).items()}
+
+    def _read(self, name: str) -> Tensor:
+        if name in self._group:
+            return self._join(name, self.stored[name], lambda part: self._flat_weights(part)[self._group[name]])
+        key = next(k for k in (PREFIX + name, name) if k in self._model.content["module"])
+        return self._model.read(lambda content: content["module"][key])
+
+    def _read_moment(self, name: str, key: str) -> Tensor:
+        group = self._group[name]
+        state = self._state(self._ranks[0].content["optimizer_state_dict"], group)[key]
+        if state.dim() == 0:
+            return state.clone()
+        return self._join(name, self.moments[name][key], lambda part: self._state(part, group)[key])
+
+    def _join(self, name: str, like: Tensor, flat: Callable[[dict[str, Any]], Tensor]) -> Tensor:
+        """A full tensor, put together from its ranks' pieces of the flat tensors that ``flat`` picks."""
+        joined = torch.empty(like.numel(), dtype=like.dtype)
+        end = 0
+        for piece in self._pieces[name]:
+            start, end = end, end + piece.numel
+            of_rank = slice(piece.start, piece.start + piece.numel)
+            read = self._ranks[piece.rank].read
+            joined[start:end] = read(lambda content, cut=of_rank: flat(content["optimizer_state_dict"])[cut])
+        return joined.view(like.shape)
+
+
+def _model_states(path: Path) -> Path:
+    names = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    found = [path / FOLDER / name for name in names if (path / FOLDER / name).is_file()]
+    if not found:
+        raise UserError(f"{path} is incomplete: {FOLDER}/*_model_states.pt of rank 0 is missing; copy the whole folder")
+    return found[0]
+
+
+def _open_ranks(path: Path, *, trust: bool) -> list[MappedFile]:
+    """The ranks' files in their order; those of ranks that only an earlier save in this folder had are left out.
+
+    Raises:
+        UserError: One is missing, damaged or refused.
+    """
+    names = [f"{kind}zero_pp_rank_%d_mp_rank_00_optim_states.pt" for kind in ("", "bf16_")]
+    found = [name for name in names if (path / FOLDER / (name % 0)).is_file()]
+    if len(found) > 1:
+        raise UserError(f"{path} holds the files of two trainings, in bf16 and in another precision; delete one's")
+    name = found[0] if found else names[0]
+    files: list[MappedFile] = []
+    ranks = 1
+    while len(files) < ranks:
+        file = path / FOLDER / (name % len(files))
+        if not file.is_file():
+            raise UserError(f"{path} is incomplete: {FOLDER}/{file.name} is missing; copy the files of all ranks")
+        files.append(MappedFile(file, trust=trust, stand_ins=_STAND_INS, files=ranks))
+        try:
+            count = files[-1].content["optimizer_state_dict"]["partition_count"]
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{file} does not hold the optimizer states of a ZeRO checkpoint") from error
+        here = max(count) if isinstance(count, list) else count
+        if len(files) > 1 and here != ranks:
+            raise UserError(f"{path} is damaged: {file.name} was saved by {here} ranks, rank 0's file by {ranks}")
+        ranks = here
+    return files

@@ -1,0 +1,53 @@
+"""Lightning's checkpoint file, which training on one device and under DDP writes."""
+
+import copy
+from pathlib import Path
+
+from torch import Tensor
+
+from lightning_gpt.checkpoint.base import PREFIX, Checkpoint, MappedFile, as_state, meta
+from lightning_gpt.config import UserError
+
+
+class SingleFileCheckpoint(Checkpoint):
+    """A file of ``Trainer.save_checkpoint``.
+
+    Args:
+        path: The file.
+        trust: Whether it may hold Python objects.
+
+    Raises:
+        UserError: It is not a checkpoint of ours, is damaged, or holds Python objects and is not trusted.
+    """
+
+    def __init__(self, path: Path, *, trust: bool = False) -> None:
+        self._file = MappedFile(path, trust=trust)
+        content = self._file.content
+        if not isinstance(content, dict) or "state_dict" not in content:
+            raise UserError(f"{path} is not a checkpoint that train.py wrote")
+        # Copied, since a tensor that is kept would keep the whole file mapped.
+        rest = {key: value for key, value in content.items() if key not in ("state_dict", "optimizer_states")}
+        super().__init__(path, copy.deepcopy(rest))
+        self._keys = {key.removeprefix(PREFIX): key for key in content["state_dict"]}
+        self.stored = {name: meta(content["state_dict"][key]) for name, key in self._keys.items()}
+        self.moments = {}
+        self._indices: dict[str, int] = {}
+        optimizers = content.get("optimizer_states") or [{"state": {}, "param_groups": []}]
+        for group in optimizers[0]["param_groups"]:
+            self._indices |= dict(zip(group.get("param_names", ()), group["params"], strict=False))
+        for name, index in self._indices.items():
+            state = optimizers[0]["state"].get(index)
+            if state:
+                self.moments[name] = {key: meta(as_state(value)) for key, value in state.items()}
+
+    @classmethod
+    def recognises(cls, path: Path) -> bool:
+        """Any file."""
+        return path.is_file()
+
+    def _read(self, name: str) -> Tensor:
+        return self._file.read(lambda content: content["state_dict"][self._keys[name]])
+
+    def _read_moment(self, name: str, key: str) -> Tensor:
+        index = self._indices[name]
+        return self._file.read(lambda content: as_state(content["optimizer_states"][0]["state"][index][key]))

@@ -1,0 +1,139 @@
+"""The registry of strategies: a name to a Lightning strategy and to the form of module that it needs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from lightning_gpt.config import TrainerOptions, UserError
+from lightning_gpt.strategies.devices import Devices, find_devices, peak_flops
+
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import Strategy
+
+__all__ = ["STRATEGIES", "StrategyRow", "device_arguments", "find_devices", "get_strategy", "peak_flops"]
+
+_ALL_PRECISIONS = ("16-mixed", "bf16-mixed", "32-true", "64-true", "16-true", "bf16-true")
+_NO_DOUBLE = ("16-mixed", "bf16-mixed", "32-true", "16-true", "bf16-true")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrategyRow:
+    """One row of the registry.
+
+    Attributes:
+        name: What ``--strategy`` calls it.
+        build: Makes the Lightning strategy for the devices at hand.
+        form: The form of module that it trains: "plain", "fsdp" or "deepspeed".
+        form_options: Further arguments of that form.
+        precisions: Lightning's names of the precisions that it computes in.
+    """
+
+    name: str
+    build: "Callable[[Devices], Strategy | str]"
+    form: str = "plain"
+    form_options: dict[str, Any] = field(default_factory=dict)
+    precisions: tuple[str, ...] = _ALL_PRECISIONS
+
+
+def _ddp(devices: Devices) -> "Strategy":
+    from lightning.pytorch.strategies import DDPStrategy
+
+    # Gradients live in the communication buckets, which saves a copy per step.
+    return DDPStrategy(gradient_as_bucket_view=True)
+
+
+def _fsdp(devices: Devices) -> "Strategy":
+    from lightning_gpt.strategies.fsdp import FSDP
+
+    return FSDP(world_size=devices.world_size, accelerator=devices.accelerator)
+
+
+def _deepspeed(devices: Devices, **settings: Any) -> "Strategy":
+    from lightning_gpt.strategies.deepspeed import build_deepspeed
+
+    return build_deepspeed(accelerator=devices.accelerator, **settings)
+
+
+def _zero(name: str, *, stage: int, offload: bool = False) -> StrategyRow:
+    return StrategyRow(
+        name=name,
+        build=partial(_deepspeed, stage=stage, offload=offload),
+        form="deepspeed",
+        form_options={"offload": offload, "fused_adam": not offload},
+        precisions=_NO_DOUBLE,
+    )
+
+
+STRATEGIES: dict[str, StrategyRow] = {
+    row.name: row
+    for row in (
+        StrategyRow(name="auto", build=lambda devices: "auto"),
+        StrategyRow(name="ddp", build=_ddp),
+        StrategyRow(
+            name="fsdp", build=_fsdp, form="fsdp", precisions=("bf16-mixed", "32-true", "16-true", "bf16-true")
+        ),
+        _zero("deepspeed_stage_1", stage=1),
+        _zero("deepspeed_stage_2", stage=2),
+        _zero("deepspeed_stage_3", stage=3),
+        _zero("deepspeed_stage_2_offload", stage=2, offload=True),
+        _zero("deepspeed_stage_3_offload", stage=3, offload=True),
+    )
+}
+ALIASES = {"deepspeed": "deepspeed_stage_2", "fsdp_native": "fsdp"}
+# Names beside which --deepspeed_config makes sense: they leave open what a DeepSpeed configuration says.
+STAGE_BY_CONFIG = (TrainerOptions.strategy, "deepspeed")
+
+
+def get_strategy(options: TrainerOptions, *, decided: dict[str, Any] | None = None) -> StrategyRow:
+    """The row that the options ask for; one made for it where they name a DeepSpeed configuration.
+
+    Args:
+        options: The Trainer's options.
+        decided: The values of what a DeepSpeed configuration could say, too, but the run's own options decide.
+
+    Raises:
+        UserError: There is no such strategy, or the DeepSpeed configuration does not fit the options.
+    """
+    name = ALIASES.get(options.strategy, options.strategy)
+    if name not in STRATEGIES:
+        raise UserError(f"--strategy {options.strategy} is unknown; choose one of {', '.join([*STRATEGIES, *ALIASES])}")
+    row = STRATEGIES[name]
+    if options.deepspeed_config is None:
+        return row
+    if options.strategy not in STAGE_BY_CONFIG:
+        raise UserError(f"--deepspeed_config decides the stage; give --strategy deepspeed, not {options.strategy}")
+    from lightning_gpt.strategies.deepspeed import offloads, read_config
+
+    precision = find_devices(options).precision
+    config = read_config(options.deepspeed_config, precision=precision, decided=decided or {})
+    offload = offloads(config)
+    return StrategyRow(
+        name="deepspeed",
+        build=partial(_deepspeed, config=config, offload=offload),
+        form="deepspeed",
+        form_options={"offload": offload, "fused_adam": not offload},
+        precisions=_NO_DOUBLE,
+    )
+
+
+def device_arguments(options: TrainerOptions, *, row: StrategyRow | None = None) -> dict[str, Any]:
+    """The Trainer arguments that say where to run: accelerator, devices, num_nodes, strategy, precision.
+
+    Raises:
+        UserError: What was asked for is not here, or the strategy cannot do it.
+    """
+    where = find_devices(options)
+    row = row or get_strategy(options)
+    if where.precision not in row.precisions:
+        raise UserError(
+            f"--precision {options.precision} does not work under --strategy {row.name};"
+            f" choose one of {', '.join(row.precisions)}"
+        )
+    return {
+        "accelerator": where.accelerator,
+        "devices": where.devices,
+        "num_nodes": where.num_nodes,
+        "strategy": row.build(where),
+        "precision": where.precision,
+    }

@@ -1,0 +1,386 @@
+"""Checkpoints of every strategy: the same weights and optimizer state, read lazily, converted, checked, refused."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+import lightning_gpt.checkpoint.base
+from lightning_gpt.checkpoint import canonical_folder, convert, ensure_canonical, find_checkpoint, open_checkpoint
+from lightning_gpt.checkpoint.base import Checkpoint, empty_model, remember_run, tied_names
+from lightning_gpt.config import UserError
+from lightning_gpt.models import GPTModule
+
+REPO = Path(__file__).parent.parent
+RUNS = {
+    "fsdp": ("fsdp", "nanogpt"),
+    "zero1": ("deepspeed_stage_1", "mingpt"),
+    "zero2": ("deepspeed_stage_2", "nanogpt"),
+    "zero3": ("deepspeed_stage_3", "nanogpt"),
+}
+HAS_DEEPSPEED = find_spec("deepspeed") is not None
+# Odd sizes, which no number of ranks divides.
+SIZES = "--n_layer=2 --n_head=3 --n_embd=9 --block_size=15 --batch_size=4 --max_steps=3 --eval_interval=3"
+
+# DeepSpeed's own tools, in a process of their own: one argument for each folder, the results beside them.
+DEEPSPEED_SAYS = """
+import sys, types
+from pathlib import Path
+import torch
+from deepspeed.checkpoint.ds_to_universal import main
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+for argument in sys.argv[1:]:
+    folder = Path(argument)
+    out = folder.parent / "universal"
+    settings = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
+    paths = {"input_folder": str(folder / "checkpoint"), "output_folder": str(out)}
+    main(types.SimpleNamespace(**settings, **paths, inject_missing_state=True))
+    found = {}
+    for name, weight in get_fp32_state_dict_from_zero_checkpoint(folder).items():
+        found[name] = {"weight": weight}
+        for key in ("exp_avg", "exp_avg_sq"):
+            file = out / "zero" / name / f"{key}.pt"
+            if file.exists():
+                state = torch.load(file, weights_only=False)
+                found[name][key] = (state["param"] if isinstance(state, dict) else state).view(weight.shape)
+    torch.save(found, folder.parent / "reference.pt")
+"""
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory, text_file) -> dict[str, Path]:
+    """A checkpoint of each sharded strategy, all trained at the same time on two ranks each; look, do not write."""
+    folder = tmp_path_factory.mktemp("formats")
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    jobs = {}
+    for kind, (strategy, implementation) in RUNS.items():
+        if strategy != "fsdp" and not HAS_DEEPSPEED:
+            continue
+        flags = [f"--strategy={strategy}", f"--implementation={implementation}", f"--out_dir={folder / kind}"]
+        rest = ["--accelerator=cpu", "--devices=2", "--logger=none", "--sample_tokens=0", f"--data={text_file}"]
+        command = [sys.executable, "train.py", *SIZES.split(), *flags, *rest]
+        log = (folder / f"{kind}.log").open("w")
+        jobs[kind] = subprocess.Popen(command, cwd=REPO, env=env, stdout=log, stderr=subprocess.STDOUT)
+    for kind, job in jobs.items():
+        assert job.wait(timeout=200) == 0, (folder / f"{kind}.log").read_text()[-3000:]
+    return {kind: folder / kind / "checkpoints" / "last.ckpt" for kind in jobs}
+
+
+@pytest.fixture(scope="session")
+def references(runs, tmp_path_factory) -> dict[str, dict[str, dict[str, torch.Tensor]]]:
+    """What torch's and DeepSpeed's own tools find in the checkpoints: name to weight, exp_avg and exp_avg_sq."""
+    file = tmp_path_factory.mktemp("dcp") / "all.pt"
+    dcp_to_torch_save(runs["fsdp"], file)
+    merged = torch.load(file, weights_only=False)
+    states = merged["optimizer_0"]["state"]
+    found = {"fsdp": {n: {"weight": w} | states.get(n, {}) for n, w in merged["state_dict"].items()}}
+    folders = [path for kind, path in runs.items() if kind != "fsdp"]
+    if folders:
+        env = os.environ | {"DS_ACCELERATOR": "cpu"}
+        done = subprocess.run(
+            [sys.executable, "-c", DEEPSPEED_SAYS, *folders], env=env, capture_output=True, text=True, timeout=200
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    for kind, path in runs.items():
+        if kind != "fsdp":
+            tensors = torch.load(path.parent / "reference.pt")
+            found[kind] = {n: {k: t.detach() for k, t in state.items()} for n, state in tensors.items()}
+    return {kind: {n.removeprefix("model."): s for n, s in states.items()} for kind, states in found.items()}
+
+
+@pytest.fixture(params=list(RUNS))
+def kind(request) -> str:
+    if request.param != "fsdp" and not HAS_DEEPSPEED:
+        pytest.skip("DeepSpeed is not installed")
+    return request.param
+
+
+@pytest.fixture
+def copied(runs, tmp_path):
+    """Copies a checkpoint to where it may be written."""
+
+    def copy(kind: str) -> Path:
+        return Path(shutil.copytree(runs[kind], tmp_path / kind / "checkpoints" / "last.ckpt"))
+
+    return copy
+
+
+@pytest.fixture
+def single(tiny_run) -> Path:
+    return tiny_run / "checkpoints" / "last.ckpt"
+
+
+@pytest.fixture
+def tied_file(tmp_path):
+    """Writes a checkpoint file of a tied model from its weights."""
+    config = {"n_layer": 1, "n_head": 1, "n_embd": 8, "vocab_size": 5, "block_size": 4}
+    header = {"hyper_parameters": {"implementation": "nanogpt", "model_config": config}, "global_step": 1}
+
+    def write(change=lambda weights: None) -> Path:
+        torch.manual_seed(0)
+        weights = {k: v.clone() for k, v in GPTModule("nanogpt", model_config=config).state_dict().items()}
+        change(weights)
+        file = tmp_path / f"tied{len(list(tmp_path.iterdir()))}.ckpt"
+        torch.save(header | {"state_dict": weights}, file)
+        return file
+
+    return write
+
+
+def refused(path: Path, *mentions: object, **settings: bool) -> None:
+    with pytest.raises(UserError) as caught:
+        checkpoint = open_checkpoint(path, **settings)
+        checkpoint.hash()
+    message = str(caught.value)
+    assert "\n" not in message and all(str(m) in message for m in mentions), message
+
+
+def equal(a: Checkpoint, b: Checkpoint) -> bool:
+    """Whether two checkpoints hold the same bits."""
+    for name in a.names():
+        ours, theirs = a.optimizer_state(name), b.optimizer_state(name)
+        assert torch.equal(a.weight(name), b.weight(name)) and a.weight(name).dtype == b.weight(name).dtype
+        assert ours.keys() == theirs.keys() == {"step", "exp_avg", "exp_avg_sq"}
+        for key in ours:
+            assert torch.equal(ours[key], theirs[key]) and ours[key].dtype == theirs[key].dtype
+    return a.names() == b.names()
+
+
+def test_weights_and_moments_are_those_of_the_training(runs, references, kind):
+    checkpoint, seen = open_checkpoint(runs[kind]), 0
+    shapes = checkpoint.shapes()
+    for name, expected in references[kind].items():
+        state = checkpoint.optimizer_state(name)
+        assert name not in shapes or shapes[name] == expected["weight"].shape
+        assert torch.equal(checkpoint.weight(name), expected["weight"]) and not checkpoint.weight(name).requires_grad
+        assert state["step"].shape == () and state["step"] == 3 and state["step"].dtype == torch.float32
+        for key in expected.keys() & {"exp_avg", "exp_avg_sq"}:
+            assert torch.equal(state[key], expected[key])
+            seen += 1
+    assert checkpoint.names() == sorted(n for n in references[kind] if n not in checkpoint.ties)
+    assert seen >= 2 * len(checkpoint.names()) and checkpoint.step == 3 and checkpoint.has_optimizer
+
+
+def test_hash_and_module_are_the_same_for_every_form(runs, references, kind, tmp_path):
+    checkpoint = open_checkpoint(runs[kind])
+    weights = {f"model.{name}": state["weight"] for name, state in references[kind].items()}
+    torch.save(checkpoint.header | {"state_dict": weights}, tmp_path / "one.ckpt")
+    one = open_checkpoint(tmp_path / "one.ckpt")
+    assert not one.has_optimizer and one.optimizer_state("transformer.wte.weight") == {}
+    assert checkpoint.hash() == one.hash() == open_checkpoint(convert(checkpoint, tmp_path / "c")).hash()
+    for name, tensor in checkpoint.module().model.state_dict().items():
+        assert torch.equal(tensor, references[kind][name]["weight"])
+    weights["model.transformer.wpe.weight"][0, 0] += 1
+    torch.save(checkpoint.header | {"state_dict": weights}, tmp_path / "one.ckpt")
+    assert open_checkpoint(tmp_path / "one.ckpt").hash() != checkpoint.hash()
+
+
+def test_round_trip(runs, kind, tmp_path):
+    _round_trip(open_checkpoint(runs[kind]), tmp_path / "out")
+
+
+def test_round_trip_of_a_file(single, tmp_path):
+    _round_trip(open_checkpoint(single), tmp_path / "out")
+
+
+def _round_trip(checkpoint: Checkpoint, folder: Path) -> None:
+    assert convert(checkpoint, folder, optimizer=True, pt=True) == folder
+    again = open_checkpoint(folder)
+    assert equal(checkpoint, again) and again.hash() == checkpoint.hash()
+    assert again.header.keys() == checkpoint.header.keys() and again.header["loops"] == checkpoint.header["loops"]
+    assert again.tokenizer.to_dict() == checkpoint.tokenizer.to_dict() and again.data == checkpoint.data
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert sorted(file.keys()) == checkpoint.names()  # a tie is stored once
+    config = json.loads((folder / "config.json").read_text())
+    assert config["format"] == "lightning-gpt" and config["ties"] == checkpoint.ties
+    model = empty_model(checkpoint.implementation, model_config=checkpoint.model_config).to_empty(device="cpu")
+    model.load_state_dict(torch.load(folder / "model.pt", weights_only=True), strict=True)
+    assert all(torch.equal(tensor, checkpoint.weight(name)) for name, tensor in model.state_dict().items())
+    convert(again, folder)  # onto itself, and the older form is replaced
+    assert sorted(p.name for p in folder.parent.iterdir()) == [folder.name]
+    assert not open_checkpoint(folder).has_optimizer and open_checkpoint(folder).step == checkpoint.step
+
+
+def test_ties(tied_file):
+    wte, head = "model.transformer.wte.weight", "model.lm_head.weight"
+    whole = open_checkpoint(tied_file())
+    assert whole.ties == {"lm_head.weight": "transformer.wte.weight"}
+    on_meta = GPTModule("nanogpt", model_config=whole.model_config)
+    on_meta.model = empty_model("nanogpt", model_config=whole.model_config)
+    for missing in (wte, head):
+        part = open_checkpoint(tied_file(lambda weights, key=missing: weights.pop(key)))
+        part.require_fit(on_meta)
+        assert part.hash() == whole.hash() and torch.equal(part.weight("lm_head.weight"), whole.weight(wte[6:]))
+        model = part.module().model
+        assert model.lm_head.weight is model.transformer.wte.weight
+    with pytest.raises(UserError, match="one weight in the model and differ"):
+        open_checkpoint(tied_file(lambda weights: weights[head].add_(1))).require_fit(on_meta)
+    with pytest.raises(UserError, match="lm_head.weight has shape none|wte.weight has shape none"):
+        open_checkpoint(tied_file(lambda weights: (weights.pop(wte), weights.pop(head)))).require_fit(on_meta)
+
+
+def test_model_is_built_without_memory_and_randomness():
+    config = {"n_layer": 1, "n_head": 1, "n_embd": 8, "vocab_size": 5, "block_size": 4}
+    before = torch.get_rng_state()
+    model = empty_model("nanogpt", model_config=config)
+    assert all(p.is_meta for p in model.parameters()) and torch.equal(before, torch.get_rng_state())
+    assert tied_names(model) == {"lm_head.weight": "transformer.wte.weight"}
+
+
+def test_reading_shards_asks_no_other_process(runs, monkeypatch):
+    def talk(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a collective")
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for name in ("all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list", "barrier"):
+            monkeypatch.setattr(dist, name, talk)
+        for name in ("all_reduce", "all_gather", "broadcast"):
+            monkeypatch.setattr(dist, name, talk)
+        for path in runs.values():
+            open_checkpoint(path).hash()
+    finally:
+        monkeypatch.undo()
+        dist.destroy_process_group()
+
+
+class Foreign:
+    """Leaves a mark when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize("part", ["meta.pt", ".metadata", "checkpoint/zero_pp_rank_1_mp_rank_00_optim_states.pt"])
+def test_foreign_objects_are_refused(copied, tmp_path, part):
+    import pickle
+
+    if part.startswith("checkpoint") and not HAS_DEEPSPEED:
+        pytest.skip("DeepSpeed is not installed")
+    path = copied("zero2" if part.startswith("checkpoint") else "fsdp")
+    mark = tmp_path / "mark"
+    if part == ".metadata":
+        content = pickle.loads((path / part).read_bytes())
+        content.storage_meta.modules = [Foreign(mark)]
+        (path / part).write_bytes(pickle.dumps(content))
+    else:
+        torch.save(torch.load(path / part, weights_only=False) | {"extra": Foreign(mark)}, path / part)
+    refused(path, part.rpartition("/")[2], "--trust_checkpoint")
+    assert not mark.exists()
+    assert open_checkpoint(path, trust=True).hash() and mark.exists()
+
+
+def test_own_runs_are_trusted(single, tmp_path, monkeypatch):
+    monkeypatch.setenv("LIGHTNING_GPT_CACHE", str(tmp_path / "cache"))
+    run = tmp_path / "run"
+    run.mkdir()
+    torch.save(torch.load(single, weights_only=True) | {"extra": Foreign(tmp_path / "mark")}, run / "x.ckpt")
+    refused(run / "x.ckpt", "--trust_checkpoint")
+    remember_run(run)
+    remember_run(run)
+    assert open_checkpoint(run / "x.ckpt").hash()
+    assert (tmp_path / "cache" / "runs.txt").read_text().splitlines() == [str(run)]
+    monkeypatch.setenv("LIGHTNING_GPT_CACHE", str(single))  # a file: nothing can be written there
+    remember_run(run)
+    refused(run / "x.ckpt", "--trust_checkpoint")
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["missing", "cut off"])
+def test_incomplete_folders(copied, kind, cut):
+    path = copied(kind)
+    files = [f for f in path.rglob("*") if f.is_file() and f.name != "latest" and not f.name.endswith(".py")]
+    if kind == "zero3":
+        files = [f for f in files if "rank_1_mp_rank_00_model" not in f.name]  # only rank 0's has what is needed
+    assert len(files) >= 3
+    for file in files:
+        whole = file.read_bytes()
+        file.unlink()
+        if cut:
+            file.write_bytes(whole[: len(whole) // 2])
+        refused(path, path)
+        file.write_bytes(whole)
+    assert open_checkpoint(path).hash()
+
+
+def test_damaged_and_unknown(single, tmp_path):
+    folder = convert(open_checkpoint(single), tmp_path / "out", optimizer=True)
+    for name in ("model.safetensors", "optimizer.safetensors", "config.json", "training.pt"):
+        whole = (folder / name).read_bytes()
+        for content in (whole[: len(whole) // 2], b"", b"x" * 99):
+            (folder / name).write_bytes(content)
+            refused(folder, folder)
+        (folder / name).write_bytes(whole)
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "not a checkpoint")
+    refused(tmp_path / "none", "not a checkpoint")
+    shutil.copytree(folder, tmp_path / "other")
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "gpt2"}')
+    refused(tmp_path / "other", "config.json")
+    with pytest.raises(UserError, match="is it a run folder"):
+        find_checkpoint(str(tmp_path / "empty"), which="best")
+
+
+def test_conversion_beside_the_checkpoint(copied, single):
+    assert ensure_canonical(single).path == single
+    path = copied("fsdp")
+    assert find_checkpoint(str(path), which="best") == find_checkpoint(str(path.parent.parent), which="best") == path
+    folder = canonical_folder(path)
+    assert folder.name == "last" and canonical_folder(folder).name == "last-converted"
+    first = ensure_canonical(path)
+    assert first.path == folder == find_checkpoint(str(folder), which="best")
+    made = (folder / "config.json").stat().st_mtime_ns
+    assert ensure_canonical(path).hash() == first.hash() and (folder / "config.json").stat().st_mtime_ns == made
+    os.utime(path / "meta.pt")  # saved anew
+    ensure_canonical(path)
+    assert (folder / "config.json").stat().st_mtime_ns > made
+    shutil.rmtree(folder)
+    folder.mkdir()
+    with pytest.raises(UserError, match="is not a converted checkpoint"):
+        ensure_canonical(path)
+
+
+def test_conversion_that_fails_leaves_nothing(runs, tmp_path, monkeypatch):
+    checkpoint = open_checkpoint(runs["fsdp"])
+    read = checkpoint._read
+    monkeypatch.setattr(checkpoint, "_read", lambda name: read(name) if "wte" in name else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        convert(checkpoint, tmp_path / "out")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        convert(checkpoint, tmp_path / "file" / "out")
+    with pytest.raises(UserError, match="no optimizer state"):
+        checkpoint.moments = {}
+        convert(checkpoint, tmp_path / "out", optimizer=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_maps_are_renewed(tied_file, monkeypatch):
+    monkeypatch.setattr(lightning_gpt.checkpoint.base.MappedFile, "_RENEW_AFTER", 0)
+    file = tied_file()
+    checkpoint = open_checkpoint(file)
+    assert checkpoint.hash() == open_checkpoint(file).hash()
+    os.utime(file, (0, 0))
+    with pytest.raises(UserError, match="replaced while it was read"):
+        checkpoint.hash()
+
+
+def test_entry_points_take_folders(runs, kind, capsys):
+    import evaluate
+    import sample
+
+    evaluate.main(["--checkpoint", str(runs[kind]), "--accelerator=cpu"])
+    assert "loss" in capsys.readouterr().out
+    sample.main(["--checkpoint", str(runs[kind].parent.parent), "--accelerator=cpu", "--max_new_tokens=4"])
