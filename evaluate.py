@@ -1,5 +1,7 @@
 """Scores a checkpoint: ``python evaluate.py --help``."""
 
+import contextlib
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -12,10 +14,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse_evaluate(argv)
     from lightning_gpt.evaluation import convert_only, evaluate  # after parsing: --help need not wait for torch
 
-    if options.convert_only:
-        print(f"converted     {convert_only(options)}")
-        return
-    score = evaluate(options)
+    with contextlib.redirect_stdout(sys.stderr):  # libraries print, too: stdout is for the numbers
+        folder = convert_only(options) if options.convert_only else None
+        score = None if options.convert_only else evaluate(options)
+    if folder:
+        print(f"converted     {folder}")
     for name, value in asdict(score).items() if score else ():
         print(f"{name:14}{value:.4f}" if isinstance(value, float) else f"{name:14}{value}")
 

@@ -121,11 +121,10 @@ def measure_tax(*, rounds: int = 7, steps: int = 100, threads: int | None = None
     for name, value in (("rounds", rounds), ("steps", steps), ("threads", threads)):
         if value is not None and value < 1:
             raise UserError(f"--{name} {value} leaves nothing to measure; give a positive number")
-    if json and (Path(json).is_dir() or not os.access(Path(json).resolve().parent, os.W_OK)):
-        raise UserError(f"--json {json} cannot be written: name a file in a folder that can")
+    require_writable(json)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     before = torch.get_num_threads()
-    tax = Tax(rounds, steps, {LOOP: Timing(), OURS: Timing()}, _machine(device, threads or before))
+    tax = Tax(rounds, steps, {LOOP: Timing(), OURS: Timing()}, machine_facts(device, threads or before))
     pair = [(LOOP, _hand_written), (OURS, _through_trainer)]
     try:
         with tempfile.TemporaryDirectory(prefix="lightning-gpt-bench-") as temporary:
@@ -144,11 +143,22 @@ def measure_tax(*, rounds: int = 7, steps: int = 100, threads: int | None = None
     return tax
 
 
+def require_writable(json: str | None) -> None:
+    """Checks the file for the result before anything is measured.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    if json and (Path(json).is_dir() or not os.access(Path(json).resolve().parent, os.W_OK)):
+        raise UserError(f"--json {json} cannot be written: name a file in a folder that can")
+
+
 def _spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def _machine(device: torch.device, threads: int) -> dict[str, Any]:
+def machine_facts(device: torch.device, threads: int) -> dict[str, Any]:
+    """Hardware and versions, for the record beside a number."""
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -33,18 +33,6 @@ def quiet_lightning() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def flops_per_token(module: GPTModule) -> float:
-    """Training FLOPs per token: 6 N + 12 n_layer n_embd T (PaLM, Chowdhery et al. 2022, appendix B).
-
-    N counts the parameters without position embeddings, as nanoGPT does. A model whose config lacks n_layer or n_embd
-    is counted without its attention term.
-    """
-    config = getattr(module.model, "config", None)
-    n_layer, n_embd = getattr(config, "n_layer", 0) or 0, getattr(config, "n_embd", 0) or 0
-    n = sum(p.numel() for name, p in module.model.named_parameters() if not name.endswith("wpe.weight"))
-    return 6 * n + 12 * n_layer * n_embd * module.model_config["block_size"]
-
-
 class ProgressBar(TQDMProgressBar):
     """Lightning's bar, which knows the length of an endless epoch: the budget in micro-batches."""
 
@@ -103,11 +91,12 @@ class RunMetrics(Callback):
 
     Args:
         tokens_per_step: Tokens of an optimizer step over all ranks.
+        flops_per_token: The model's, for forward and backward pass.
     """
 
-    def __init__(self, *, tokens_per_step: int) -> None:
+    def __init__(self, *, tokens_per_step: int, flops_per_token: float) -> None:
         self.tokens_per_step = tokens_per_step
-        self._flops_per_step = 0.0
+        self._flops_per_step = flops_per_token * tokens_per_step
         self._peak: float | None = None
         self._since = (0, 0.0)  # step, time
         self._first_step = 0
@@ -115,8 +104,6 @@ class RunMetrics(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Looks up what does not change."""
-        assert isinstance(pl_module, GPTModule)
-        self._flops_per_step = flops_per_token(pl_module) * self.tokens_per_step
         peak = peak_flops(pl_module.device, precision=str(trainer.precision))
         self._peak = peak * trainer.world_size if peak else None
         self._since = (trainer.global_step, time.perf_counter())

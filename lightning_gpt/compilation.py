@@ -23,6 +23,21 @@ def compile_model(model: nn.Module, *, block_class: type[nn.Module] | None, sett
     Args:
         model: The plain model.
         block_class: The unit to compile.
+        setting: As for ``compile_arguments``.
+
+    Raises:
+        UserError: As for ``compile_arguments``.
+    """
+    arguments = compile_arguments(setting)
+    if arguments is not None:
+        for unit in _units(model, block_class):
+            unit.compile(**arguments)
+
+
+def compile_arguments(setting: bool | str) -> dict[str, str | None] | None:
+    """The arguments of ``torch.compile`` that a setting means; None for not at all.
+
+    Args:
         setting: False or "false" for not at all; True, "dynamo" or "inductor" for the default backend; one of its
             modes, such as "max-autotune"; otherwise the name of a backend that torch knows.
 
@@ -31,7 +46,7 @@ def compile_model(model: nn.Module, *, block_class: type[nn.Module] | None, sett
     """
     name = str(setting).lower()
     if name in ("false", "none", "no", "off"):
-        return
+        return None
     mode = name if name in torch._inductor.list_mode_options() else None
     backend = "inductor" if mode or name in ("true", "yes", "on", "dynamo") else str(setting)
     backends = torch.compiler.list_backends(exclude_tags=())
@@ -43,8 +58,7 @@ def compile_model(model: nn.Module, *, block_class: type[nn.Module] | None, sett
         raise UserError(
             f"--compile needs a C++ compiler for the CPU, and there is no {compiler} here; install g++ or leave it"
         )
-    for unit in _units(model, block_class):
-        unit.compile(backend=backend, mode=mode)
+    return {"backend": backend, "mode": mode}
 
 
 def recompute_blocks(model: nn.Module, *, block_class: type[nn.Module] | None) -> None:

@@ -126,6 +126,8 @@ class RunOptions:
     """what the sample at the end continues"""
     sample_tokens: int = 200
     """length of that sample in tokens; 0 for none"""
+    dry_run: bool = False
+    """check everything, say what the run would need in memory and compute, and stop; the devices need not be here"""
 
 
 @dataclass(frozen=True)
@@ -188,6 +190,38 @@ class SampleOptions:
     """auto, cpu or gpu"""
     trust_checkpoint: bool = False
     """let a checkpoint that another made run the code that it may hold"""
+
+
+@dataclass(frozen=True)
+class TaxOptions:
+    """How long the comparison with a hand-written loop takes, and where its numbers go."""
+
+    rounds: int = 7
+    """how often each path is measured, in turns"""
+    steps: int = 100
+    """optimizer steps that are timed in each round, after 10 of warm-up"""
+    threads: int | None = None
+    """threads that torch computes with (default: torch's own choice); 1 where other programs are busy"""
+    json: str | None = None
+    """also write the result to this file"""
+
+
+@dataclass(frozen=True)
+class ParityOptions:
+    """What is trained under every strategy."""
+
+    steps: int = 10
+    """optimizer steps of each run"""
+    devices: int | None = None
+    """ranks of each strategy (default: all GPUs, or 2 on a CPU)"""
+    accelerator: str = "auto"
+    """auto, cpu or gpu"""
+    strategies: str | None = None
+    """names, separated by commas (default: all)"""
+    data: str = "stdlib"
+    """text or token files, as for train.py"""
+    json: str | None = None
+    """also write the result to this file"""
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,13 @@
 
 import json
 import math
+import sys
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from lightning_gpt.callbacks import quiet_lightning
 from lightning_gpt.checkpoint import (
@@ -16,13 +19,16 @@ from lightning_gpt.checkpoint import (
     find_checkpoint,
     open_checkpoint,
 )
+from lightning_gpt.checkpoint.canonical import one_at_a_time
 from lightning_gpt.checkpoint.resume import restore_weights
 from lightning_gpt.config import EvaluateOptions, TrainerOptions, UserError
 from lightning_gpt.data.loading import TokenData
 from lightning_gpt.data.preparation import prepare
 from lightning_gpt.data.token_files import TokenFiles
 from lightning_gpt.models import FORMS
-from lightning_gpt.strategies import device_arguments, get_strategy
+from lightning_gpt.strategies import find_devices, get_strategy
+
+_LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,7 @@ class Score:
         hash: A sha256 of its weights, the same in every form of a checkpoint.
         step: Optimizer steps it was trained for.
         loss: Mean cross-entropy, nats per token.
-        perplexity: exp(loss).
+        perplexity: exp(loss); infinite, and null in JSON, where that is beyond a float.
         bits_per_byte: Cross-entropy in bits over the text's UTF-8 bytes; None where the bytes are not known.
         tokens: Tokens scored.
     """
@@ -48,8 +54,11 @@ class Score:
     tokens: int
 
 
-def convert_only(options: EvaluateOptions) -> Path:
+def convert_only(options: EvaluateOptions) -> Path | None:
     """Writes the canonical form of a checkpoint beside it, optimizer state included where there is one.
+
+    Returns:
+        The folder; None on ranks other than the first, which do nothing.
 
     Raises:
         UserError: There is no such checkpoint, it does not fit its model, or the folder cannot be written.
@@ -57,10 +66,13 @@ def convert_only(options: EvaluateOptions) -> Path:
     pt = str(options.convert_only).lower() == "pt"
     if not pt and str(options.convert_only).lower() != "true":
         raise UserError(f"--convert_only {options.convert_only} is unknown; give it alone, or as --convert_only pt")
+    if rank_zero_only.rank:
+        return None
     path = find_checkpoint(options.checkpoint or "latest", which=options.which)
     checkpoint = open_checkpoint(path, trust=options.trust_checkpoint)
     _require_own_fit(checkpoint)
-    return convert(checkpoint, canonical_folder(path), optimizer=checkpoint.has_optimizer, pt=pt)
+    with one_at_a_time(path):
+        return convert(checkpoint, canonical_folder(path), optimizer=checkpoint.has_optimizer, pt=pt)
 
 
 def evaluate(options: EvaluateOptions) -> Score | None:
@@ -72,8 +84,8 @@ def evaluate(options: EvaluateOptions) -> Score | None:
     Raises:
         UserError: Checkpoint or data are missing or do not fit each other.
     """
-    if options.json and not Path(options.json).parent.is_dir():
-        raise UserError(f"--json {options.json} cannot be written: its folder does not exist; make it first")
+    if options.json:
+        _require_writable(Path(options.json))
     quiet_lightning()
     where = TrainerOptions(
         strategy=options.strategy,
@@ -84,8 +96,9 @@ def evaluate(options: EvaluateOptions) -> Score | None:
         num_nodes=options.num_nodes,
         precision=options.precision,
     )
-    row = get_strategy(where)
-    arguments = device_arguments(where, row=row)
+    devices = find_devices(where)
+    row = get_strategy(where, where=devices)
+    arguments = row.arguments(devices)
     path = find_checkpoint(options.checkpoint or "latest", which=options.which)
     checkpoint = ensure_canonical(path, trust=options.trust_checkpoint)
     module = FORMS[row.form](checkpoint.implementation, model_config=checkpoint.model_config, **row.form_options)
@@ -112,7 +125,7 @@ def evaluate(options: EvaluateOptions) -> Score | None:
         return None
     score = _score(loss, checkpoint, files, options)
     if options.json:
-        Path(options.json).write_text(json.dumps(asdict(score), indent=2) + "\n", encoding="utf-8")
+        _write_json(score, Path(options.json))
     return score
 
 
@@ -124,6 +137,28 @@ class _Weights(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         restore_weights(pl_module.model, self.checkpoint)
+
+
+def _require_writable(file: Path) -> None:
+    """Finds out before the work whether a file can be written, and leaves no trace."""
+    if not file.parent.is_dir():
+        raise UserError(f"--json {file} cannot be written: its folder does not exist; make it first")
+    try:
+        if file.exists():
+            file.open("ab").close()
+        else:
+            tempfile.TemporaryFile(dir=file.parent).close()
+    except OSError as error:
+        raise UserError(f"--json {file} cannot be written: {error.strerror}; choose another") from error
+
+
+def _write_json(score: Score, file: Path) -> None:
+    known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(score).items()}
+    text = json.dumps(known, indent=2)  # JSON has no word for infinity
+    try:
+        file.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:  # a full disk, say: the numbers are told all the same
+        raise UserError(f"--json {file} cannot be written: {error.strerror}; it was to say {text}") from error
 
 
 def _require_own_fit(checkpoint: Checkpoint) -> None:
@@ -157,7 +192,7 @@ def _score(loss: float, checkpoint: Checkpoint, files: TokenFiles, options: Eval
         hash=checkpoint.hash(),
         step=checkpoint.step,
         loss=loss,
-        perplexity=math.exp(loss),
+        perplexity=math.exp(loss) if loss < _LARGEST_EXPONENT else math.inf,
         # The first token is context only; its bytes are counted, which a text of any length does not show.
         bits_per_byte=loss * tokens / math.log(2) / files.val_bytes if whole and files.val_bytes else None,
         tokens=tokens,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lightning_gpt.compilation import compile_arguments
 from lightning_gpt.optim import deepspeed_adam
 from lightning_gpt.sharding import initialise, shard_fsdp
 
@@ -26,6 +27,7 @@ class ShardedForm(_Base):
 
     def build_model(self) -> nn.Module:
         """The model without memory, on the meta device; a model that cannot be initialised there is built whole."""
+        compile_arguments(self.compile_setting)  # refuses now; blocks are compiled where they are sharded
         return self.implementation.build(self.model_config, meta=self.implementation.initialises_by_apply)
 
     @property
@@ -106,6 +108,11 @@ class DeepSpeedForm(ShardedForm):
         elif self.unbuilt:
             self.give_memory(torch.device("cpu"))
         self.prepare_blocks(self.model)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Mean loss of a micro-batch, times their number: both Lightning and the engine divide by it."""
+        loss = super().training_step(batch, batch_idx)
+        return loss if self.zero_stage is None else loss * self.trainer.accumulate_grad_batches
 
     def build_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """DeepSpeed's Adam where it fits, torch's otherwise."""

@@ -8,7 +8,7 @@ import torch
 from lightning_gpt.checkpoint import ensure_canonical, find_checkpoint
 from lightning_gpt.config import SampleOptions, TrainerOptions, UserError
 from lightning_gpt.models import GPTModule
-from lightning_gpt.strategies import device_arguments
+from lightning_gpt.strategies import find_devices
 from lightning_gpt.tokenizers import Tokenizer
 
 
@@ -68,8 +68,8 @@ def samples(options: SampleOptions) -> Iterator[str]:
     module = checkpoint.module()
     if not hasattr(module.model, "generate"):
         raise UserError(f"{path} cannot be sampled: its --implementation {checkpoint.implementation} has no generate")
-    where = device_arguments(TrainerOptions(accelerator=options.accelerator))
-    module = module.to("cuda" if where["accelerator"] == "gpu" else "cpu")
+    where = find_devices(TrainerOptions(accelerator=options.accelerator))
+    module = module.to("cuda" if where.accelerator == "gpu" else "cpu")
     for number in range(options.num_samples):
         yield complete(
             module,

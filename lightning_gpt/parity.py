@@ -2,21 +2,23 @@
 
 import csv
 import itertools
-import json
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from json import dumps, loads
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from lightning_gpt.benchmarks import machine_facts, require_writable
 from lightning_gpt.checkpoint import open_checkpoint
 from lightning_gpt.cli import parse_train
-from lightning_gpt.config import UserError
+from lightning_gpt.config import TrainerOptions, UserError
 from lightning_gpt.implementations import IMPLEMENTATIONS, flag_options
-from lightning_gpt.strategies import STRATEGIES
+from lightning_gpt.strategies import STRATEGIES, find_devices, get_strategy
 from lightning_gpt.training import train
 
 # Samples of an optimizer step, however they are divided into ranks and micro-batches.
@@ -44,13 +46,18 @@ class Deviation:
     Attributes:
         strategy: The strategy.
         case: What was trained.
-        loss: Largest relative difference of a step's training loss.
+        losses: The training loss of each step.
+        loss: Largest relative difference of one of them.
+        norm: Largest relative difference of a step's gradient norm, which Adam hides from the losses; 0 where nothing
+            is clipped, since nothing is measured then.
         weights: Largest absolute difference of a final weight.
     """
 
     strategy: str
     case: Case
+    losses: tuple[float, ...]
     loss: float
+    norm: float
     weights: float
 
 
@@ -87,10 +94,17 @@ def deviations(
             _launch(plans[name], ranks)
         for number, case in enumerate(which):
             alone, spread = (Path(folder) / f"{name}-{number}" for name in ("auto", strategy))
-            pairs = list(zip(_losses(alone), _losses(spread), strict=True))
-            assert len(pairs) == steps
-            loss = max(abs(a - b) / abs(a) for a, b in pairs)
-            yield Deviation(strategy, case, loss, _weight_difference(alone, spread))
+            columns = {name: (_column(alone, name), _column(spread, name)) for name in ("train_loss", "grad_norm")}
+            assert all(len(column) == steps for column in columns["train_loss"])
+            apart = {n: max((abs(b / a - 1) for a, b in zip(*c, strict=True)), default=0) for n, c in columns.items()}
+            yield Deviation(
+                strategy,
+                case,
+                losses=tuple(columns["train_loss"][1]),
+                loss=apart["train_loss"],
+                norm=apart["grad_norm"],
+                weights=_weight_difference(alone, spread),
+            )
 
 
 def _flags(case: Case, ranks: int) -> list[str]:
@@ -109,7 +123,7 @@ def _flags(case: Case, ranks: int) -> list[str]:
 def _launch(runs: list[list[str]], ranks: int) -> None:
     """Runs command lines of train.py, one after another, in one group of processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command += ["-m", "lightning_gpt.parity", json.dumps(runs)]
+    command += ["-m", "lightning_gpt.parity", dumps(runs)]
     root = Path(__file__).parent.parent
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     if done.returncode:
@@ -117,10 +131,10 @@ def _launch(runs: list[list[str]], ranks: int) -> None:
         raise UserError(f"a run failed: {(raised or done.stderr.splitlines() or ['no message'])[0]}")
 
 
-def _losses(run: Path) -> list[float]:
+def _column(run: Path, name: str) -> list[float]:
     [log] = run.glob("logs/*/metrics.csv")
     with log.open(encoding="utf-8") as file:
-        return [float(row["train_loss"]) for row in csv.DictReader(file) if row.get("train_loss")]
+        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
 
 
 def _weight_difference(a: Path, b: Path) -> float:
@@ -129,8 +143,39 @@ def _weight_difference(a: Path, b: Path) -> float:
     return max((ours.weight(name) - theirs.weight(name)).abs().max().item() for name in ours.names())
 
 
-def measure_parity(*, steps: int, devices: int | None, accelerator: str, data: str, strategies: str | None) -> str:
-    """The table of all strategies: the worst of each strategy's cases.
+@dataclass(frozen=True)
+class Parity:
+    """What was found under each strategy.
+
+    Attributes:
+        found: All cases of all strategies.
+        steps: Optimizer steps of each run.
+        devices: Ranks of each strategy.
+        machine: Hardware and versions.
+    """
+
+    found: list[Deviation]
+    steps: int
+    devices: int
+    machine: dict[str, Any]
+
+    def table(self) -> str:
+        """A line for each strategy: the worst of its cases."""
+        lines = [f"{'strategy':28}{'loss, relative':>16}{'norm, relative':>16}{'weight, absolute':>18}"]
+        for name in dict.fromkeys(d.strategy for d in self.found):
+            mine = [d for d in self.found if d.strategy == name]
+            loss, norm, weights = (max(getattr(d, part) for d in mine) for part in ("loss", "norm", "weights"))
+            lines.append(f"{name:28}{loss:16.1e}{norm:16.1e}{weights:18.1e}")
+        lines.append(
+            f"worst of {len(cases())} runs of {self.steps} steps each, {self.devices} ranks against one process"
+        )
+        return "\n".join([*lines, ", ".join(f"{key} {value}" for key, value in self.machine.items())])
+
+
+def measure_parity(
+    *, steps: int, devices: int | None, accelerator: str, data: str, strategies: str | None, json: str | None
+) -> Parity:
+    """Trains every case under every strategy and in a single process.
 
     Args:
         steps: Optimizer steps of each run.
@@ -138,23 +183,31 @@ def measure_parity(*, steps: int, devices: int | None, accelerator: str, data: s
         accelerator: "auto", "cpu" or "gpu".
         data: What is trained on.
         strategies: Names, separated by commas; by default all.
+        json: Where the result is written as JSON as well.
 
     Raises:
         UserError: A strategy is unknown, or one of its runs failed.
     """
+    require_writable(json)
     if accelerator == "auto":
         accelerator = "gpu" if torch.cuda.is_available() else "cpu"
     devices = devices or (torch.cuda.device_count() if accelerator == "gpu" else 2)
+    if GLOBAL_BATCH % (2 * devices):
+        raise UserError(f"--devices {devices} does not divide the {GLOBAL_BATCH // 2} samples of a micro-batch")
     names = strategies.split(",") if strategies else [name for name in STRATEGIES if name != "auto"]
-    lines = [f"{'strategy':28}{'loss, relative':>18}{'weights, absolute':>20}   ({devices} ranks, {accelerator})"]
+    found = []
     for name in names:
-        found = list(deviations(name, which=cases(), devices=devices, accelerator=accelerator, steps=steps, data=data))
-        loss, weights = max(d.loss for d in found), max(d.weights for d in found)
-        lines.append(f"{name:28}{loss:18.1e}{weights:20.1e}")
-        print(lines[-1], file=sys.stderr, flush=True)
-    return "\n".join(lines)
+        options = TrainerOptions(strategy=name, accelerator=accelerator, devices=devices)
+        get_strategy(options, where=find_devices(options))
+        print(f"training under {name}", file=sys.stderr, flush=True)
+        found += deviations(name, which=cases(), devices=devices, accelerator=accelerator, steps=steps, data=data)
+    device = torch.device("cuda" if accelerator == "gpu" else "cpu")
+    parity = Parity(found, steps, devices, machine_facts(device, torch.get_num_threads()))
+    if json:
+        Path(json).write_text(dumps(asdict(parity), indent=2) + "\n", encoding="utf-8")
+    return parity
 
 
 if __name__ == "__main__":
-    for flags in json.loads(sys.argv[1]):
+    for flags in loads(sys.argv[1]):
         train(parse_train(flags))

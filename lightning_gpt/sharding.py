@@ -52,6 +52,7 @@ def initialise(model: nn.Module) -> None:
     Raises:
         UserError: The model's ``_init_weights`` does not set every parameter.
     """
+    written = []
     for module in _leaves_first(model):
         own = {name: p for name, p in module._parameters.items() if p is not None}
         for name, p in own.items():
@@ -67,6 +68,12 @@ def initialise(model: nn.Module) -> None:
                 )
             write_parameter(p, whole)
             module._parameters[name] = p
+            written.append((module, name, p))
+    # Where `to_empty` had parted tied weights, and the model has tied them again: the last write counts, as elsewhere.
+    last = {module._parameters[name]: p for module, name, p in written}
+    for parameter, p in last.items():
+        if parameter is not p:
+            write_parameter(parameter, p)
 
 
 def _leaves_first(module: nn.Module) -> Iterator[nn.Module]:

@@ -17,14 +17,16 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 
 from lightning_gpt.callbacks import DropoutSeed, FinalSample, ProgressBar, RunMetrics, ValidateAtEnd, quiet_lightning
 from lightning_gpt.checkpoint import RUNS, Checkpoint, ExactResume, open_checkpoint, remember_run
-from lightning_gpt.config import SIZES, OptimOptions, TrainConfig, UserError
+from lightning_gpt.config import SIZES, OptimOptions, TrainConfig, TrainerOptions, UserError
 from lightning_gpt.data.loading import TokenData
 from lightning_gpt.data.preparation import prepare
 from lightning_gpt.data.token_files import TokenFiles
 from lightning_gpt.generation import encode_prompt
 from lightning_gpt.implementations import get_implementation
 from lightning_gpt.models import FORMS, GPTModule
-from lightning_gpt.strategies import StrategyRow, device_arguments, find_devices, get_strategy
+from lightning_gpt.planning import flops_per_token, plan
+from lightning_gpt.strategies import StrategyRow, find_devices, get_strategy
+from lightning_gpt.strategies.devices import Devices
 from lightning_gpt.strategies.saving import WholeFiles
 
 DEFAULT_STEPS = 1000
@@ -38,51 +40,59 @@ LOGGERS = {
 }
 
 
-def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Path:
-    """Runs a training run to the end of its budget.
+def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Path | None:
+    """Runs a training run to the end of its budget, or says what it would need.
 
     Args:
         config: The run.
         callbacks: Called after the run's own.
 
     Returns:
-        The run folder.
+        The run folder; None for a dry run.
 
     Raises:
         UserError: Something about the run is wrong; found before the first step.
     """
     quiet_lightning()
-    options = config.trainer
+    run = config.run
+    _check_trainer_options(config.trainer)
+    where = find_devices(config.trainer, elsewhere=run.dry_run)
+    strategy = _strategy(config, where)
     files = prepare(config.data.data, tokenizer=config.data.tokenizer, block_size=config.model.block_size)
-    if config.run.sample_tokens and files.tokenizer:
+    if run.sample_tokens and files.tokenizer:
         # A prompt that cannot be encoded is told now, not after the training.
-        encode_prompt(files.tokenizer, config.run.prompt)
-    run_dir = Path(config.run.out_dir) if config.run.out_dir else _fresh_folder()
-    row = _strategy(config)
-    checkpoint = None
-    if config.run.resume:
-        checkpoint = open_checkpoint(Path(config.run.resume), trust=config.run.trust_checkpoint)
-    trainer = _trainer(config, row, run_dir, files)
-    trainer.callbacks.insert(0, ExactResume(checkpoint))
-    trainer.callbacks.extend(callbacks)
-    samples_per_step = config.data.batch_size * config.optim.accumulate_grad_batches * trainer.world_size
+        encode_prompt(files.tokenizer, run.prompt)
     data = TokenData(
         files,
         name=config.data.data,
         block_size=config.model.block_size,
         batch_size=config.data.batch_size,
-        seed=config.run.seed,
+        seed=run.seed,
         num_workers=config.data.num_workers,
-        eval_batches=options.eval_batches,
+        eval_batches=config.trainer.eval_batches,
     )
+    samples_per_step = config.data.batch_size * config.optim.accumulate_grad_batches * where.world_size
     max_steps = _budget(config, samples_per_step, data)
-    trainer.fit_loop.epoch_loop.max_steps = max_steps  # the budget needs the world size, which the Trainer finds out
-    seed_everything(config.run.seed, verbose=False)
-    module = _module(config, row, vocab_size=files.vocab_size, max_steps=max_steps)
+    checkpoint = open_checkpoint(Path(run.resume), trust=run.trust_checkpoint) if run.resume else None
+    seed_everything(run.seed, verbose=False)
+    # A plain module has its weights at once, which a dry run must not have.
+    module = _module(config, strategy, form="fsdp" if run.dry_run else strategy.form, files=files, max_steps=max_steps)
     if checkpoint:
         _check_resume(checkpoint, module, max_steps)
+    if run.dry_run:
+        _header(config, module, files, where=where, strategy=strategy.name, max_steps=max_steps)
+        _dry_run(config, module, where=where, strategy=strategy, max_steps=max_steps)
+        return None
+    run_dir = Path(run.out_dir) if run.out_dir else _fresh_folder()
+    metrics = RunMetrics(
+        tokens_per_step=samples_per_step * config.model.block_size,
+        flops_per_token=flops_per_token(module.model, block_size=config.model.block_size),
+    )
+    own = _callbacks(config, run_dir, files, metrics)
+    trainer = _trainer(config, strategy, where, run_dir, [ExactResume(checkpoint), *own, *callbacks], max_steps)
+    assert trainer.world_size == where.world_size, (trainer.world_size, where)
     _open_folder(run_dir, config)
-    _header(config, trainer, module, files, samples_per_step * config.model.block_size, max_steps)
+    _header(config, module, files, where=where, strategy=type(trainer.strategy).__name__, max_steps=max_steps)
     trainer.fit(module, data)
     if trainer.is_global_zero:
         print(f"checkpoints: {run_dir}/checkpoints\nnext: python sample.py --checkpoint {run_dir}")
@@ -128,29 +138,29 @@ def _budget(config: TrainConfig, samples_per_step: int, data: TokenData) -> int:
     return options.max_steps or DEFAULT_STEPS
 
 
-def _strategy(config: TrainConfig) -> StrategyRow:
+def _strategy(config: TrainConfig, where: Devices) -> StrategyRow:
     optim, batch_size = config.optim, config.data.batch_size
     decided = {
         "gradient_accumulation_steps": optim.accumulate_grad_batches,
         "train_micro_batch_size_per_gpu": batch_size,
-        "train_batch_size": batch_size * optim.accumulate_grad_batches * find_devices(config.trainer).world_size,
+        "train_batch_size": batch_size * optim.accumulate_grad_batches * where.world_size,
         "gradient_clipping": optim.gradient_clip_val,
     }
-    return get_strategy(config.trainer, decided=decided)
+    return get_strategy(config.trainer, where=where, decided=decided)
 
 
-def _module(config: TrainConfig, strategy: StrategyRow, *, vocab_size: int, max_steps: int) -> GPTModule:
+def _module(config: TrainConfig, strategy: StrategyRow, *, form: str, files: TokenFiles, max_steps: int) -> GPTModule:
     row = get_implementation(config.model.implementation)
     model_type = config.model.model_type
     if row.presets and not all(config.model_fields.get(size) for size in SIZES):
         model_type = model_type or DEFAULT_PRESET
     fields = row.resolve(
-        model_type=model_type, **config.model_fields, vocab_size=vocab_size, block_size=config.model.block_size
+        model_type=model_type, **config.model_fields, vocab_size=files.vocab_size, block_size=config.model.block_size
     )
     optim: OptimOptions = config.optim
     decay_steps = optim.lr_decay_steps or max_steps
     floor = optim.learning_rate / 10 if optim.min_learning_rate is None else optim.min_learning_rate
-    return FORMS[strategy.form](
+    return FORMS[form](
         row.name,
         model_config=fields,
         weight_decay=optim.weight_decay,
@@ -161,21 +171,32 @@ def _module(config: TrainConfig, strategy: StrategyRow, *, vocab_size: int, max_
         final_lr_ratio=floor / optim.learning_rate,
         compile=config.trainer.compile,
         recompute=config.trainer.recompute,
-        **strategy.form_options,
+        **(strategy.form_options if form == strategy.form else {}),
     )
 
 
-def _trainer(config: TrainConfig, row: StrategyRow, run_dir: Path, files: TokenFiles) -> Trainer:
-    options, run = config.trainer, config.run
-    if run.logger not in LOGGERS:
-        raise UserError(f"--logger {run.logger} is unknown; choose one of {', '.join(LOGGERS)}")
-    try:
-        logger: Logger | bool = LOGGERS[run.logger](run_dir)
-    except ModuleNotFoundError as error:
-        raise UserError(f"--logger {run.logger} needs a package: {error}; pip install it or choose another") from error
+# What train.py decides of lightning.Trainer; --trainer.NAME reaches the rest.
+_DECIDED = (
+    "accelerator devices num_nodes strategy precision plugins logger callbacks max_epochs max_steps max_time"
+    " accumulate_grad_batches gradient_clip_val val_check_interval check_val_every_n_epoch num_sanity_val_steps"
+    " log_every_n_steps use_distributed_sampler enable_model_summary"
+).split()
+
+
+def _check_trainer_options(options: TrainerOptions) -> None:
+    known = set(signature(Trainer.__init__).parameters) - {"self"}
+    for name in options.trainer:
+        if name in _DECIDED:
+            raise UserError(f"--trainer.{name} is decided by lightning-gpt's own flags; see --help")
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise UserError(f"--trainer.{name}: lightning.Trainer has no such option{hint}")
+
+
+def _callbacks(config: TrainConfig, run_dir: Path, files: TokenFiles, metrics: RunMetrics) -> list[Callback]:
+    run = config.run
     checkpoints = dict(dirpath=run_dir / "checkpoints", enable_version_counter=False, save_on_train_epoch_end=False)
-    tokens_per_micro_batch = config.data.batch_size * config.model.block_size
-    metrics = RunMetrics(tokens_per_step=tokens_per_micro_batch * config.optim.accumulate_grad_batches)
     callbacks = [
         DropoutSeed(run.seed),
         ValidateAtEnd(),
@@ -187,12 +208,31 @@ def _trainer(config: TrainConfig, row: StrategyRow, run_dir: Path, files: TokenF
     if run.sample_tokens and files.tokenizer:
         sample = FinalSample(files.tokenizer, prompt=run.prompt, max_new_tokens=run.sample_tokens, seed=run.seed)
         callbacks.append(sample)
+    return callbacks
+
+
+def _trainer(
+    config: TrainConfig,
+    strategy: StrategyRow,
+    where: Devices,
+    run_dir: Path,
+    callbacks: list[Callback],
+    max_steps: int,
+) -> Trainer:
+    options, name = config.trainer, config.run.logger
+    if name not in LOGGERS:
+        raise UserError(f"--logger {name} is unknown; choose one of {', '.join(LOGGERS)}")
+    try:
+        logger: Logger | bool = LOGGERS[name](run_dir)
+    except ModuleNotFoundError as error:
+        raise UserError(f"--logger {name} needs a package: {error}; pip install it or choose another") from error
     ours: dict[str, Any] = {
-        **device_arguments(options, row=row),
+        **strategy.arguments(where),
         "plugins": [WholeFiles()],
         "logger": logger,
         "callbacks": callbacks,
         "max_epochs": -1,
+        "max_steps": max_steps,
         "accumulate_grad_batches": config.optim.accumulate_grad_batches,
         "gradient_clip_val": config.optim.gradient_clip_val or None,
         "val_check_interval": options.eval_interval * config.optim.accumulate_grad_batches,
@@ -202,36 +242,46 @@ def _trainer(config: TrainConfig, row: StrategyRow, run_dir: Path, files: TokenF
         "use_distributed_sampler": False,
         "enable_model_summary": False,
     }
-    known = set(signature(Trainer.__init__).parameters) - {"self"}
-    for name in options.trainer:
-        if name in ours or name in ("max_steps", "max_time"):
-            raise UserError(f"--trainer.{name} is decided by lightning-gpt's own flags; see --help")
-        if name not in known:
-            near = get_close_matches(name, known, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            raise UserError(f"--trainer.{name}: lightning.Trainer has no such option{hint}")
+    assert ours.keys() <= set(_DECIDED)
     try:
-        trainer = Trainer(**ours, **options.trainer)
+        return Trainer(**ours, **options.trainer)
     except (MisconfigurationException, TypeError, ValueError) as error:
         raise UserError(f"lightning.Trainer refuses its options: {error}") from error
-    metrics.tokens_per_step *= trainer.world_size
-    return trainer
 
 
 @rank_zero_only
 def _header(
-    config: TrainConfig, trainer: Trainer, module: GPTModule, files: TokenFiles, tokens_per_step: int, max_steps: int
+    config: TrainConfig, module: GPTModule, files: TokenFiles, *, where: Devices, strategy: str, max_steps: int
 ) -> None:
     """Prints what is about to run."""
     parameters = sum(p.numel() for p in module.parameters())
-    fields = module.model_config
+    fields, batch_size, accumulate = module.model_config, config.data.batch_size, config.optim.accumulate_grad_batches
     sizes = "/".join(str(fields[s]) for s in SIZES if s in fields)
+    tokens_per_step = batch_size * accumulate * where.world_size * fields["block_size"]
     print(
         f"model     {module.implementation.name} {sizes}, block {fields['block_size']}, {parameters:,} parameters\n"
         f"data      {files.source}: {files.train_tokens:,} training and {files.val_tokens:,} validation tokens,"
         f" vocabulary {files.vocab_size:,}\n"
-        f"steps     {max_steps:,} of {tokens_per_step:,} tokens"
-        f" ({config.data.batch_size} x {fields['block_size']} x {config.optim.accumulate_grad_batches} micro-batches"
-        f" x {trainer.world_size} devices)\n"
-        f"strategy  {type(trainer.strategy).__name__}, {trainer.precision}, {trainer.strategy.root_device}"
+        f"steps     {max_steps:,} of {tokens_per_step:,} tokens ({batch_size} x {fields['block_size']} x {accumulate}"
+        f" micro-batches x {where.world_size} devices)\n"
+        f"strategy  {strategy}, {where.precision}, {where.accelerator}"
     )
+
+
+@rank_zero_only
+def _dry_run(config: TrainConfig, module: GPTModule, *, where: Devices, strategy: StrategyRow, max_steps: int) -> None:
+    """Prints what the run would need."""
+    needed = plan(
+        module,
+        rules=strategy.memory,
+        world_size=where.world_size,
+        devices_per_node=where.per_node,
+        batch_size=config.data.batch_size,
+        block_size=config.model.block_size,
+        accumulate=config.optim.accumulate_grad_batches,
+        steps=max_steps,
+        precision=where.precision,
+        recompute=config.trainer.recompute,
+        device_type="cuda" if where.accelerator == "gpu" else "cpu",
+    )
+    print(needed.table())

@@ -30,8 +30,10 @@ def test_tax_measures_both_paths(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "argv, said",
     [
-        (["speed"], "choose one of tax"),
+        (["speed"], "choose one of tax, parity"),
         (["tax", "--rounds=0"], "--rounds 0"),
+        (["parity", "--strategies=zero"], "--strategy zero"),
+        (["parity", "--devices=3"], "--devices 3"),
         (["tax", "--json=nowhere/tax.json"], "--json nowhere/tax.json"),
     ],
 )

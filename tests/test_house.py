@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "strategies": {"implementations"},
     "data": {"implementations", "tokenizers"},
     "sharding": set(),
-    "forms": {"models", "optim", "sharding"},
+    "forms": {"compilation", "models", "optim", "sharding"},
     "models": {"implementations", "compilation", "forms", "optim", "sharding"},
     "checkpoint": {"implementations", "models", "sharding", "tokenizers", "data"},
     "generation": {"implementations", "checkpoint", "models", "data", "strategies", "tokenizers"},
@@ -33,8 +33,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "callbacks": {"implementations", "models", "generation", "strategies", "tokenizers"},
     "cli": _FIRST,
     "planning": {"compilation", "implementations", "models", "strategies"},
-    "parity": _FIRST | {"cli", "training"},
-    "training": _FIRST | {"callbacks", "generation", "evaluation"},
+    "parity": _FIRST | {"benchmarks", "cli", "training"},
+    "training": _FIRST | {"callbacks", "generation", "evaluation", "planning"},
     "benchmarks": _FIRST | {"cli", "training"},
 }
 

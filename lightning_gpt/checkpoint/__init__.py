@@ -3,7 +3,13 @@
 from pathlib import Path
 
 from lightning_gpt.checkpoint.base import Checkpoint, is_own, remember_run, tied_names
-from lightning_gpt.checkpoint.canonical import CanonicalCheckpoint, canonical_folder, convert, is_converted
+from lightning_gpt.checkpoint.canonical import (
+    CanonicalCheckpoint,
+    canonical_folder,
+    convert,
+    is_converted,
+    one_at_a_time,
+)
 from lightning_gpt.checkpoint.dcp import DcpCheckpoint
 from lightning_gpt.checkpoint.deepspeed import DeepSpeedCheckpoint
 from lightning_gpt.checkpoint.resume import ExactResume
@@ -91,6 +97,8 @@ def open_checkpoint(path: Path, *, trust: bool = False) -> Checkpoint:
 def ensure_canonical(path: Path, *, trust: bool = False) -> Checkpoint:
     """Opens a checkpoint as it is where that is fast, else its canonical form, converted beside it if need be.
 
+    Processes that ask at the same time, such as torchrun's, wait for the one that converts.
+
     Args:
         path: As for ``open_checkpoint``.
         trust: As for ``open_checkpoint``.
@@ -102,6 +110,7 @@ def ensure_canonical(path: Path, *, trust: bool = False) -> Checkpoint:
     if isinstance(checkpoint, SingleFileCheckpoint | CanonicalCheckpoint):
         return checkpoint
     folder = canonical_folder(path)
-    if not is_converted(folder, source=path):
-        convert(checkpoint, folder)
-    return CanonicalCheckpoint(folder)
+    with one_at_a_time(path):
+        if not is_converted(folder, source=path):
+            convert(checkpoint, folder)
+        return CanonicalCheckpoint(folder)

@@ -6,12 +6,13 @@ Face does not take for one of its own. With the optimizer come ``optimizer.safet
 ``WEIGHT/STATE``, and ``training.pt``, the whole header, whose metrics are tensors and so do not go into JSON.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,11 @@ from torch import Tensor
 
 from lightning_gpt.checkpoint.base import Checkpoint, empty_model, read_header, unreadable
 from lightning_gpt.config import UserError
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None
 
 FORMAT, VERSION = "lightning-gpt", 1
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "lightning_gpt_tokenizer.json"
@@ -113,6 +119,21 @@ def is_converted(folder: Path, *, source: Path) -> bool:
     """Whether a folder is the canonical form of a checkpoint as it is now."""
     config = read_config(folder) if CanonicalCheckpoint.recognises(folder) else None
     return config is not None and config.get("source", {}).get("fingerprint") == fingerprint(source)
+
+
+@contextlib.contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Lets one process or thread after another work on a checkpoint, where the system can lock files."""
+    held = None
+    with contextlib.suppress(OSError):  # a network's file system may refuse
+        if fcntl is not None:
+            held = os.open(path, os.O_RDONLY)  # nothing is written, also for a folder
+            fcntl.flock(held, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if held is not None:
+            os.close(held)
 
 
 def convert(checkpoint: Checkpoint, folder: Path, *, optimizer: bool = False, pt: bool = False) -> Path:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_gpt.config import TrainerOptions, UserError
 from lightning_gpt.strategies.devices import Devices, find_devices, peak_flops
+from lightning_gpt.strategies.memory import MemoryRules, Replicated, ShardedUnits, Zero
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
@@ -26,14 +27,30 @@ class StrategyRow:
         build: Makes the Lightning strategy for the devices at hand.
         form: The form of module that it trains: "plain", "fsdp" or "deepspeed".
         form_options: Further arguments of that form.
+        memory: How it divides memory over its ranks.
         precisions: Lightning's names of the precisions that it computes in.
     """
 
     name: str
     build: "Callable[[Devices], Strategy | str]"
+    memory: MemoryRules
     form: str = "plain"
     form_options: dict[str, Any] = field(default_factory=dict)
     precisions: tuple[str, ...] = _ALL_PRECISIONS
+
+    def arguments(self, where: Devices) -> dict[str, Any]:
+        """The Trainer arguments that say where to run.
+
+        Raises:
+            UserError: Something that the strategy needs is not installed.
+        """
+        return {
+            "accelerator": where.accelerator,
+            "devices": where.devices,
+            "num_nodes": where.num_nodes,
+            "strategy": self.build(where),
+            "precision": where.precision,
+        }
 
 
 def _ddp(devices: Devices) -> "Strategy":
@@ -59,6 +76,7 @@ def _zero(name: str, *, stage: int, offload: bool = False) -> StrategyRow:
     return StrategyRow(
         name=name,
         build=partial(_deepspeed, stage=stage, offload=offload),
+        memory=Zero(stage=stage, offload=offload),
         form="deepspeed",
         form_options={"offload": offload, "fused_adam": not offload},
         precisions=_NO_DOUBLE,
@@ -68,10 +86,14 @@ def _zero(name: str, *, stage: int, offload: bool = False) -> StrategyRow:
 STRATEGIES: dict[str, StrategyRow] = {
     row.name: row
     for row in (
-        StrategyRow(name="auto", build=lambda devices: "auto"),
-        StrategyRow(name="ddp", build=_ddp),
+        StrategyRow(name="auto", build=lambda devices: "auto", memory=Replicated()),
+        StrategyRow(name="ddp", build=_ddp, memory=Replicated(bucketed=True)),
         StrategyRow(
-            name="fsdp", build=_fsdp, form="fsdp", precisions=("bf16-mixed", "32-true", "16-true", "bf16-true")
+            name="fsdp",
+            build=_fsdp,
+            memory=ShardedUnits(),
+            form="fsdp",
+            precisions=("bf16-mixed", "32-true", "16-true", "bf16-true"),
         ),
         _zero("deepspeed_stage_1", stage=1),
         _zero("deepspeed_stage_2", stage=2),
@@ -85,55 +107,49 @@ ALIASES = {"deepspeed": "deepspeed_stage_2", "fsdp_native": "fsdp"}
 STAGE_BY_CONFIG = (TrainerOptions.strategy, "deepspeed")
 
 
-def get_strategy(options: TrainerOptions, *, decided: dict[str, Any] | None = None) -> StrategyRow:
+def get_strategy(options: TrainerOptions, *, where: Devices, decided: dict[str, Any] | None = None) -> StrategyRow:
     """The row that the options ask for; one made for it where they name a DeepSpeed configuration.
 
     Args:
         options: The Trainer's options.
+        where: The devices that they come to.
         decided: The values of what a DeepSpeed configuration could say, too, but the run's own options decide.
 
     Raises:
-        UserError: There is no such strategy, or the DeepSpeed configuration does not fit the options.
+        UserError: There is no such strategy, it lacks the precision, or the DeepSpeed configuration does not fit.
     """
     name = ALIASES.get(options.strategy, options.strategy)
     if name not in STRATEGIES:
         raise UserError(f"--strategy {options.strategy} is unknown; choose one of {', '.join([*STRATEGIES, *ALIASES])}")
     row = STRATEGIES[name]
+    if where.precision not in row.precisions:
+        raise UserError(
+            f"--precision {options.precision} does not work under --strategy {options.strategy};"
+            f" choose one of {', '.join(row.precisions)}"
+        )
     if options.deepspeed_config is None:
         return row
     if options.strategy not in STAGE_BY_CONFIG:
         raise UserError(f"--deepspeed_config decides the stage; give --strategy deepspeed, not {options.strategy}")
-    from lightning_gpt.strategies.deepspeed import offloads, read_config
+    from lightning_gpt.strategies.deepspeed import offloads, read_config, zero_rules
 
-    precision = find_devices(options).precision
-    config = read_config(options.deepspeed_config, precision=precision, decided=decided or {})
+    config = read_config(options.deepspeed_config, precision=where.precision, decided=decided or {})
     offload = offloads(config)
     return StrategyRow(
         name="deepspeed",
         build=partial(_deepspeed, config=config, offload=offload),
+        memory=zero_rules(config),
         form="deepspeed",
         form_options={"offload": offload, "fused_adam": not offload},
         precisions=_NO_DOUBLE,
     )
 
 
-def device_arguments(options: TrainerOptions, *, row: StrategyRow | None = None) -> dict[str, Any]:
+def device_arguments(options: TrainerOptions) -> dict[str, Any]:
     """The Trainer arguments that say where to run: accelerator, devices, num_nodes, strategy, precision.
 
     Raises:
-        UserError: What was asked for is not here, or the strategy cannot do it.
+        UserError: What was asked for is not here, or does not go together.
     """
     where = find_devices(options)
-    row = row or get_strategy(options)
-    if where.precision not in row.precisions:
-        raise UserError(
-            f"--precision {options.precision} does not work under --strategy {row.name};"
-            f" choose one of {', '.join(row.precisions)}"
-        )
-    return {
-        "accelerator": where.accelerator,
-        "devices": where.devices,
-        "num_nodes": where.num_nodes,
-        "strategy": row.build(where),
-        "precision": where.precision,
-    }
+    return get_strategy(options, where=where).arguments(where)

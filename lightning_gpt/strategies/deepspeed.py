@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 
 from lightning_gpt.config import UserError
+from lightning_gpt.strategies.memory import Zero
 from lightning_gpt.strategies.saving import WholeFolders
 
 # What the Trainer's own options decide; DeepSpeed's config may say "auto" or the same.
@@ -29,6 +30,15 @@ class DeepSpeed(WholeFolders, DeepSpeedStrategy):
     def root_device(self) -> torch.device:
         """This rank's device; a CPU's has an index, which DeepSpeed takes for the local rank."""
         return torch.device("cpu", self.local_rank) if self._on_cpu else super().root_device
+
+    def init_deepspeed(self) -> None:
+        """Makes the engine, with buckets no larger than the model: the default ones take gigabytes of any."""
+        zero = self.config.get("zero_optimization", {})
+        total = sum(getattr(p, "ds_numel", p.numel()) for p in self.lightning_module.parameters())
+        for name in ("reduce_bucket_size", "allgather_bucket_size"):
+            if isinstance(zero.get(name), int | float):
+                zero[name] = min(int(zero[name]), total + total % 2)  # DeepSpeed wants an even number
+        super().init_deepspeed()
 
     def setup_environment(self) -> None:
         """Starts the processes; Lightning's own version of it insists on CUDA."""
@@ -70,6 +80,7 @@ def build_deepspeed(
     if offload:
         require_cpu_adam()
     if config is not None:
+        _check_zero(config["zero_optimization"])
         return DeepSpeed(config=config, logging_level=logging.ERROR)
     parameters_too = offload and stage == 3
     return DeepSpeed(
@@ -81,6 +92,19 @@ def build_deepspeed(
         remote_device="cpu" if parameters_too else None,
         logging_level=logging.ERROR,
     )
+
+
+def _check_zero(section: dict[str, Any]) -> None:
+    """Lets DeepSpeed itself check the section, which it would do in the middle of building the model."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**section)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(["zero_optimization", *map(str, first["loc"])])
+        raise UserError(f"--deepspeed_config: {name}: {first['msg']}") from error
 
 
 def require_deepspeed() -> None:
@@ -140,18 +164,43 @@ def read_config(path: str, *, precision: str, decided: dict[str, Any]) -> dict[s
                 f"--deepspeed_config {path}: {name} is {value}, and train.py's flags make it {decided[name]}"
             )
     for name, kind in (("bf16", "bf16"), ("fp16", "16")):
-        section = config.pop(name, {})
-        enabled = section.get("enabled", False) if isinstance(section, dict) else section
+        section = _section(config, name, path=path)
+        config.pop(name, None)
+        enabled = section.get("enabled", False)
         if enabled not in (False, "auto") and not precision.startswith(kind):
             raise UserError(f"--deepspeed_config {path}: {name} is enabled, so give --precision {kind} as well")
         if precision.startswith(kind):
             config[name] = {k: v for k, v in section.items() if v != "auto"} | {"enabled": True}
     config.setdefault("zero_allow_untested_optimizer", True)
     config["train_micro_batch_size_per_gpu"] = decided.get("train_micro_batch_size_per_gpu", 1)
-    stage = config.get("zero_optimization", {}).get("stage", 0)
+    zero = _section(config, "zero_optimization", path=path)
+    for name in ("offload_optimizer", "offload_param"):
+        _section(zero, name, path=path)
+    stage = zero.get("stage", 0)
     if stage not in (1, 2, 3):
         raise UserError(f"--deepspeed_config {path}: zero_optimization.stage is {stage}; give 1, 2 or 3")
     return config
+
+
+def _section(config: dict[str, Any], name: str, *, path: str) -> dict[str, Any]:
+    section = config.get(name, {})
+    if not isinstance(section, dict):
+        raise UserError(f"--deepspeed_config {path}: {name} is {json.dumps(section)}; give an object in its place")
+    return section
+
+
+def zero_rules(config: dict[str, Any]) -> Zero:
+    """How a DeepSpeed configuration divides memory; what it leaves open is DeepSpeed's own default."""
+    zero = config["zero_optimization"]
+    stage, overlaps = zero["stage"], zero.get("overlap_comm", zero["stage"] == 3)
+    named = {
+        "bucket": "reduce_bucket_size",
+        "prefetch": "stage3_prefetch_bucket_size",
+        "live": "stage3_max_live_parameters",
+    }
+    named |= {"persistent": "stage3_param_persistence_threshold"}
+    given = {field: int(zero[key]) for field, key in named.items() if zero.get(key, "auto") != "auto"}
+    return Zero(stage=stage, offload=offloads(config), buckets=2 if overlaps else 1, **given)
 
 
 def offloads(config: dict[str, Any]) -> bool:

@@ -44,8 +44,12 @@ class Devices:
         return self.per_node * self.num_nodes
 
 
-def find_devices(options: TrainerOptions) -> Devices:
+def find_devices(options: TrainerOptions, *, elsewhere: bool = False) -> Devices:
     """Resolves what was asked for. Under torchrun, whose environment counts the processes, devices and nodes follow it.
+
+    Args:
+        options: The Trainer's options.
+        elsewhere: Whether the run is for another machine, so that what is here does not matter.
 
     Raises:
         UserError: An unknown accelerator or precision, GPUs where there are none, or half precision on a CPU.
@@ -62,6 +66,8 @@ def find_devices(options: TrainerOptions) -> Devices:
         accelerator, devices = "gpu", options.gpus
     if accelerator in ("gpu", "cuda", "auto"):
         found = torch.cuda.device_count() or int(torch.backends.mps.is_available())
+        if elsewhere and accelerator != "auto":
+            found = options.gpus or (devices if isinstance(devices, int) else 1)
         if accelerator != "auto" and found == 0:
             raise UserError("a GPU was asked for and none is found here; use --accelerator cpu")
         if found and isinstance(devices, int) and devices > found:

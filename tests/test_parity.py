@@ -1,0 +1,53 @@
+"""Every strategy trains the same model as a single process: the matrix that ``bench.py parity`` prints."""
+
+import pytest
+import torch
+
+import bench
+from lightning_gpt.parity import Case, cases, deviations
+from lightning_gpt.strategies import STRATEGIES
+
+ACCELERATOR = "gpu" if torch.cuda.is_available() else "cpu"
+DEVICES = min(2, torch.cuda.device_count() or 2)
+SHARDED = [name for name in STRATEGIES if name != "auto"]
+
+
+def _check(strategy: str, which: list[Case], text_file) -> None:
+    if strategy.startswith("deepspeed"):
+        pytest.importorskip("deepspeed")
+    found = list(
+        deviations(strategy, which=which, devices=DEVICES, accelerator=ACCELERATOR, steps=10, data=str(text_file))
+    )
+    assert [d.case for d in found] == which
+    for deviation in found:
+        print(deviation)
+        assert deviation.loss < 1e-4
+        assert deviation.norm < 1e-4
+        assert deviation.weights < 1e-3
+    by_case = {d.case: d.losses for d in found}
+    for case, losses in by_case.items():
+        # The cases differ from one another by more than they may from the single process, or they would show nothing.
+        other = by_case.get(Case(case.implementation, case.accumulate, 0.0), losses)
+        assert case.clip == 0 or other is losses or abs(losses[-1] / other[-1] - 1) > 1e-3
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "deepspeed_stage_2", "deepspeed_stage_3"])
+def test_accumulated_and_clipped_steps(strategy, text_file):
+    """The case that has everything, for each way of sharding."""
+    _check(strategy, [Case("mingpt", 2, 0.5), Case("nanogpt", 2, 0.5)], text_file)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", SHARDED)
+def test_matrix(strategy, text_file):
+    """All implementations, with and without accumulation and clipping."""
+    _check(strategy, cases(), text_file)
+
+
+def test_bench_prints_the_table(text_file, tmp_path, capsys):
+    out = tmp_path / "parity.json"
+    bench.main(["parity", "--strategies=ddp", "--steps=2", f"--data={text_file}", f"--json={out}"])
+    header, row, *_ = capsys.readouterr().out.splitlines()
+    assert header.split() == ["strategy", "loss,", "relative", "norm,", "relative", "weight,", "absolute"]
+    assert row.split()[0] == "ddp" and all(float(number) < 1e-4 for number in row.split()[1:])
+    assert out.exists()

@@ -1,0 +1,281 @@
+"""What --dry_run says, against what training allocates: run as a script, this file is one rank that measures itself."""
+
+import ctypes
+import dataclasses
+import gc
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_gpt.config import TrainerOptions, UserError
+from lightning_gpt.models import FORMS
+from lightning_gpt.planning import Plan, flops_per_token, plan
+from lightning_gpt.strategies import STRATEGIES, device_arguments
+from lightning_gpt.strategies.memory import MemoryRules
+
+REPO = Path(__file__).parent.parent
+SIZES = {"n_layer": 4, "n_head": 4, "n_embd": 384, "vocab_size": 256, "block_size": 128}
+BATCH_SIZE = 6  # with these sizes, activations are some three times the weights
+DEEPSPEED = [f"deepspeed_stage_{stage}" for stage in ("1", "2", "3", "2_offload", "3_offload")]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One run, which is both measured and planned."""
+
+    strategy: str = "auto"
+    implementation: str = "mingpt"
+    precision: str = "32-true"
+    dropout: float = 0.0
+    recompute: bool = False
+    accumulate: int = 1
+    bucket: int = 9_000_000  # DeepSpeed's own 200 million elements would hide the rest
+
+    @property
+    def ranks(self) -> int:
+        return 1 if self.strategy == "auto" else 2
+
+    @property
+    def fields(self) -> dict[str, int | float]:
+        names = ("dropout",) if self.implementation == "nanogpt" else ("embd_pdrop", "resid_pdrop", "attn_pdrop")
+        return SIZES | dict.fromkeys(names, self.dropout)
+
+    @property
+    def rules(self) -> MemoryRules:
+        rules = STRATEGIES[self.strategy].memory
+        return dataclasses.replace(rules, bucket=self.bucket) if hasattr(rules, "bucket") else rules
+
+
+def _plan(case: Case, *, fields: dict[str, int | float] | None = None, **changes) -> Plan:
+    fields = case.fields | (fields or {})
+    module = FORMS["fsdp"](case.implementation, model_config=fields)  # a form that holds no memory
+    given = {
+        "rules": case.rules,
+        "world_size": case.ranks,
+        "devices_per_node": case.ranks,
+        "batch_size": BATCH_SIZE,
+        "block_size": fields["block_size"],
+        "accumulate": case.accumulate,
+        "steps": 3,
+        "precision": case.precision,
+        "recompute": case.recompute,
+        "device_type": "cpu",
+    }
+    return plan(module, **given | changes)
+
+
+def _measured(case: Case, tmp_path: Path) -> tuple[int, int]:
+    """Bytes of the first rank between two steps, and at the highest within one."""
+    out = tmp_path / "measured.json"
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={case.ranks}"] if case.ranks > 1 else []
+    command = [sys.executable, *launch, __file__, json.dumps(dataclasses.asdict(case)), str(out)]
+    path = os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])
+    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    resident, peak = json.loads(out.read_text())
+    return resident, peak
+
+
+def _check(case: Case, tmp_path: Path) -> None:
+    resident, peak = _measured(case, tmp_path)
+    memory = _plan(case).memory
+    planned, planned_peak = memory.resident + memory.host_resident, memory.peak + memory.host_peak
+    print(f"{case}: resident {planned / 1e6:.1f} planned {resident / 1e6:.1f} measured MB,", end=" ")
+    print(f"peak {planned_peak / 1e6:.1f} planned {peak / 1e6:.1f} measured MB")
+    assert planned == pytest.approx(resident, rel=0.1)
+    assert planned_peak == pytest.approx(peak, rel=0.1)
+    # What a step adds, so that the one part cannot hide in the other.
+    assert planned_peak - planned == pytest.approx(peak - resident, rel=0.1)
+    if case.strategy not in ("auto", "ddp"):
+        # Without its division the plan would not pass, so this test can tell shares apart.
+        whole = _plan(case, world_size=1).memory
+        assert whole.resident + whole.host_resident != pytest.approx(resident, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "case", [Case(), Case(recompute=True, dropout=0.1, accumulate=2)], ids=["plain", "recompute-dropout-accumulate"]
+)
+def test_single_device_as_measured(case, tmp_path):
+    _check(case, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [Case(precision="bf16-mixed"), Case(implementation="nanogpt", dropout=0.1)], ids=str)
+def test_single_device_as_measured_further(case, tmp_path):
+    _check(case, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", *DEEPSPEED])
+def test_two_ranks_as_measured(strategy, tmp_path):
+    if strategy in DEEPSPEED:
+        pytest.importorskip("deepspeed")
+    _check(Case(strategy=strategy), tmp_path)
+
+
+def test_large_model_takes_seconds_and_no_memory():
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    large = {"n_layer": 56, "n_head": 16, "n_embd": 8192, "vocab_size": 50304, "block_size": 1024}
+    planned = _plan(Case(strategy="fsdp"), fields=large, world_size=64, devices_per_node=8)
+    assert time.perf_counter() - start < 30
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 * 1024  # kB
+    assert planned.parameters == 12 * 56 * 8192**2 + 13 * 56 * 8192 + 2 * 8192 + (2 * 50304 + 1024) * 8192
+    assert planned.memory.weights == -(-planned.parameters // 64) * 4
+    assert planned.tokens_per_step == BATCH_SIZE * 1024 * 64
+    assert planned.flops_per_step == pytest.approx(6 * planned.parameters * planned.tokens_per_step, rel=0.05)
+
+
+def test_recomputation_saves_what_blocks_keep():
+    kept, recomputed = (_plan(Case(recompute=r), fields={"n_layer": 12}).memory.activations for r in (False, True))
+    assert recomputed < kept / 4
+    assert _plan(Case(recompute=True)).flops_per_step == _plan(Case()).flops_per_step, "MFU counts the model's FLOPs"
+
+
+def test_attention_under_dropout_keeps_no_probabilities_on_a_gpu():
+    cpu, cuda = (
+        _plan(Case(dropout=0.1), fields={"block_size": 512}, device_type=d).memory.activations for d in ("cpu", "cuda")
+    )
+    assert cpu - cuda > BATCH_SIZE * 4 * 512**2 * 4 * SIZES["n_layer"]  # at least the (B, n_head, T, T) of each layer
+
+
+def test_offloading_moves_the_optimizer_to_the_host():
+    here, offloaded = (_plan(Case(strategy=f"deepspeed_stage_2{o}"), devices_per_node=4) for o in ("", "_offload"))
+    assert here.host == 0 and here.memory.optimizer > 0
+    assert offloaded.memory.optimizer == 0 and offloaded.host > 4 * here.memory.optimizer
+    assert "host" in offloaded.table() and "host" not in here.table()
+
+
+def test_table_says_everything_and_its_sources():
+    table = _plan(Case()).table()
+    for text in ("parameters      7,344,384", "weights         28.0 MiB", "optimizer       56.0 MiB", "1910.02054"):
+        assert text in table
+    assert table.isascii() and all(len(line) < 200 for line in table.splitlines())
+
+
+def test_flops_count_a_tied_head_once_and_no_positions():
+    from lightning_gpt.implementations import get_implementation
+
+    model = get_implementation("nanogpt").build(Case(implementation="nanogpt").fields, meta=True)
+    n = sum(p.numel() for p in model.parameters()) - 128 * 384
+    assert flops_per_token(model, block_size=128) == 6 * n + 12 * 4 * 384 * 128
+
+
+def test_model_that_looks_at_values_is_refused_in_one_line(tmp_path, monkeypatch):
+    (tmp_path / "nosy.py").write_text(
+        "from dataclasses import dataclass\nimport torch\n"
+        "@dataclass\nclass Config:\n    vocab_size: int = 8\n    block_size: int = 8\n"
+        "class Nosy(torch.nn.Module):\n"
+        "    def __init__(self, config: Config):\n"
+        "        super().__init__()\n        self.wte = torch.nn.Embedding(8, 8)\n"
+        "    def forward(self, idx, targets=None):\n"
+        "        loss = self.wte(idx).sum()\n        print(loss.item())\n        return loss, loss\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    module = FORMS["plain"]("nosy:Nosy", model_config={"vocab_size": 8, "block_size": 8})
+    with pytest.raises(UserError, match="--dry_run cannot run --implementation nosy:Nosy") as caught:
+        plan(
+            module,
+            rules=STRATEGIES["auto"].memory,
+            world_size=1,
+            devices_per_node=1,
+            batch_size=1,
+            block_size=8,
+            accumulate=1,
+            steps=1,
+            precision="32-true",
+            recompute=False,
+            device_type="cpu",
+        )
+    assert "\n" not in str(caught.value)
+
+
+class _Mallinfo(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    ]
+
+
+def measure(case: Case, out: Path) -> None:
+    """Trains for three steps, and writes down what malloc had given away in the third.
+
+    Blocks above a size are single mmaps, which malloc counts apart from all else: large tensors, whoever made them and
+    in whichever thread they are freed. (torch.profiler misses what gloo's threads free.)
+    """
+    from lightning import Callback, Trainer
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallinfo2.restype = _Mallinfo
+    libc.mallopt(-3, 32 * 1024)  # M_MMAP_THRESHOLD, which is then fixed
+    row = STRATEGIES[case.strategy]
+    options = TrainerOptions(
+        strategy=case.strategy, accelerator="cpu", devices=case.ranks, precision=case.precision.removesuffix("-true")
+    )
+    arguments = device_arguments(options)
+    if "deepspeed" in case.strategy:
+        arguments["strategy"].config["zero_optimization"]["reduce_bucket_size"] = case.bucket
+        arguments["strategy"].config["zero_optimization"]["allgather_bucket_size"] = case.bucket
+    tokens = torch.randint(0, SIZES["vocab_size"], (3 * case.accumulate * case.ranks * BATCH_SIZE, SIZES["block_size"]))
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(tokens, tokens), batch_size=BATCH_SIZE)
+    # The math libraries keep buffers from their first call on, which are no part of a plan.
+    first = FORMS["plain"](case.implementation, model_config=case.fields | {"n_layer": 1}, recompute=case.recompute)
+    mixed = case.precision == "bf16-mixed"
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
+        loss = first(tokens[:BATCH_SIZE], tokens[:BATCH_SIZE])[1]
+    loss.backward()
+    optimizer = first.build_optimizer([{"params": list(first.parameters())}])
+    optimizer.step()
+    del first, loss, optimizer
+    gc.collect()
+    base = libc.mallinfo2().hblkhd
+    readings: list[int] = []
+    third: list[int] = []  # where its readings begin and end
+
+    class Reader(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            readings.append(libc.mallinfo2().hblkhd - base)
+            return out
+
+    class Steps(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 2 * case.accumulate:
+                third.append(len(readings))
+                readings.append(libc.mallinfo2().hblkhd - base)
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 3 * case.accumulate - 1:
+                third.append(len(readings))
+
+    with Reader():
+        module = FORMS[row.form](
+            case.implementation, model_config=case.fields, recompute=case.recompute, **row.form_options
+        )
+        Trainer(
+            **arguments,
+            max_steps=3,
+            accumulate_grad_batches=case.accumulate,
+            gradient_clip_val=1.0,
+            callbacks=[Steps()],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        ).fit(module, data)
+    begin, end = third
+    if os.environ.get("RANK", "0") == "0":
+        out.write_text(json.dumps([readings[begin], max(readings[begin:end])]))
+
+
+if __name__ == "__main__":
+    measure(Case(**json.loads(sys.argv[1])), Path(sys.argv[2]))
