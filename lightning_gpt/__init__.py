@@ -6,6 +6,10 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "DeepSpeedMinGPT": "lightning_gpt.models",
+    "DeepSpeedNanoGPT": "lightning_gpt.models",
+    "FSDPMinGPT": "lightning_gpt.models",
+    "FSDPNanoGPT": "lightning_gpt.models",
     "GPTModule": "lightning_gpt.models",
     "MinGPT": "lightning_gpt.models",
     "NanoGPT": "lightning_gpt.models",
@@ -14,7 +18,7 @@ _HOMES = {
     "prepare": "lightning_gpt.data.preparation",
     "train": "lightning_gpt.training",
 }
-__all__ = ["GPTModule", "MinGPT", "NanoGPT", "TokenData", "UserError", "prepare", "train"]
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
