@@ -1,6 +1,7 @@
 """Going on exactly where a run stopped, under any strategy and on any number of ranks."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,7 +47,11 @@ class ExactResume(Callback):
         for callback in trainer.callbacks:
             state = header.get("callbacks", {}).get(callback.state_key)
             if state:
-                callback.load_state_dict(copy.deepcopy(state))
+                state = copy.deepcopy(state)
+                home = getattr(callback, "dirpath", None)
+                if home and self.checkpoint.path.parent == Path(home).resolve():
+                    state = _moved(state, old=state["dirpath"], new=home)
+                callback.load_state_dict(state)
         plugin = trainer.precision_plugin
         if scale := header.get(type(plugin).__qualname__):
             plugin.load_state_dict(scale)
@@ -62,6 +67,13 @@ class ExactResume(Callback):
         total = loop.batch_progress.total
         total.ready = total.started = total.processed = total.completed = done
         loop._batches_that_stepped = trainer.global_step
+
+
+def _moved(state: Any, *, old: str, new: str) -> Any:
+    """A callback's state with the folder that its files lie in now: without it, a moved run forgets its best."""
+    if isinstance(state, dict):
+        return {_moved(key, old=old, new=new): _moved(value, old=old, new=new) for key, value in state.items()}
+    return new + state[len(old) :] if isinstance(state, str) and state.startswith(old) else state
 
 
 def restore_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
