@@ -94,15 +94,16 @@ def deviations(
             _launch(plans[name], ranks)
         for number, case in enumerate(which):
             alone, spread = (Path(folder) / f"{name}-{number}" for name in ("auto", strategy))
-            columns = {name: (_column(alone, name), _column(spread, name)) for name in ("train_loss", "grad_norm")}
-            assert all(len(column) == steps for column in columns["train_loss"])
-            apart = {n: max((abs(b / a - 1) for a, b in zip(*c, strict=True)), default=0) for n, c in columns.items()}
+            losses = [_column(run, "train_loss") for run in (alone, spread)]
+            # DeepSpeed measures the norm always, the others only to clip by it.
+            norms = [_column(run, "grad_norm") if case.clip else [] for run in (alone, spread)]
+            assert all(len(column) == steps for column in (*losses, *(norms if case.clip else [])))
             yield Deviation(
                 strategy,
                 case,
-                losses=tuple(columns["train_loss"][1]),
-                loss=apart["train_loss"],
-                norm=apart["grad_norm"],
+                losses=tuple(losses[1]),
+                loss=_apart(*losses),
+                norm=_apart(*norms),
                 weights=_weight_difference(alone, spread),
             )
 
@@ -135,6 +136,10 @@ def _column(run: Path, name: str) -> list[float]:
     [log] = run.glob("logs/*/metrics.csv")
     with log.open(encoding="utf-8") as file:
         return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
+
+
+def _apart(alone: list[float], spread: list[float]) -> float:
+    return max((abs(b / a - 1) for a, b in zip(alone, spread, strict=True)), default=0.0)
 
 
 def _weight_difference(a: Path, b: Path) -> float:
