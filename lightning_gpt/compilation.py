@@ -6,6 +6,8 @@ The order of everything that is applied to a model from outside: recomputation, 
 import functools
 import os
 import shutil
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,7 +33,11 @@ def compile_model(model: nn.Module, *, block_class: type[nn.Module] | None, sett
     arguments = compile_arguments(setting)
     if arguments is not None:
         for unit in _units(model, block_class):
-            unit.compile(**arguments)
+            if isinstance(unit.forward, functools.partial):
+                # Recomputed. A hook of FSDP's would break the graph, and nothing inside of `checkpoint` be compiled.
+                unit.forward = _recomputed(torch.compile(unit.forward.args[0], **arguments))
+            else:
+                unit.compile(**arguments)
 
 
 def compile_arguments(setting: bool | str) -> dict[str, str | None] | None:
@@ -67,7 +73,11 @@ def recompute_blocks(model: nn.Module, *, block_class: type[nn.Module] | None) -
     Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost". Dropout draws the same again.
     """
     for unit in _units(model, block_class):
-        unit.forward = functools.partial(checkpoint, unit.forward, use_reentrant=False)
+        unit.forward = _recomputed(unit.forward)
+
+
+def _recomputed(forward: Callable[..., Any]) -> functools.partial:
+    return functools.partial(checkpoint, forward, use_reentrant=False)
 
 
 def _units(model: nn.Module, block_class: type[nn.Module] | None) -> list[nn.Module]:

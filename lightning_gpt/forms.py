@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_gpt.compilation import compile_arguments
 from lightning_gpt.optim import deepspeed_adam
-from lightning_gpt.sharding import initialise, shard_fsdp
+from lightning_gpt.sharding import give_memory, initialise, shard_fsdp
 
 if TYPE_CHECKING:
     from lightning_gpt.models import GPTModule
@@ -40,11 +40,6 @@ class ShardedForm(_Base):
         """Whether the model has no memory yet."""
         return any(p.is_meta for p in self.model.parameters())
 
-    def give_memory(self, device: torch.device) -> None:
-        """Gives the model memory on a device, and its initial weights."""
-        self.model.to_empty(device=device)
-        initialise(self.model)
-
 
 class FSDPForm(ShardedForm):
     """Shards itself over the device mesh of the FSDP strategy."""
@@ -60,7 +55,7 @@ class FSDPForm(ShardedForm):
             mesh, block_class = self._device_mesh["data_parallel"], self.implementation.block_class()
             shard_fsdp(self.model, mesh=mesh, block_class=block_class, precision=str(self.trainer.precision))
         if unbuilt:
-            self.give_memory(self.strategy.root_device if self._device_mesh is not None else torch.device("cpu"))
+            give_memory(self.model, self.strategy.root_device if self._device_mesh is not None else torch.device("cpu"))
 
 
 class DeepSpeedForm(ShardedForm):
@@ -106,7 +101,7 @@ class DeepSpeedForm(ShardedForm):
             torch.set_rng_state(state)
             initialise(self.model)
         elif self.unbuilt:
-            self.give_memory(torch.device("cpu"))
+            give_memory(self.model, torch.device("cpu"))
         self.prepare_blocks(self.model)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:

@@ -39,7 +39,8 @@ def decay_matrices(module: "nn.Module", name: str) -> bool:
 
     if isinstance(module, (nn.Linear, nn.Embedding)):
         return name == "weight"
-    return module.get_parameter(name).dim() >= 2
+    parameter = module.get_parameter(name)
+    return len(getattr(parameter, "ds_shape", parameter.shape)) >= 2  # ZeRO-3 keeps one dimension of the parameter
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from lightning_gpt.compilation import compile_model, recompute_blocks
 from lightning_gpt.forms import DeepSpeedForm, FSDPForm
 from lightning_gpt.implementations import get_implementation
 from lightning_gpt.optim import adamw, parameter_groups, warmup_cosine
-from lightning_gpt.sharding import initialise
+from lightning_gpt.sharding import give_memory
 
 
 class GPTModule(LightningModule):
@@ -73,8 +73,8 @@ class GPTModule(LightningModule):
     def build_model(self) -> nn.Module:
         """The model, initialised as the sharded forms initialise it, so that a seed means the same weights."""
         if self.implementation.initialises_by_apply:
-            model = self.implementation.build(self.model_config, meta=True).to_empty(device="cpu")
-            initialise(model)
+            model = self.implementation.build(self.model_config, meta=True)
+            give_memory(model, torch.device("cpu"))
         else:
             model = self.implementation.build(self.model_config)
         self.prepare_blocks(model)

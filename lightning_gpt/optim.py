@@ -28,7 +28,7 @@ def parameter_groups(
             if parameter in seen or not parameter.requires_grad:
                 continue
             seen.add(parameter)
-            (decayed if decays(module, name) else rest)[f"{prefix}.{name}"] = parameter
+            (decayed if decays(module, name) else rest)[f"{prefix}.{name}".lstrip(".")] = parameter
     return [
         {"params": list(group.values()), "param_names": list(group), "weight_decay": decay}
         for group, decay in ((decayed, weight_decay), (rest, 0.0))
@@ -55,7 +55,15 @@ def deepspeed_adam(
     if on_host:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return DeepSpeedCPUAdam(groups, lr=learning_rate, betas=tuple(betas), adamw_mode=True)
+        class CPUAdam(DeepSpeedCPUAdam):
+            """Frees its native half only itself: Lightning makes passing copies that inherit ``__del__``."""
+
+            def __del__(self) -> None:
+                if type(self) is CPUAdam:
+                    super().__del__()
+
+        CPUAdam.__name__ = DeepSpeedCPUAdam.__name__
+        return CPUAdam(groups, lr=learning_rate, betas=tuple(betas), adamw_mode=True)
     if fused and CUDA_HOME is not None:
         from deepspeed.ops.adam import FusedAdam
 

@@ -42,6 +42,19 @@ def write_parameter(parameter: Tensor, full: Tensor) -> None:
             parameter.copy_(full)
 
 
+def give_memory(model: nn.Module, device: torch.device) -> None:
+    """Moves a model, or each rank's share of it, from the meta device to another, and initialises it."""
+    places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            places.setdefault(parameter, []).append((module, name))
+    model.to_empty(device=device)  # which parts tied weights
+    for (first, first_name), *others in places.values():
+        for module, name in others:
+            module._parameters[name] = first._parameters[first_name]
+    initialise(model)
+
+
 def initialise(model: nn.Module) -> None:
     """Initialises a model of any placement as ``model.apply(model._init_weights)`` does one that is whole.
 
@@ -52,7 +65,6 @@ def initialise(model: nn.Module) -> None:
     Raises:
         UserError: The model's ``_init_weights`` does not set every parameter.
     """
-    written = []
     for module in _leaves_first(model):
         own = {name: p for name, p in module._parameters.items() if p is not None}
         for name, p in own.items():
@@ -68,12 +80,6 @@ def initialise(model: nn.Module) -> None:
                 )
             write_parameter(p, whole)
             module._parameters[name] = p
-            written.append((module, name, p))
-    # Where `to_empty` had parted tied weights, and the model has tied them again: the last write counts, as elsewhere.
-    last = {module._parameters[name]: p for module, name, p in written}
-    for parameter, p in last.items():
-        if parameter is not p:
-            write_parameter(parameter, p)
 
 
 def _leaves_first(module: nn.Module) -> Iterator[nn.Module]:

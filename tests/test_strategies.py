@@ -1,0 +1,447 @@
+"""Every strategy against a single process: weights at the start, ties, decay groups, shares, losses, precision.
+
+Run as a script this file is what the ranks of one strategy run: ``test_strategies.py FOLDER`` trains the command lines
+of ``FOLDER/runs.json``, one after another, and writes down what it sees of each.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import weakref
+from collections import Counter
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning import Callback
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
+
+from lightning_gpt.checkpoint import open_checkpoint
+
+REPO = Path(__file__).parent.parent
+RANKS = 2
+STEPS = 3
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+
+# A model of a user's own: blocks, a tie, and a weight matrix that is in no Linear; the second can be built empty.
+MINE = """
+from dataclasses import dataclass
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+@dataclass
+class Sizes:
+    vocab_size: int
+    block_size: int
+    width: int = 32
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 3 * width), nn.Linear(3 * width, width)
+
+    def forward(self, x):
+        return x + self.down(self.up(x).relu())
+
+class Mine(nn.Module):
+    def __init__(self, sizes: Sizes):
+        super().__init__()
+        self.tokens = nn.Embedding(sizes.vocab_size, sizes.width)
+        self.places = nn.Parameter(torch.randn(sizes.block_size, sizes.width) / 9)
+        self.blocks = nn.Sequential(Block(sizes.width), Block(sizes.width))
+        self.head = nn.Linear(sizes.width, sizes.vocab_size)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, idx, targets=None):
+        logits = self.head(self.blocks(self.tokens(idx) + self.places[: idx.size(1)]))
+        loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return logits, loss
+
+class Applied(Mine):
+    initialises_by_apply = True
+
+    def _init_weights(self, module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.1)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+        if module is self:
+            nn.init.normal_(self.places, std=0.1)
+            self.head.weight = self.tokens.weight
+"""
+N_LAYER = 4
+# The decay is so strong that what is wrongly decayed, or not, loses or keeps a seventh of its norm in three steps.
+COMMON = (
+    f"--block_size=16 --max_steps={STEPS} --eval_interval={STEPS} --eval_batches=2 --logger=none --sample_tokens=0"
+    " --accelerator=cpu --weight_decay=50 --learning_rate=1e-3 --min_learning_rate=1e-3 --warmup_steps=0"
+).split()
+GPT = [f"--n_layer={N_LAYER}", "--n_head=2", "--n_embd=64"]
+MODELS = {
+    "mingpt": ["--implementation=mingpt", *GPT, *(f"--{part}_pdrop=0" for part in ("embd", "resid", "attn"))],
+    "nanogpt": ["--implementation=nanogpt", *GPT],
+    "mine": ["--implementation=mine:Mine"],
+    "applied": ["--implementation=mine:Applied"],
+}
+RECOMPUTED = ["mingpt", "nanogpt", "mine"]
+RUNS = {
+    **MODELS,
+    **{f"{name} recompute": [*MODELS[name], "--recompute"] for name in RECOMPUTED},
+    "dropout": [*MODELS["nanogpt"], "--dropout=0.2"],
+    "dropout recompute": [*MODELS["nanogpt"], "--dropout=0.2", "--recompute"],
+    "bf16": [*MODELS["nanogpt"], "--precision=bf16"],
+}
+AUTO = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+FILES = {
+    "stage_2.json": {**dict.fromkeys(AUTO, "auto"), "bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 2}},
+    "stage_3.json": {
+        "train_batch_size": 8,
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": "auto"},
+    },
+}
+SHARDS_WEIGHTS = ("fsdp", "deepspeed_stage_3", "deepspeed_stage_3_offload")
+ROWS = [
+    pytest.param("ddp", marks=pytest.mark.slow),
+    "fsdp",
+    pytest.param("deepspeed_stage_1", marks=[pytest.mark.slow, needs_deepspeed]),
+    pytest.param("deepspeed_stage_2", marks=[pytest.mark.slow, needs_deepspeed]),
+    pytest.param("deepspeed_stage_3", marks=needs_deepspeed),
+    pytest.param("deepspeed_stage_2_offload", marks=[pytest.mark.slow, needs_deepspeed]),
+    pytest.param("deepspeed_stage_3_offload", marks=[pytest.mark.slow, needs_deepspeed]),
+]
+every_row = pytest.mark.parametrize("strategy", ROWS)
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most memory that tensors made meanwhile held at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self.sizes = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(is_traceable_wrapper_subclass(t) for t in tree_leaves((args, kwargs))):
+            return NotImplemented  # what a DTensor does to its local share is seen when it does it
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.sizes:
+                    self.sizes[storage._cdata] = storage.nbytes()
+                    self.live += storage.nbytes()
+                    weakref.finalize(storage, self.freed, storage._cdata)
+        self.peak = max(self.peak, self.live)
+        return out
+
+    def freed(self, key):
+        self.live -= self.sizes.pop(key)
+
+
+def whole(parameter):
+    """A copy of all values of a parameter, however it is spread; called on all ranks."""
+    if hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().float().clone()
+    return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach().float().clone()
+
+
+def held(parameter):
+    """How many elements of a parameter this rank keeps."""
+    if hasattr(parameter, "ds_id"):
+        return max(parameter.numel(), parameter.ds_tensor.numel())
+    return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).numel()
+
+
+class Record(Callback):
+    """Writes down what one rank sees of one run."""
+
+    def __init__(self, *, compiled):
+        self.compiled = compiled
+        self.seen = SimpleNamespace(losses=[], forwards=0, forward_dtypes=set(), gathered=Counter())
+        self.building = LiveBytes()
+        self.building.__enter__()
+
+    def setup(self, trainer, pl_module, stage):
+        setup_strategy = trainer.strategy.setup
+
+        def setup(*args):  # called right after configure_model
+            self.building.__exit__(None, None, None)
+            self.seen.peak = self.building.peak
+            setup_strategy(*args)
+
+        trainer.strategy.setup = setup
+
+    def on_fit_start(self, trainer, pl_module):
+        seen, model = self.seen, pl_module.model
+        named = dict(model.named_parameters())
+        seen.initial = {name: whole(p) for name, p in named.items()}
+        seen.held = {name: held(p) for name, p in named.items()}
+        every = dict(model.named_parameters(remove_duplicate=False))
+        seen.ties = {name for name, p in every.items() if any(p is q for n, q in every.items() if n != name)}
+        seen.strategy, config = type(trainer.strategy).__name__, getattr(trainer.strategy, "config", {})
+        seen.zero = config.get("zero_optimization", {})
+        optimizer = trainer.optimizers[0]
+        seen.optimizer = type(getattr(optimizer, "optimizer", optimizer)).__name__
+        seen.groups = [(g["weight_decay"], sorted(g["param_names"])) for g in optimizer.param_groups]
+        # The parameters that DeepSpeed has put into each group: it keeps them beside its own flat ones.
+        taken = [g["params"] for g in optimizer.param_groups]
+        taken = getattr(optimizer, "bit16_groups", getattr(optimizer, "fp16_groups", taken))
+        seen.taken = [sorted(name for name, p in named.items() if any(p is q for q in group)) for group in taken]
+        if not self.compiled:  # a hook inside of a compiled block would break its graph
+            unit = pl_module.implementation.block_class()
+            block = next(m for m in model.modules() if isinstance(m, unit))
+            first = next(m for m in block.modules() if dict(m.named_parameters(recurse=False)))
+            first.register_forward_pre_hook(self.on_forward)
+
+    def on_forward(self, module, args):
+        self.seen.forwards += module.training
+        self.seen.forward_dtypes.add(module.weight.dtype)
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.seen.losses.append(pl_module.step_loss.item())
+
+    def on_train_end(self, trainer, pl_module):
+        self.seen.kept = {name: held(p) for name, p in pl_module.model.named_parameters()}
+        self.seen.final = {name: whole(p) for name, p in pl_module.model.named_parameters()}
+        self.seen.graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def work(folder):
+    """What one rank does."""
+    from lightning_gpt.cli import parse_train
+    from lightning_gpt.training import train
+
+    rank = os.environ["RANK"]
+    all_gather, gathered = torch.distributed.all_gather_single, Counter()
+
+    def counted(output, *args, **kwargs):
+        gathered[output.dtype] += 1
+        return all_gather(output, *args, **kwargs)
+
+    torch.distributed.all_gather_single = counted  # what FSDP2 gathers weights with
+    for name, flags in json.loads((folder / "runs.json").read_text()).items():
+        gathered.clear()
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        record = Record(compiled="--compile" in flags)
+        train(parse_train([*flags, f"--out_dir={folder / name}"]), callbacks=[record])
+        record.seen.gathered.update(gathered)
+        record.seen.checkpoint = folder / name / "checkpoints" / "last.ckpt"
+        torch.save(vars(record.seen), folder / f"{name}-{rank}.pt")
+
+
+@pytest.fixture(scope="session")
+def group(tmp_path_factory, text_file):
+    """Runs command lines in one group of processes; returns, by name and rank, what was seen."""
+
+    def launch(runs, *, ranks=RANKS):
+        folder = tmp_path_factory.mktemp("group")
+        (folder / "mine.py").write_text(MINE)
+        batch = [f"--batch_size={8 // ranks}", f"--data={text_file}"]
+        (folder / "runs.json").write_text(json.dumps({n: [*COMMON, *batch, *flags] for n, flags in runs.items()}))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        env = os.environ | {"PYTHONPATH": f"{REPO}:{folder}", "OMP_NUM_THREADS": "1"}
+        command += [__file__, str(folder)]
+        done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=550)
+        assert done.returncode == 0, done.stderr[-6000:]
+        files = {name: [folder / f"{name}-{rank}.pt" for rank in range(ranks)] for name in runs}
+        return {n: [SimpleNamespace(**torch.load(f, weights_only=False)) for f in files[n]] for n in runs}
+
+    return launch
+
+
+@pytest.fixture(scope="session")
+def alone(group):
+    """The runs in a single process: by name, what was seen."""
+    return {name: seen for name, [seen] in group(RUNS, ranks=1).items()}
+
+
+@pytest.fixture(scope="session")
+def under(group, tmp_path_factory):
+    """The runs under a strategy, made when they are first asked for."""
+    folder = tmp_path_factory.mktemp("files")
+    for file, content in FILES.items():
+        (folder / file).write_text(json.dumps(content))
+
+    @cache
+    def runs(strategy):
+        runs = {name: [*flags, f"--strategy={strategy}"] for name, flags in RUNS.items()}
+        if strategy == "deepspeed_stage_3":
+            runs |= {file: [*MODELS["nanogpt"], f"--deepspeed_config={folder / file}"] for file in FILES}
+        return group(runs)
+
+    return runs
+
+
+def mean_losses(ranks):
+    return [sum(losses) / len(ranks) for losses in zip(*(seen.losses for seen in ranks), strict=True)]
+
+
+def expected_std(name):
+    """The closed form; None for what starts at a constant."""
+    if name.endswith("bias") or ".ln_" in name:
+        return None
+    return 0.02 / math.sqrt(2 * N_LAYER) if name.endswith("c_proj.weight") else 0.02
+
+
+@every_row
+@pytest.mark.parametrize("model", MODELS)
+def test_initial_weights_are_the_single_process_ones_bit_for_bit(under, alone, strategy, model):
+    for seen in under(strategy)[model]:
+        assert seen.initial.keys() == alone[model].initial.keys()
+        for name, weight in alone[model].initial.items():
+            assert torch.equal(seen.initial[name], weight), name
+
+
+@every_row
+@pytest.mark.parametrize("model", ["mingpt", "nanogpt"])
+def test_initial_weights_have_the_standard_deviation_of_the_closed_form(under, strategy, model):
+    for name, weight in under(strategy)[model][0].initial.items():
+        std = expected_std(name)
+        if std is None:
+            assert (weight == (0.0 if name.endswith("bias") else 1.0)).all(), name
+        else:
+            error = 1 / math.sqrt(2 * weight.numel())
+            assert weight.std().item() == pytest.approx(std, rel=4 * error), name
+            assert abs(weight.mean().item()) < 4 * std / math.sqrt(weight.numel()), name
+
+
+@every_row
+@pytest.mark.parametrize("model", MODELS)
+def test_tied_weights_are_one_parameter(under, strategy, model):
+    head = {"mingpt": set(), "nanogpt": {"lm_head.weight", "transformer.wte.weight"}}
+    assert all(seen.ties == head.get(model, {"head.weight", "tokens.weight"}) for seen in under(strategy)[model])
+
+
+def decays(model, name):
+    """By name alone, what the implementations' rules come to."""
+    if model == "mingpt":
+        return name.endswith("weight") and not any(part in name for part in (".ln_", "wte", "wpe"))
+    return name.endswith(("weight", "places")) and ".ln_" not in name
+
+
+@every_row
+@pytest.mark.parametrize("model", MODELS)
+def test_decay_groups(under, alone, strategy, model):
+    names = alone[model].initial.keys()
+    decayed = sorted(name for name in names if decays(model, name))
+    rest = sorted(name for name in names if not decays(model, name))
+    for seen in under(strategy)[model]:
+        assert [decay for decay, _ in seen.groups] == [50, 0]
+        assert seen.taken == [decayed, rest]
+        assert [named for _, named in seen.groups] == [decayed, rest]
+
+
+@every_row
+@pytest.mark.parametrize("model", MODELS)
+def test_trains_as_a_single_process_does(under, alone, strategy, model):
+    """Three losses, and the weights after them, which show that decay and clipping have been applied as they should."""
+    ranks = under(strategy)[model]
+    assert mean_losses(ranks) == pytest.approx(alone[model].losses, rel=1e-4) and len(alone[model].losses) == STEPS
+    for name, weight in alone[model].final.items():
+        if alone[model].initial[name].any():  # what starts at 0 is all noise after three steps of Adam
+            distance = (ranks[0].final[name] - weight).norm() / weight.norm()
+            assert distance < 0.02, name
+
+
+@every_row
+@pytest.mark.parametrize("model", RECOMPUTED)
+def test_recompute_runs_each_block_twice_and_changes_nothing(under, alone, strategy, model):
+    kept, recomputed = under(strategy)[model], under(strategy)[f"{model} recompute"]
+    assert mean_losses(recomputed) == pytest.approx(mean_losses(kept), rel=1e-6)
+    assert [seen.forwards for seen in (*kept, *recomputed)] == [STEPS, STEPS, 2 * STEPS, 2 * STEPS]
+
+
+@every_row
+def test_recompute_draws_the_same_dropout_again(under, strategy):
+    kept, recomputed = under(strategy)["dropout"], under(strategy)["dropout recompute"]
+    assert mean_losses(kept) != pytest.approx(mean_losses(under(strategy)["nanogpt"]), rel=1e-4)
+    assert mean_losses(recomputed) == pytest.approx(mean_losses(kept), rel=1e-6)
+
+
+@every_row
+@pytest.mark.parametrize("model", MODELS)
+def test_weights_are_shared_out_exactly_where_the_strategy_says_so(under, alone, strategy, model):
+    for seen in under(strategy)[model]:
+        for name, weight in alone[model].initial.items():
+            share = -(-weight.numel() // RANKS) if strategy in SHARDS_WEIGHTS else weight.numel()
+            assert seen.held[name] <= share + weight.numel() // len(weight), name
+
+
+@pytest.mark.parametrize("strategy", [row for row in ROWS if getattr(row, "values", (row,))[0] in SHARDS_WEIGHTS])
+@pytest.mark.parametrize("model", ["mingpt", "nanogpt"])
+def test_no_rank_ever_holds_the_whole_model_while_it_is_built(under, alone, strategy, model):
+    """A share of everything, and some copies of one module: the largest is an eighth of a block."""
+    weights = 4 * sum(w.numel() for w in alone[model].initial.values())
+    assert alone[model].peak >= weights
+    for seen in under(strategy)[model]:
+        assert weights / RANKS < seen.peak < 0.85 * weights
+
+
+@every_row
+def test_bf16_is_what_moves_where_weights_are_gathered(under, alone, strategy):
+    runs = under(strategy)
+    half, full = {torch.bfloat16}, {torch.float32}
+    casts = strategy != "ddp"  # under DDP and alone autocast casts operation by operation
+    for seen, single in zip(runs["bf16"], runs["nanogpt"], strict=True):
+        assert single.forward_dtypes == full and seen.forward_dtypes == (half if casts else full)
+        if strategy == "fsdp":
+            assert set(single.gathered) == full and set(seen.gathered) == half
+            assert seen.gathered[torch.bfloat16] == single.gathered[torch.float32] > STEPS * N_LAYER
+    assert mean_losses(runs["bf16"]) == pytest.approx(alone["nanogpt"].losses, rel=2e-2)
+
+
+@every_row
+def test_strategy_and_optimizer_are_those_of_the_row(under, strategy):
+    kind = {"ddp": "DDPStrategy", "fsdp": "FSDP"}.get(strategy, "DeepSpeed")
+    offload = strategy.endswith("offload")
+    for seen in under(strategy)["mingpt"]:
+        assert seen.strategy == kind
+        assert seen.optimizer == ("DeepSpeedCPUAdam" if offload else "AdamW")
+        if kind == "DeepSpeed":
+            assert f"deepspeed_stage_{seen.zero['stage']}" == strategy.removesuffix("_offload")
+            assert ("offload_optimizer" in seen.zero) == offload
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("file", FILES)
+def test_deepspeed_json_is_used(under, alone, file):
+    """Its stage, and under stage 3 that even small weights, which DeepSpeed would keep, stay shared out."""
+    ranks, wanted = under("deepspeed_stage_3")[file], FILES[file]["zero_optimization"]
+    assert mean_losses(ranks) == pytest.approx(alone["nanogpt"].losses, rel=1e-4)
+    for seen in ranks:
+        assert (seen.strategy, seen.zero["stage"]) == ("DeepSpeed", wanted["stage"])
+        whole, kept = (sum(counts.values()) for counts in (seen.held, seen.kept))
+        assert kept == whole
+        assert kept == sum(w.numel() for w in alone["nanogpt"].initial.values()) // (wanted["stage"] - 1)
+
+
+@pytest.mark.slow
+@every_row
+def test_compiled_blocks_train_as_eager_ones_do(group, strategy):
+    """Every implementation, and one recomputed: the same losses, the same keys in the checkpoint."""
+    base = {name: [*flags, f"--strategy={strategy}"] for name, flags in MODELS.items() if name != "applied"}
+    base["nanogpt recompute"] = [*base["nanogpt"], "--recompute"]
+    compiled = {f"{name} compiled": [*flags, "--compile"] for name, flags in base.items()}
+    seen = group(base | compiled)
+    for name in base:
+        eager, fast = seen[name], seen[f"{name} compiled"]
+        assert mean_losses(fast) == pytest.approx(mean_losses(eager), rel=1e-4)
+        assert eager[0].graphs == 0 and fast[0].graphs > 0
+        shapes = open_checkpoint(fast[0].checkpoint).shapes()
+        assert shapes == open_checkpoint(eager[0].checkpoint).shapes() and set(eager[0].initial) <= shapes.keys()
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]))
