@@ -2,6 +2,7 @@
 
 import logging
 import resource
+import sys
 import time
 import warnings
 from typing import Any
@@ -142,7 +143,7 @@ class RunMetrics(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints the speed of the whole run."""
         steps = trainer.global_step - self._first_step
-        if not trainer.is_global_zero or not steps:
+        if not trainer.is_global_zero or not steps or not self._training_seconds:
             return
         seconds = self._training_seconds / steps
         mfu = f"{self._flops_per_step / seconds / self._peak:.1%}" if self._peak else "n/a"
@@ -174,7 +175,8 @@ def _peak_memory(device: torch.device) -> int:
     """Peak bytes: what the GPU's allocator held, or this process's resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Kilobytes on Linux, bytes on a Mac.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class FinalSample(Callback):

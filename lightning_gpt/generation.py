@@ -69,7 +69,8 @@ def samples(options: SampleOptions) -> Iterator[str]:
     if not hasattr(module.model, "generate"):
         raise UserError(f"{path} cannot be sampled: its --implementation {checkpoint.implementation} has no generate")
     where = find_devices(TrainerOptions(accelerator=options.accelerator))
-    module = module.to("cuda" if where.accelerator == "gpu" else "cpu")
+    gpu = "cuda" if torch.cuda.is_available() else "mps"
+    module = module.to(gpu if where.accelerator == "gpu" else "cpu")
     for number in range(options.num_samples):
         yield complete(
             module,

@@ -121,6 +121,9 @@ class GPTModule(LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clips as the Trainer says, and keeps the norm from before clipping, which Lightning would throw away."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            scaler.unscale_(optimizer)  # Lightning leaves it to a fused optimizer's step, which is after clipping
         if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), gradient_clip_val)
             self._gradient_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -140,10 +143,11 @@ class GPTModule(LightningModule):
         assert self._val_sums is not None
         _, loss = self.model(*batch)
         assert loss is not None
-        scored = (batch[1] != -1).sum()
+        device = self._val_sums.device
+        loss, scored = loss.to(device), (batch[1] != -1).sum().to(device)
         # A batch of padding alone has no loss.
         total = torch.where(scored > 0, loss.double() * scored, 0.0)
-        self._val_sums += torch.stack([total, scored.double()]).to(self._val_sums.device)
+        self._val_sums += torch.stack([total, scored.double()])
 
     def on_validation_epoch_end(self) -> None:
         """Logs ``val_loss``: the sum over all ranks divided by the tokens they scored, nats per token."""

@@ -1,6 +1,7 @@
 """Parameter groups, the optimizer, and the learning-rate schedule."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterable
 
 import torch
@@ -48,10 +49,9 @@ def deepspeed_adam(
 ) -> torch.optim.Optimizer:
     """AdamW as DeepSpeed has it: its CPUAdam on the host, its FusedAdam on a GPU, torch's AdamW otherwise.
 
-    FusedAdam is compiled with nvcc when it is first used; without one, torch's fused AdamW computes the same.
+    FusedAdam is compiled when it is first used, by a CUDA compiler of torch's own version; where that does not work
+    out, torch's fused AdamW computes the same.
     """
-    from torch.utils.cpp_extension import CUDA_HOME
-
     if on_host:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
@@ -64,10 +64,14 @@ def deepspeed_adam(
 
         CPUAdam.__name__ = DeepSpeedCPUAdam.__name__
         return CPUAdam(groups, lr=learning_rate, betas=tuple(betas), adamw_mode=True)
-    if fused and CUDA_HOME is not None:
+    if fused:
         from deepspeed.ops.adam import FusedAdam
 
-        return FusedAdam(groups, lr=learning_rate, betas=tuple(betas), adam_w_mode=True)
+        try:
+            return FusedAdam(groups, lr=learning_rate, betas=tuple(betas), adam_w_mode=True)
+        except Exception as error:  # a missing or unfit compiler fails in many ways
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            warnings.warn(f"FusedAdam cannot be compiled here ({reason}); torch's fused AdamW is used", stacklevel=2)
     return adamw(groups, learning_rate=learning_rate, betas=betas)
 
 

@@ -68,7 +68,7 @@ def initialise(model: nn.Module) -> None:
     for module in _leaves_first(model):
         own = {name: p for name, p in module._parameters.items() if p is not None}
         for name, p in own.items():
-            whole = torch.full(full_shape(p), math.nan, dtype=torch.float32)
+            whole = torch.full(full_shape(p), math.nan, dtype=torch.float32, device="cpu")
             module._parameters[name] = nn.Parameter(whole, requires_grad=p.requires_grad)
         model._init_weights(module)
         for name, p in own.items():

@@ -58,6 +58,8 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Path | 
     _check_trainer_options(config.trainer)
     where = find_devices(config.trainer, elsewhere=run.dry_run)
     strategy = _strategy(config, where)
+    if strategy.form == "deepspeed" and config.trainer.trainer.get("gradient_clip_algorithm") == "value":
+        raise UserError("DeepSpeed clips by norm alone; leave --trainer.gradient_clip_algorithm out")
     files = prepare(config.data.data, tokenizer=config.data.tokenizer, block_size=config.model.block_size)
     if run.sample_tokens and files.tokenizer:
         # A prompt that cannot be encoded is told now, not after the training.
@@ -90,7 +92,11 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Path | 
     )
     own = _callbacks(config, run_dir, files, metrics)
     trainer = _trainer(config, strategy, where, run_dir, [ExactResume(checkpoint), *own, *callbacks], max_steps)
-    assert trainer.world_size == where.world_size, (trainer.world_size, where)
+    if trainer.world_size != where.world_size:
+        raise UserError(
+            f"the launcher started {trainer.world_size} processes, and the flags say {where.world_size}; let --devices"
+            " and --num_nodes agree with it"
+        )
     _open_folder(run_dir, config)
     _header(config, module, files, where=where, strategy=type(trainer.strategy).__name__, max_steps=max_steps)
     trainer.fit(module, data)
@@ -121,7 +127,7 @@ def _open_folder(run_dir: Path, config: TrainConfig) -> None:
     """Makes the run folder and saves the resolved configuration in it."""
     flat = config.flat() | {"out_dir": str(run_dir), "resume": None}
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        run_dir.mkdir(parents=True, exist_ok=config.run.out_dir is not None)
         (run_dir / "config.yaml").write_text(yaml.safe_dump(flat, sort_keys=False), encoding="utf-8")
     except OSError as error:
         raise UserError(f"--out_dir {run_dir} cannot be written: {error.strerror}; choose another") from error
@@ -179,7 +185,8 @@ def _module(config: TrainConfig, strategy: StrategyRow, *, form: str, files: Tok
 _DECIDED = (
     "accelerator devices num_nodes strategy precision plugins logger callbacks max_epochs max_steps max_time"
     " accumulate_grad_batches gradient_clip_val val_check_interval check_val_every_n_epoch num_sanity_val_steps"
-    " log_every_n_steps use_distributed_sampler enable_model_summary"
+    " log_every_n_steps use_distributed_sampler enable_model_summary limit_train_batches limit_val_batches"
+    " overfit_batches fast_dev_run"
 ).split()
 
 
@@ -187,7 +194,7 @@ def _check_trainer_options(options: TrainerOptions) -> None:
     known = set(signature(Trainer.__init__).parameters) - {"self"}
     for name in options.trainer:
         if name in _DECIDED:
-            raise UserError(f"--trainer.{name} is decided by lightning-gpt's own flags; see --help")
+            raise UserError(f"--trainer.{name} is decided by lightning-gpt itself; see --help for what takes its place")
         if name not in known:
             near = get_close_matches(name, known, n=1)
             hint = f" (did you mean {near[0]}?)" if near else ""

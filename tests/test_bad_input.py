@@ -93,6 +93,9 @@ VALUES = {
     "empty prompt": (["--prompt", ""], ["--prompt"]),
     "dropout": (["--embd_pdrop=1.5"], ["dropout", "1.5"]),
     "gpus and cpu": (["--gpus", "1"], ["--gpus"]),
+    "devices as a word": (["--devices", "many"], ["--devices many"]),
+    "no devices": (["--devices", "0"], ["--devices 0"]),
+    "trainer option in the place of ours": (["--trainer.limit_val_batches=0"], ["--trainer.limit_val_batches"]),
     "trainer value": (["--trainer.gradient_clip_algorithm", "scissors"], ["gradient_clip_algorithm", "scissors"]),
 }
 

@@ -101,6 +101,17 @@ def test_resume_after_a_crash_goes_on_from_the_last_save(tmp_path: Path, text: s
     assert ours["TokenData"] == theirs["TokenData"]
 
 
+def test_resume_when_the_machine_died_between_two_moves(tmp_path: Path, text: str) -> None:
+    """While a folder is replaced there is a moment when only the old one is there, under another name."""
+    flags = ["--data", text, *SIZES, *LOGGED, "--batch_size", "4"]
+    train.main([*flags, "--max_steps", "2", "--out_dir", str(tmp_path / "r")])
+    saved = tmp_path / "r" / "checkpoints"
+    (saved / "last.ckpt").rename(saved / "last.ckpt.old")
+    (saved / "best.ckpt").unlink()
+    train.main(["--resume", str(tmp_path / "r"), "--max_steps", "4"])
+    assert checkpoint(tmp_path / "r")["global_step"] == 4
+
+
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_resume_on_two_ranks_sees_the_same_samples(tmp_path: Path, text: str, accumulate: int) -> None:
     """One process with 12 samples a step, then two ranks with 12/2 each: the same losses to rounding."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning import Trainer
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -154,6 +155,22 @@ def test_two_ranks_equal_one(tmp_path: Path, text: str, launcher: str) -> None:
         assert one.keys() == both.keys() and len(one) >= 2
         assert list(both.values()) == pytest.approx(list(one.values()), rel=1e-5), name
     assert not (tmp_path / "runs").exists()
+
+
+def test_gradients_are_clipped_unscaled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under a loss scale the norm is that of the true gradient, whatever the scale."""
+    norms = {}
+    for scale in (1.0, 65536.0):
+        plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=scale))
+        monkeypatch.setattr(plugin, "autocast_context_manager", lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+        torch.manual_seed(0)
+        module = MinGPT(vocab_size=10, block_size=8, model_type="gpt-nano", embd_pdrop=0, resid_pdrop=0, attn_pdrop=0)
+        idx = torch.arange(9).repeat(8, 1)
+        loader = DataLoader(TensorDataset(idx[:, :-1], idx[:, 1:]), batch_size=8)
+        plain = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+        Trainer(max_steps=1, accelerator="cpu", gradient_clip_val=1.0, plugins=[plugin], **plain).fit(module, loader)
+        norms[scale] = float(module.gradient_norm())
+    assert norms[65536.0] == pytest.approx(norms[1.0], rel=1e-2) and norms[1.0] > 0
 
 
 def test_accumulation_equals_a_larger_batch(tmp_path: Path, text: str) -> None:

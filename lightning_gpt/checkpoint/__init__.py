@@ -58,9 +58,9 @@ def find_checkpoint(path: str, *, which: str, out_dir: str | None = None) -> Pat
     if any(reader.recognises(folder) for reader in READERS):
         return folder.resolve()
     for name in (which, "last", "best"):
-        file = folder / "checkpoints" / f"{name}.ckpt"
-        if file.exists():
-            return file.resolve()
+        for file in (folder / "checkpoints" / f"{name}.ckpt", folder / "checkpoints" / f"{name}.ckpt.old"):
+            if file.exists():  # the old one alone, where a machine died between the two moves that replace it
+                return file.resolve()
     raise UserError(f"{folder} holds no checkpoints/last.ckpt or checkpoints/best.ckpt; is it a run folder?")
 
 

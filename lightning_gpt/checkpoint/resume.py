@@ -128,13 +128,7 @@ def _restore_step(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
         on_device = optimizer.defaults["fused"] or optimizer.defaults.get("capturable")
         state["step"] = state["step"].to(parameter.device if on_device else "cpu", copy=True)
         return
-    step = int(state["step"])
-    if type(optimizer).__name__ == "FusedAdam":
-        del state["step"]
-        for group in optimizer.param_groups:
-            group["step"] = step
-    else:
-        state["step"] = step
+    state["step"] = int(state["step"])  # DeepSpeed's Adams count in plain numbers
 
 
 def _write_master(parameter: Tensor, full: Tensor, key: str | None = None) -> None:

@@ -121,6 +121,8 @@ def get_strategy(options: TrainerOptions, *, where: Devices, decided: dict[str, 
     name = ALIASES.get(options.strategy, options.strategy)
     if name not in STRATEGIES:
         raise UserError(f"--strategy {options.strategy} is unknown; choose one of {', '.join([*STRATEGIES, *ALIASES])}")
+    if name == TrainerOptions.strategy and where.world_size > 1:
+        name = "ddp"  # Lightning would take it as well, without the settings that we give it
     row = STRATEGIES[name]
     if where.precision not in row.precisions:
         raise UserError(

@@ -154,12 +154,14 @@ def read_config(path: str, *, precision: str, decided: dict[str, Any]) -> dict[s
         raise UserError(f"--deepspeed_config {path}, line {error.lineno}: {error.msg}") from error
     if not isinstance(config, dict):
         raise UserError(f"--deepspeed_config {path}: expected a JSON object")
-    for name in ("optimizer", "scheduler"):
+    for name, flag in (("optimizer", "--learning_rate"), ("scheduler", "--warmup_steps")):
         if name in config:
-            raise UserError(f"--deepspeed_config {path}: remove {name}; train.py's own flags decide it")
+            raise UserError(f"--deepspeed_config {path}: remove {name}; train.py's own flags decide it, see {flag}")
+    if "activation_checkpointing" in config:
+        raise UserError(f"--deepspeed_config {path}: remove activation_checkpointing; --recompute does it")
     for name in _DECIDED:
         value = config.pop(name, "auto")
-        if value != "auto" and value != decided[name]:
+        if value != "auto" and value != decided.get(name, value):
             raise UserError(
                 f"--deepspeed_config {path}: {name} is {value}, and train.py's flags make it {decided[name]}"
             )
@@ -170,12 +172,15 @@ def read_config(path: str, *, precision: str, decided: dict[str, Any]) -> dict[s
         if enabled not in (False, "auto") and not precision.startswith(kind):
             raise UserError(f"--deepspeed_config {path}: {name} is enabled, so give --precision {kind} as well")
         if precision.startswith(kind):
+            if enabled is False and "enabled" in section:
+                raise UserError(f"--deepspeed_config {path}: {name} is not enabled, and --precision {kind} asks for it")
             config[name] = {k: v for k, v in section.items() if v != "auto"} | {"enabled": True}
     config.setdefault("zero_allow_untested_optimizer", True)
     config["train_micro_batch_size_per_gpu"] = decided.get("train_micro_batch_size_per_gpu", 1)
     zero = _section(config, "zero_optimization", path=path)
     for name in ("offload_optimizer", "offload_param"):
-        _section(zero, name, path=path)
+        if _section(zero, name, path=path).get("device") == "nvme":
+            raise UserError(f"--deepspeed_config {path}: {name} to nvme is not supported; give cpu or none")
     stage = zero.get("stage", 0)
     if stage not in (1, 2, 3):
         raise UserError(f"--deepspeed_config {path}: zero_optimization.stage is {stage}; give 1, 2 or 3")
@@ -199,7 +204,14 @@ def zero_rules(config: dict[str, Any]) -> Zero:
         "live": "stage3_max_live_parameters",
     }
     named |= {"persistent": "stage3_param_persistence_threshold"}
-    given = {field: int(zero[key]) for field, key in named.items() if zero.get(key, "auto") != "auto"}
+    given = {}
+    for field, key in named.items():
+        if zero.get(key, "auto") != "auto":
+            if not isinstance(zero[key], int | float):
+                raise UserError(
+                    f"--deepspeed_config: zero_optimization.{key} is {json.dumps(zero[key])}; give a number"
+                )
+            given[field] = int(zero[key])
     return Zero(stage=stage, offload=offloads(config), buckets=2 if overlaps else 1, **given)
 
 

@@ -34,8 +34,8 @@ class Devices:
             if self.devices >= 0:
                 return self.devices
         elif self.devices not in ("auto", "-1"):
-            listed = [part for part in self.devices.strip("[]").split(",") if part.strip()]
-            return len(listed) if len(listed) > 1 or "," in self.devices else int(listed[0])
+            listed = [int(part) for part in self.devices.split(",") if part.strip()]
+            return len(listed) if "," in self.devices else listed[0]
         return torch.cuda.device_count() or 1
 
     @property
@@ -85,20 +85,39 @@ def find_devices(options: TrainerOptions, *, elsewhere: bool = False) -> Devices
         devices, num_nodes = local, int(os.environ["WORLD_SIZE"]) // local
     if devices == "auto" and accelerator == "cpu":
         devices = 1
-    return Devices(accelerator=accelerator, devices=devices, num_nodes=num_nodes, precision=precision)
+    where = Devices(accelerator=accelerator, devices=devices, num_nodes=num_nodes, precision=precision)
+    try:
+        sensible = where.per_node > 0 and not (elsewhere and devices in ("auto", "-1", -1) and accelerator != "cpu")
+    except (ValueError, IndexError):
+        sensible = False
+    if not sensible:
+        raise UserError(f"--devices {devices} makes no sense; give a number above 0, or a list such as 0,2")
+    return where
 
 
 def peak_flops(device: torch.device, *, precision: str) -> float | None:
     """Dense peak of a device in FLOP/s for matrix products, from the makers' data sheets; None where unknown."""
-    if device.type != "cuda":
+    if device.type != "cuda" or precision == "64-true":
         return None
     name = torch.cuda.get_device_name(device)
-    half = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "L4": 121e12, "V100": 125e12}
+    half = {
+        "H200": 989e12,
+        "H100 PCIe": 756e12,
+        "H100": 989e12,
+        "A100": 312e12,
+        "L40S": 362e12,
+        "L40": 181e12,
+        "A10G": 70e12,
+        "L4": 121e12,
+        "V100": 125e12,
+    }
     full = {
         "H200": 67e12,
+        "H100 PCIe": 51e12,
         "H100": 67e12,
         "A100": 19.5e12,
         "L40S": 91.6e12,
+        "L40": 90.5e12,
         "A10G": 35e12,
         "L4": 30.3e12,
         "V100": 15.7e12,
