@@ -180,13 +180,6 @@ def test_a_run_changes_its_strategy_and_ranks_and_trains_on_as_if_nothing_had_ha
     assert_same_training(chain / "parts", chain / "whole")
 
 
-@pytest.mark.slow
-def test_the_same_with_an_untied_model(tmp_path, text_file):
-    run_chain(tmp_path, text_file, "mingpt")
-    assert sorted(log(tmp_path / "parts")) == list(range(1, STEPS + 1))
-    assert_same_training(tmp_path / "parts", tmp_path / "whole")
-
-
 @needs_deepspeed
 def test_bf16_goes_on_from_float32_weights(tmp_path, text_file):
     """ZeRO-2 in bf16 computes with rounded weights; what it resumes from are the masters that the steps add up in."""

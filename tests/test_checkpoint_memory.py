@@ -74,7 +74,7 @@ print(peak() - before, 4 * sum(math.prod(shape) for shape in checkpoint.shapes()
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [3])  # the one that takes its weights from all ranks' files
 def test_conversion_takes_less_memory_than_1_3_times_the_weights(tmp_path, stage):
     def python(script: str, *arguments: object) -> str:
         command = [sys.executable, "-c", script, *map(str, arguments)]
