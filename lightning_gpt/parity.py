@@ -5,8 +5,8 @@ import itertools
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, astuple, dataclass
 from json import dumps, loads
 from pathlib import Path
 from typing import Any
@@ -67,12 +67,13 @@ def cases(implementations: Sequence[str] = tuple(IMPLEMENTATIONS)) -> list[Case]
 
 
 def deviations(
-    strategy: str, *, which: Sequence[Case], devices: int, accelerator: str, steps: int, data: str
-) -> Iterator[Deviation]:
+    strategy: str, *, folder: Path, which: Sequence[Case], devices: int, accelerator: str, steps: int, data: str
+) -> list[Deviation]:
     """Trains the cases in a single process, and under a strategy, and compares.
 
     Args:
         strategy: A row of the registry.
+        folder: Where the runs are kept; what a single process trained there for another strategy serves again.
         which: The cases.
         devices: Its number of ranks.
         accelerator: "cpu" or "gpu".
@@ -80,32 +81,34 @@ def deviations(
         data: What is trained on.
 
     Raises:
-        UserError: A run under the strategy failed; the message ends with its last line.
+        UserError: A run under the strategy failed; the message is its first error.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        shared = [*_RUN.split(), f"--max_steps={steps}", f"--eval_interval={steps}", f"--data={data}"]
-        shared += [f"--accelerator={accelerator}"]
-        plans: dict[str, list[list[str]]] = {"auto": [], strategy: []}
-        for name, ranks in (("auto", 1), (strategy, devices)):
-            for number, case in enumerate(which):
-                plans[name].append([*shared, *_flags(case, ranks), f"--out_dir={folder}/{name}-{number}"])
-                plans[name][-1] += [f"--strategy={name}"]
-        for name, ranks in (("auto", 1), (strategy, devices)):
-            _launch(plans[name], ranks)
-        for number, case in enumerate(which):
-            alone, spread = (Path(folder) / f"{name}-{number}" for name in ("auto", strategy))
-            losses = [_column(run, "train_loss") for run in (alone, spread)]
-            # DeepSpeed measures the norm always, the others only to clip by it.
-            norms = [_column(run, "grad_norm") if case.clip else [] for run in (alone, spread)]
-            assert all(len(column) == steps for column in (*losses, *(norms if case.clip else [])))
-            yield Deviation(
-                strategy,
-                case,
-                losses=tuple(losses[1]),
-                loss=_apart(*losses),
-                norm=_apart(*norms),
-                weights=_weight_difference(alone, spread),
-            )
+    shared = [*_RUN.split(), f"--max_steps={steps}", f"--eval_interval={steps}", f"--data={data}"]
+    shared += [f"--accelerator={accelerator}"]
+    runs: dict[str, list[Path]] = {}
+    for name, ranks in (("auto", 1), (strategy, devices)):
+        runs[name] = [folder / f"{name}-{'-'.join(map(str, astuple(case)))}" for case in which]
+        missing = [(case, run) for case, run in zip(which, runs[name], strict=True) if not run.exists()]
+        place = [f"--strategy={name}"]
+        plans = [[*shared, *_flags(case, ranks), *place, f"--out_dir={run}"] for case, run in missing]
+        if plans:
+            _launch(plans, ranks)
+    return [_compare(strategy, case, *pair) for case, *pair in zip(which, *runs.values(), strict=True)]
+
+
+def _compare(strategy: str, case: Case, alone: Path, spread: Path) -> Deviation:
+    losses = [_column(run, "train_loss") for run in (alone, spread)]
+    # DeepSpeed measures the norm always, the others only to clip by it.
+    norms = [_column(run, "grad_norm") if case.clip else [] for run in (alone, spread)]
+    assert losses[0] and len(norms[0]) == (len(losses[0]) if case.clip else 0)
+    return Deviation(
+        strategy,
+        case,
+        losses=tuple(losses[1]),
+        loss=_apart(*losses),
+        norm=_apart(*norms),
+        weights=_weight_difference(alone, spread),
+    )
 
 
 def _flags(case: Case, ranks: int) -> list[str]:
@@ -201,11 +204,13 @@ def measure_parity(
         raise UserError(f"--devices {devices} does not divide the {GLOBAL_BATCH // 2} samples of a micro-batch")
     names = strategies.split(",") if strategies else [name for name in STRATEGIES if name != "auto"]
     found = []
-    for name in names:
-        options = TrainerOptions(strategy=name, accelerator=accelerator, devices=devices)
-        get_strategy(options, where=find_devices(options))
-        print(f"training under {name}", file=sys.stderr, flush=True)
-        found += deviations(name, which=cases(), devices=devices, accelerator=accelerator, steps=steps, data=data)
+    settings = {"which": cases(), "devices": devices, "accelerator": accelerator, "steps": steps, "data": data}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            options = TrainerOptions(strategy=name, accelerator=accelerator, devices=devices)
+            get_strategy(options, where=find_devices(options))
+            print(f"training under {name}", file=sys.stderr, flush=True)
+            found += deviations(name, folder=Path(folder), **settings)
     device = torch.device("cuda" if accelerator == "gpu" else "cpu")
     parity = Parity(found, steps, devices, machine_facts(device, torch.get_num_threads()))
     if json:

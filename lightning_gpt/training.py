@@ -125,7 +125,8 @@ def _fresh_folder() -> Path:
 @rank_zero_only
 def _open_folder(run_dir: Path, config: TrainConfig) -> None:
     """Makes the run folder and saves the resolved configuration in it."""
-    flat = config.flat() | {"out_dir": str(run_dir), "resume": None}
+    # What holds for this start alone is no setting of the run.
+    flat = config.flat() | {"out_dir": str(run_dir), "resume": None, "trust_checkpoint": False}
     try:
         run_dir.mkdir(parents=True, exist_ok=config.run.out_dir is not None)
         (run_dir / "config.yaml").write_text(yaml.safe_dump(flat, sort_keys=False), encoding="utf-8")

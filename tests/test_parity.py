@@ -12,13 +12,18 @@ DEVICES = min(2, torch.cuda.device_count() or 2)
 PLAIN = ("fsdp", "deepspeed_stage_2")  # one of each kind; the others take their time in CI
 
 
-def _check(strategy: str, which: list[Case], text_file) -> None:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Keeps the runs, so that a single process trains each case once."""
+    return tmp_path_factory.mktemp("parity")
+
+
+def _check(strategy: str, folder, text_file) -> None:
     if strategy.startswith("deepspeed"):
         pytest.importorskip("deepspeed")
-    found = list(
-        deviations(strategy, which=which, devices=DEVICES, accelerator=ACCELERATOR, steps=10, data=str(text_file))
-    )
-    assert [d.case for d in found] == which
+    settings = dict(devices=DEVICES, accelerator=ACCELERATOR, steps=10, data=str(text_file))
+    found = deviations(strategy, folder=folder, which=cases(), **settings)
+    assert [d.case for d in found] == cases() and all(len(d.losses) == 10 for d in found)
     for deviation in found:
         print(deviation)
         assert deviation.loss < 1e-4
@@ -35,9 +40,9 @@ def _check(strategy: str, which: list[Case], text_file) -> None:
     "strategy",
     [name if name in PLAIN else pytest.param(name, marks=pytest.mark.slow) for name in STRATEGIES if name != "auto"],
 )
-def test_matrix(strategy, text_file):
+def test_matrix(strategy, folder, text_file):
     """All implementations, with and without accumulation and clipping."""
-    _check(strategy, cases(), text_file)
+    _check(strategy, folder, text_file)
 
 
 def test_bench_prints_the_table(text_file, tmp_path, capsys):

@@ -431,7 +431,9 @@ def test_deepspeed_json_is_used(under, alone, file):
 @every_row
 def test_compiled_blocks_train_as_eager_ones_do(group, strategy):
     """Every implementation, and one recomputed: the same losses, the same keys in the checkpoint."""
-    base = {name: [*flags, f"--strategy={strategy}"] for name, flags in MODELS.items() if name != "applied"}
+    # Offloading moves what no block computes, so one model shows it.
+    names = ["nanogpt"] if strategy.endswith("offload") else [name for name in MODELS if name != "applied"]
+    base = {name: [*MODELS[name], f"--strategy={strategy}"] for name in names}
     base["nanogpt recompute"] = [*base["nanogpt"], "--recompute"]
     compiled = {f"{name} compiled": [*flags, "--compile"] for name, flags in base.items()}
     seen = group(base | compiled)
