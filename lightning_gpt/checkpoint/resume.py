@@ -42,8 +42,8 @@ class ExactResume(Callback):
         scheduler._last_lr = [b * f(step) for b, f in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
         for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
             group["lr"] = rate
-        trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
-        trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.ready = step
+        steps = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
+        steps.ready = steps.completed = step
         for callback in trainer.callbacks:
             state = header.get("callbacks", {}).get(callback.state_key)
             if state:

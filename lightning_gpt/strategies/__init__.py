@@ -6,16 +6,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lightning_gpt.config import TrainerOptions, UserError
-from lightning_gpt.strategies.devices import Devices, find_devices, peak_flops
+from lightning_gpt.strategies.devices import LIGHTNING_PRECISIONS, Devices, find_devices, peak_flops
 from lightning_gpt.strategies.memory import MemoryRules, Replicated, ShardedUnits, Zero
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
 
 __all__ = ["STRATEGIES", "StrategyRow", "device_arguments", "find_devices", "get_strategy", "peak_flops"]
-
-_ALL_PRECISIONS = ("16-mixed", "bf16-mixed", "32-true", "64-true", "16-true", "bf16-true")
-_NO_DOUBLE = ("16-mixed", "bf16-mixed", "32-true", "16-true", "bf16-true")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +33,7 @@ class StrategyRow:
     memory: MemoryRules
     form: str = "plain"
     form_options: dict[str, Any] = field(default_factory=dict)
-    precisions: tuple[str, ...] = _ALL_PRECISIONS
+    precisions: tuple[str, ...] = LIGHTNING_PRECISIONS
 
     def arguments(self, where: Devices) -> dict[str, Any]:
         """The Trainer arguments that say where to run.
@@ -72,14 +69,14 @@ def _deepspeed(devices: Devices, **settings: Any) -> "Strategy":
     return build_deepspeed(accelerator=devices.accelerator, **settings)
 
 
-def _zero(name: str, *, stage: int, offload: bool = False) -> StrategyRow:
+def _zero(name: str, *, rules: Zero, config: dict[str, Any] | None = None) -> StrategyRow:
     return StrategyRow(
         name=name,
-        build=partial(_deepspeed, stage=stage, offload=offload),
-        memory=Zero(stage=stage, offload=offload),
+        build=partial(_deepspeed, stage=rules.stage, offload=rules.offload, config=config),
+        memory=rules,
         form="deepspeed",
-        form_options={"offload": offload, "fused_adam": not offload},
-        precisions=_NO_DOUBLE,
+        form_options={"offload": rules.offload, "fused_adam": not rules.offload},
+        precisions=tuple(name for name in LIGHTNING_PRECISIONS if name != "64-true"),
     )
 
 
@@ -95,11 +92,11 @@ STRATEGIES: dict[str, StrategyRow] = {
             form="fsdp",
             precisions=("bf16-mixed", "32-true", "16-true", "bf16-true"),
         ),
-        _zero("deepspeed_stage_1", stage=1),
-        _zero("deepspeed_stage_2", stage=2),
-        _zero("deepspeed_stage_3", stage=3),
-        _zero("deepspeed_stage_2_offload", stage=2, offload=True),
-        _zero("deepspeed_stage_3_offload", stage=3, offload=True),
+        _zero("deepspeed_stage_1", rules=Zero(stage=1)),
+        _zero("deepspeed_stage_2", rules=Zero(stage=2)),
+        _zero("deepspeed_stage_3", rules=Zero(stage=3)),
+        _zero("deepspeed_stage_2_offload", rules=Zero(stage=2, offload=True)),
+        _zero("deepspeed_stage_3_offload", rules=Zero(stage=3, offload=True)),
     )
 }
 ALIASES = {"deepspeed": "deepspeed_stage_2", "fsdp_native": "fsdp"}
@@ -133,18 +130,10 @@ def get_strategy(options: TrainerOptions, *, where: Devices, decided: dict[str, 
         return row
     if options.strategy not in STAGE_BY_CONFIG:
         raise UserError(f"--deepspeed_config decides the stage; give --strategy deepspeed, not {options.strategy}")
-    from lightning_gpt.strategies.deepspeed import offloads, read_config, zero_rules
+    from lightning_gpt.strategies.deepspeed import read_config, zero_rules
 
     config = read_config(options.deepspeed_config, precision=where.precision, decided=decided or {})
-    offload = offloads(config)
-    return StrategyRow(
-        name="deepspeed",
-        build=partial(_deepspeed, config=config, offload=offload),
-        memory=zero_rules(config),
-        form="deepspeed",
-        form_options={"offload": offload, "fused_adam": not offload},
-        precisions=_NO_DOUBLE,
-    )
+    return _zero("deepspeed", rules=zero_rules(config), config=config)
 
 
 def device_arguments(options: TrainerOptions) -> dict[str, Any]:

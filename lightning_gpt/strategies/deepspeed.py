@@ -69,7 +69,7 @@ def build_deepspeed(
         accelerator: What it runs on.
         stage: What is sharded: 1 the optimizer state, 2 the gradients too, 3 the parameters too.
         offload: Whether the optimizer state, and in stage 3 the parameters, live in the host's memory.
-        config: A whole DeepSpeed configuration, in place of stage and offload.
+        config: A whole DeepSpeed configuration, which says the stage itself.
 
     Raises:
         UserError: DeepSpeed is not installed, or offloading lacks what compiles its optimizer.
@@ -202,8 +202,8 @@ def zero_rules(config: dict[str, Any]) -> Zero:
         "bucket": "reduce_bucket_size",
         "prefetch": "stage3_prefetch_bucket_size",
         "live": "stage3_max_live_parameters",
+        "persistent": "stage3_param_persistence_threshold",
     }
-    named |= {"persistent": "stage3_param_persistence_threshold"}
     given = {}
     for field, key in named.items():
         if zero.get(key, "auto") != "auto":
@@ -212,10 +212,5 @@ def zero_rules(config: dict[str, Any]) -> Zero:
                     f"--deepspeed_config: zero_optimization.{key} is {json.dumps(zero[key])}; give a number"
                 )
             given[field] = int(zero[key])
-    return Zero(stage=stage, offload=offloads(config), buckets=2 if overlaps else 1, **given)
-
-
-def offloads(config: dict[str, Any]) -> bool:
-    """Whether a DeepSpeed configuration keeps the optimizer state in the host's memory."""
-    section = config.get("zero_optimization", {}).get("offload_optimizer", {})
-    return section.get("device", "none") != "none"
+    offload = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    return Zero(stage=stage, offload=offload, buckets=2 if overlaps else 1, **given)

@@ -118,6 +118,28 @@ def _share(elements: int, ranks: int) -> int:
     return -(-elements // ranks)
 
 
+def _with_adam(trace: StepTrace, *, weights: int, buffers: int, passes: int) -> Memory:
+    """A rank whose gradients and moments are as large as its weights, once and twice.
+
+    Args:
+        trace: The step.
+        weights: Bytes of the weights it keeps.
+        buffers: Bytes of gathered weights.
+        passes: Bytes at the highest of forward and backward pass, gradients included.
+    """
+    optimizer = MOMENTS * weights
+    resident = weights + weights + optimizer
+    return Memory(
+        weights=weights,
+        gradients=weights,
+        optimizer=optimizer,
+        activations=trace.activations,
+        buffers=buffers,
+        resident=resident,
+        peak=max(resident, weights + optimizer + passes),
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Replicated(MemoryRules):
     """Everything on every rank.
@@ -131,21 +153,11 @@ class Replicated(MemoryRules):
     def memory(self, trace: StepTrace, *, ranks: int) -> Memory:
         """Weights, gradients and two moments: (1 + 1 + 2) times the parameters."""
         weights = gradients = trace.total * trace.weight_bytes
-        optimizer = MOMENTS * weights
         keeps = self.bucketed or trace.accumulate > 1
         # Without buckets the last step's gradients live through the forward pass, then are freed and made again.
         forward = gradients + max(m.activations for m in trace.forward)
         backward = max(m.activations + (gradients if keeps else m.made * trace.weight_bytes) for m in trace.backward)
-        resident = weights + gradients + optimizer
-        return Memory(
-            weights=weights,
-            gradients=gradients,
-            optimizer=optimizer,
-            activations=trace.activations,
-            buffers=0,
-            resident=resident,
-            peak=max(resident, weights + optimizer + max(forward, backward)),
-        )
+        return _with_adam(trace, weights=weights, buffers=0, passes=max(forward, backward))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +177,6 @@ class ShardedUnits(MemoryRules):
         """ZeRO's stage 3 shares, 4 times the parameters over the ranks, and the units that are gathered."""
         shard = _share(trace.total, ranks)
         weights = gradients = shard * trace.weight_bytes
-        optimizer = MOMENTS * weights
         root, unit = trace.total - sum(trace.units), max(trace.units, default=0)
         gathered = (root + 2 * unit) * trace.compute_bytes
         forward = gradients + gathered + max(m.activations for m in trace.forward)
@@ -176,15 +187,8 @@ class ShardedUnits(MemoryRules):
             return m.activations + m.open * trace.compute_bytes + m.closed * trace.weight_bytes + sharded
 
         backward = gathered + max(map(in_backward, trace.backward))
-        resident = weights + gradients + optimizer
-        return Memory(
-            weights=weights,
-            gradients=gradients,
-            optimizer=optimizer,
-            activations=trace.activations,
-            buffers=gathered + unit * trace.weight_bytes,
-            resident=resident,
-            peak=max(resident, weights + optimizer + max(forward, backward)),
+        return _with_adam(
+            trace, weights=weights, buffers=gathered + unit * trace.weight_bytes, passes=max(forward, backward)
         )
 
 
