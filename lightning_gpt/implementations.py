@@ -44,6 +44,49 @@ def decay_matrices(module: "nn.Module", name: str) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GPT2Traits:
+    """What a model of GPT-2's layout leaves open beside its sizes.
+
+    Attributes:
+        gelu: "tanh", as in the published GPT-2, or "exact".
+        tied: Whether the head is the token embedding.
+        bias: Whether Linear layers and norms have biases.
+    """
+
+    gelu: str = "tanh"
+    tied: bool = True
+    bias: bool = True
+
+
+@dataclass(frozen=True)
+class GPT2Layout:
+    """How an implementation whose parameters are GPT-2's, by name and meaning, is translated to GPT-2 and back.
+
+    Names are those of Hugging Face's ``GPT2LMHeadModel``; Linear weights are (out, in), theirs in Conv1D (in, out).
+
+    Attributes:
+        traits: From the fields of the implementation's config, complete, to what they amount to.
+        fields: From traits to the fields that say so, sizes aside; ValueError where none do. A head that is tied in the
+            traits may be untied in the implementation, which then holds a copy.
+    """
+
+    traits: Callable[[dict[str, Any]], GPT2Traits]
+    fields: Callable[[GPT2Traits], dict[str, Any]]
+
+
+def _mingpt_fields(traits: GPT2Traits) -> dict[str, Any]:
+    if traits.gelu != "tanh":
+        raise ValueError("minGPT has the tanh GELU only, and these weights were trained with the exact one")
+    return {}
+
+
+def _nanogpt_fields(traits: GPT2Traits) -> dict[str, Any]:
+    if not traits.tied:
+        raise ValueError("nanoGPT's head is its token embedding, and these weights have a head of their own")
+    return {"gelu": traits.gelu, "bias": traits.bias}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Implementation:
     """One row of the registry.
 
@@ -55,6 +98,7 @@ class Implementation:
         block: Name of the module class that is compiled, recomputed and sharded as a unit; None for the whole model.
         presets: Where to find the named sizes, as ``module:NAME``.
         decays: ``(module, parameter name) -> bool``, whether weight decay applies.
+        gpt2: How it is translated to GPT-2 and back, where it has GPT-2's layout.
     """
 
     name: str
@@ -64,6 +108,7 @@ class Implementation:
     block: str | None = "Block"
     presets: str | None = None
     decays: Callable[["nn.Module", str], bool] = decay_matrices
+    gpt2: GPT2Layout | None = None
     builtin: bool = field(default=False, repr=False)
 
     def load(self, name: str) -> Any:
@@ -140,9 +185,22 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     row.name: row
     for row in (
         Implementation(
-            name="mingpt", module="mingpt.model", presets="mingpt.model:PRESETS", decays=decay_linear, builtin=True
+            name="mingpt",
+            module="mingpt.model",
+            presets="mingpt.model:PRESETS",
+            decays=decay_linear,
+            gpt2=GPT2Layout(traits=lambda fields: GPT2Traits(tied=False), fields=_mingpt_fields),
+            builtin=True,
         ),
-        Implementation(name="nanogpt", module="nanogpt.model", presets="mingpt.model:PRESETS", builtin=True),
+        Implementation(
+            name="nanogpt",
+            module="nanogpt.model",
+            presets="mingpt.model:PRESETS",
+            gpt2=GPT2Layout(
+                traits=lambda fields: GPT2Traits(gelu=fields["gelu"], bias=fields["bias"]), fields=_nanogpt_fields
+            ),
+            builtin=True,
+        ),
     )
 }
 
@@ -190,7 +248,7 @@ def flag_options(row: Implementation) -> list[Option]:
 
     Sizes default to None where presets exist, meaning the preset's.
     """
-    decided = ("vocab_size", "block_size", "model_type")
+    decided = ("vocab_size", "vocab_padding", "block_size", "model_type")
     options = [o for o in row.config_options() if o.name not in decided]
     if row.presets is None:
         return options

@@ -50,6 +50,8 @@ class GPTConfig:
     """Dropout probability on the attention weights."""
     attention: str = "sdpa"
     """Attention implementation: sdpa (fused) or manual (explicit formula)."""
+    vocab_padding: int = 0
+    """How many tokens at the end of the vocabulary are padding, which is never sampled."""
 
 
 def _resolve(config: GPTConfig) -> GPTConfig:
@@ -68,6 +70,8 @@ def _resolve(config: GPTConfig) -> GPTConfig:
     for name, value in sizes.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if not 0 <= config.vocab_padding < sizes["vocab_size"]:
+        raise ValueError(f"vocab_padding must be from 0 to below vocab_size, got {config.vocab_padding}")
     return replace(config, **sizes)
 
 
@@ -268,6 +272,7 @@ class GPT(nn.Module):
             raise ValueError(f"top_k must be at least 1, got {top_k}")
         for _ in range(max_new_tokens):
             logits = self(idx[:, -self.block_size :])[0][:, -1]  # (B, vocab_size)
+            logits = logits[:, : self.config.vocab_size - self.config.vocab_padding]
             if do_sample:
                 logits = logits / temperature
                 if top_k is not None:

@@ -9,6 +9,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 ATTENTION_CHOICES = ("sdpa", "manual")
+# What nn.GELU calls each: nanoGPT has the exact one, GPT-2's weights were trained with the tanh approximation.
+GELU_CHOICES = {"exact": "none", "tanh": "tanh"}
 
 
 @dataclass
@@ -31,6 +33,10 @@ class GPTConfig:
     """Whether linear layers and layer norms have a bias."""
     attention: str = "sdpa"
     """Attention implementation: sdpa (fused) or manual (explicit formula)."""
+    gelu: str = "exact"
+    """The MLP's activation: exact, or tanh as in GPT-2's weights."""
+    vocab_padding: int = 0
+    """How many tokens at the end of the vocabulary are padding, which is never sampled."""
 
 
 class LayerNorm(nn.Module):
@@ -96,7 +102,7 @@ class MLP(nn.Module):
         """Build the two projections."""
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.gelu = nn.GELU()
+        self.gelu = nn.GELU(approximate=GELU_CHOICES[config.gelu])
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.c_proj.is_residual = True  # type: ignore[assignment]
         self.dropout = nn.Dropout(config.dropout)
@@ -146,12 +152,16 @@ class GPT(nn.Module):
             config: Sizes and options of the model.
 
         Raises:
-            ValueError: If a size is invalid or `attention` is not a known choice.
+            ValueError: If a size is invalid, or `attention` or `gelu` is not a known choice.
         """
         super().__init__()
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             if getattr(config, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+        if not 0 <= config.vocab_padding < config.vocab_size:
+            raise ValueError(f"vocab_padding must be from 0 to below vocab_size, got {config.vocab_padding}")
+        if config.gelu not in GELU_CHOICES:
+            raise ValueError(f"unknown gelu {config.gelu!r}; choose one of: {', '.join(GELU_CHOICES)}")
         config = self.config = replace(config)
         self.transformer = Transformer(
             {
@@ -254,6 +264,7 @@ class GPT(nn.Module):
             raise ValueError(f"top_k must be at least 1, got {top_k}")
         for _ in range(max_new_tokens):
             logits = self(idx[:, -self.config.block_size :])[0][:, -1]  # (B, vocab_size)
+            logits = logits[:, : self.config.vocab_size - self.config.vocab_padding]
             if do_sample:
                 logits = logits / temperature
                 if top_k is not None:

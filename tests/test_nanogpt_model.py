@@ -219,6 +219,8 @@ def test_config_fields_and_defaults():
         ("dropout", 0.0),
         ("bias", True),
         ("attention", "sdpa"),
+        ("gelu", "exact"),
+        ("vocab_padding", 0),
     ]
 
 

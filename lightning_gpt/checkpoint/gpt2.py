@@ -1,0 +1,107 @@
+"""GPT-2 in Hugging Face's words, the language in which implementations of its layout exchange weights.
+
+Names are those of ``transformers.GPT2LMHeadModel``, which minGPT and nanoGPT share. The sizes and traits stand in a
+``config.json`` of ``model_type: gpt2``.
+"""
+
+import dataclasses
+from typing import Any
+
+from lightning_gpt.config import UserError
+from lightning_gpt.implementations import GPT2Traits, Implementation
+
+# Conv1D keeps its weight as (in, out), the transpose of a Linear's.
+_CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+_SIZES = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50257, "n_positions": 1024}
+_GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}
+# What no implementation has a field for: the only value of each that is understood, GPT-2's own.
+_FIXED = {
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+}
+
+
+def is_transposed(name: str) -> bool:
+    """Whether a weight lies transposed in Hugging Face's GPT-2."""
+    return name.endswith(_CONV1D)
+
+
+def fields_from_gpt2(row: Implementation, config: dict[str, Any], *, source: str) -> dict[str, Any]:
+    """The fields of an implementation's config that say what a GPT-2 ``config.json`` says.
+
+    Dropout is no property of the weights: it is left to the implementation's defaults and the user's flags.
+
+    Args:
+        row: The implementation.
+        config: The content of ``config.json``; what it leaves out has Hugging Face's default.
+        source: What to call it in an error message.
+
+    Raises:
+        UserError: The implementation cannot express it.
+    """
+    if row.gpt2 is None:
+        raise UserError(f"{source} holds GPT-2's weights, whose layout --implementation {row.name} does not have")
+    sizes = {name: config.get(name, default) for name, default in _SIZES.items()}
+    for name, value in sizes.items():
+        if type(value) is not int or value < 1:
+            raise UserError(f"{source}: {name} is {value!r}, it must be a positive whole number")
+    inner = config.get("n_inner")
+    if inner not in (None, 4 * sizes["n_embd"]):
+        raise UserError(f"{source}: n_inner is {inner}, and only an MLP of 4 n_embd is known")
+    for name, only in _FIXED.items():
+        if config.get(name, only) != only:
+            raise UserError(f"{source}: {name} is {config[name]!r}, and only {only!r} is known")
+    activation = config.get("activation_function", "gelu_new")
+    if activation not in _GELU:
+        raise UserError(f"{source}: activation_function is {activation!r}, and only {', '.join(_GELU)} are known")
+    traits = GPT2Traits(gelu=_GELU[activation], tied=config.get("tie_word_embeddings", True))
+    try:
+        fields = row.gpt2.fields(traits)
+    except ValueError as error:
+        raise UserError(f"{source} does not fit --implementation {row.name}: {error}") from error
+    return fields | {"block_size" if name == "n_positions" else name: value for name, value in sizes.items()}
+
+
+def gpt2_traits(row: Implementation, fields: dict[str, Any]) -> GPT2Traits:
+    """What a model of an implementation amounts to as a GPT-2.
+
+    Args:
+        row: The implementation.
+        fields: The fields of its config; those left out have the config's own defaults.
+
+    Raises:
+        UserError: The implementation does not have GPT-2's layout.
+    """
+    if row.gpt2 is None:
+        raise UserError(f"--implementation {row.name} does not have GPT-2's layout, so it cannot be expressed as one")
+    defaults = {f.name: f.default for f in dataclasses.fields(row.load(row.config))}
+    return row.gpt2.traits(defaults | fields)
+
+
+def gpt2_config(row: Implementation, fields: dict[str, Any]) -> dict[str, Any]:
+    """The ``config.json`` that opens a model of an implementation as a GPT-2; the inverse of ``fields_from_gpt2``.
+
+    Missing biases are zeros there. Padding of the vocabulary is left out.
+
+    Args:
+        row: The implementation.
+        fields: The fields of its config, sizes included.
+
+    Raises:
+        UserError: The implementation does not have GPT-2's layout.
+    """
+    traits = gpt2_traits(row, fields)
+    sizes = {name: fields["block_size" if name == "n_positions" else name] for name in _SIZES}
+    sizes["vocab_size"] -= fields.get("vocab_padding", 0)
+    activation = next(name for name, gelu in _GELU.items() if gelu == traits.gelu)
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        **sizes,
+        "activation_function": activation,
+        **_FIXED,
+        "tie_word_embeddings": traits.tied,
+    }
