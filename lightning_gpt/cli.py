@@ -16,7 +16,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from lightning_gpt.config import (
-    BUDGETS,
+    EXCLUSIVE,
     DataOptions,
     EvaluateOptions,
     ModelOptions,
@@ -46,7 +46,7 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
     **dict.fromkeys(
         ("batch_size", "block_size", "n_layer", "n_head", "n_embd", "accumulate_grad_batches", "eval_interval")
         + ("log_every_n_steps", "num_nodes", "learning_rate", "lr_decay_steps", "num_samples", "temperature", "top_k")
-        + BUDGETS,
+        + ("max_steps", "max_tokens", "max_epochs", "global_batch_tokens"),
         (lambda value: value > 0, "a number above 0"),
     ),
     **dict.fromkeys(
@@ -159,8 +159,9 @@ def _first_pass(argv: Sequence[str]) -> tuple[dict[str, Any], Any]:
     merged: dict[str, Any] = {}
     for path in known.config:
         loaded = _load_yaml(path)
-        if _one_budget([b for b in BUDGETS if loaded.get(b) is not None]):
-            merged = {k: v for k, v in merged.items() if k not in BUDGETS}
+        for group in EXCLUSIVE:
+            if _one_of([name for name in group if loaded.get(name) is not None]):
+                merged = {k: v for k, v in merged.items() if k not in group}
         merged |= loaded
     return merged, known
 
@@ -176,11 +177,22 @@ def _configs_first(argv: Sequence[str]) -> list[str]:
     return configs + others
 
 
-def _one_budget(given: list[str]) -> list[str]:
-    """The budget given in one place, if any; it replaces those of the places before."""
+def _one_of(given: list[str]) -> list[str]:
+    """The option of an exclusive group that is given in one place, if any."""
     if len(given) > 1:
-        raise UserError(f"{' and '.join('--' + b for b in given)} are two budgets; give one of them")
+        raise UserError(f"{' and '.join('--' + name for name in given)} exclude each other; give one of them")
     return given
+
+
+def _displaced(argv: Sequence[str], from_files: dict[str, Any]) -> set[str]:
+    """Options whose place another of their group takes, given by a flag or else by a file."""
+    flags = {token.partition("=")[0] for token in argv}
+    displaced: set[str] = set()
+    for group in EXCLUSIVE:
+        given = _one_of([name for name in group if flags & {f"--{name}", ALIASES.get(name)}])
+        given = given or [name for name in group if from_files.get(name) is not None]
+        displaced |= set(group) - set(given) if given else set()
+    return displaced
 
 
 def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
@@ -205,11 +217,8 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
         if saved_path.exists():
             saved = _load_yaml(str(saved_path))
             saved |= {"resume": str(checkpoint), "out_dir": str(saved_path.parent)}
-    budgets = _one_budget([b for b in BUDGETS if any(token.partition("=")[0] == f"--{b}" for token in argv)])
-    budgets = budgets or [b for b in BUDGETS if from_files.get(b) is not None]
-    for name in set(BUDGETS) - set(budgets) if budgets else ():
-        saved.pop(name, None)
-
+    displaced = _displaced(argv, from_files)
+    saved = {name: value for name, value in saved.items() if name not in displaced}
     implementation = known.implementation or from_files.get("implementation") or saved.get("implementation")
     row = get_implementation(str(implementation or ModelOptions.implementation))
     model_options = flag_options(row)
@@ -228,9 +237,9 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
     _check_numbers(values)
     if resume:
         values.resume = str(checkpoint)
-    if budgets:  # a budget on the command line replaces a file's
-        for name in set(BUDGETS) - set(budgets):
-            values[name] = None
+    for o in options:
+        if o.name in displaced:  # a flag takes the place of a file's
+            values[o.name] = o.default
     return TrainConfig(
         *(_fill(cls, values) for cls in GROUPS.values()), {o.name: values[o.name] for o in model_options}
     )

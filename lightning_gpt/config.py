@@ -66,6 +66,9 @@ class OptimOptions:
     """clip the norm of the whole gradient to this; 0 turns clipping off"""
     accumulate_grad_batches: int = 1
     """micro-batches per optimizer step (also --grad_accum)"""
+    global_batch_tokens: int | None = None
+    """tokens per optimizer step over all devices, from which accumulate_grad_batches then follows: the same schedule on
+    any number of devices"""
 
 
 @dataclass(frozen=True)
@@ -241,8 +244,8 @@ class TrainConfig:
         return {k: v for group in groups for k, v in dataclasses.asdict(group).items()} | self.model_fields
 
 
-# Each fixes the length of a run; at most one of them may be given.
-BUDGETS = ("max_steps", "max_tokens", "max_epochs")
+# Of each group, which fixes one thing, at most one may be given; it takes the place of an earlier layer's.
+EXCLUSIVE = (("max_steps", "max_tokens", "max_epochs"), ("accumulate_grad_batches", "global_batch_tokens"))
 # Each names the weights' shapes; a checkpoint decides them when training resumes.
 SIZES = ("n_layer", "n_head", "n_embd")
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from difflib import get_close_matches
 from inspect import signature
@@ -57,6 +58,7 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Path | 
     run = config.run
     _check_trainer_options(config.trainer)
     where = find_devices(config.trainer, elsewhere=run.dry_run)
+    as_given, config = config, _accumulating(config, world_size=where.world_size)
     strategy = _strategy(config, where)
     if strategy.form == "deepspeed" and config.trainer.trainer.get("gradient_clip_algorithm") == "value":
         raise UserError("DeepSpeed clips by norm alone; leave --trainer.gradient_clip_algorithm out")
@@ -97,7 +99,7 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Path | 
             f"the launcher started {trainer.world_size} processes, and the flags say {where.world_size}; let --devices"
             " and --num_nodes agree with it"
         )
-    _open_folder(run_dir, config)
+    _open_folder(run_dir, as_given)
     _header(config, module, files, where=where, strategy=type(trainer.strategy).__name__, max_steps=max_steps)
     trainer.fit(module, data)
     if trainer.is_global_zero:
@@ -133,6 +135,23 @@ def _open_folder(run_dir: Path, config: TrainConfig) -> None:
     except OSError as error:
         raise UserError(f"--out_dir {run_dir} cannot be written: {error.strerror}; choose another") from error
     remember_run(run_dir)
+
+
+def _accumulating(config: TrainConfig, *, world_size: int) -> TrainConfig:
+    """The run with the accumulation that makes up its global batch."""
+    wanted = config.optim.global_batch_tokens
+    if wanted is None:
+        return config
+    batch_size, block_size = config.data.batch_size, config.model.block_size
+    tokens = batch_size * block_size * world_size
+    if wanted % tokens:
+        nearest = max(1, round(wanted / tokens)) * tokens
+        raise UserError(
+            f"--global_batch_tokens {wanted} is not a multiple of the {tokens} tokens of a micro-batch on all devices"
+            f" (batch_size {batch_size} x block_size {block_size} x {world_size} devices); give {nearest}, or another"
+            " --batch_size"
+        )
+    return replace(config, optim=replace(config.optim, accumulate_grad_batches=wanted // tokens))
 
 
 def _budget(config: TrainConfig, samples_per_step: int, data: TokenData) -> int:
@@ -266,12 +285,13 @@ def _header(
     fields, batch_size, accumulate = module.model_config, config.data.batch_size, config.optim.accumulate_grad_batches
     sizes = "/".join(str(fields[s]) for s in SIZES if s in fields)
     tokens_per_step = batch_size * accumulate * where.world_size * fields["block_size"]
+    derived = config.optim.global_batch_tokens is not None
     print(
         f"model     {module.implementation.name} {sizes}, block {fields['block_size']}, {parameters:,} parameters\n"
         f"data      {files.source}: {files.train_tokens:,} training and {files.val_tokens:,} validation tokens,"
         f" vocabulary {files.vocab_size:,}\n"
         f"steps     {max_steps:,} of {tokens_per_step:,} tokens ({batch_size} x {fields['block_size']} x {accumulate}"
-        f" micro-batches x {where.world_size} devices)\n"
+        f" micro-batches x {where.world_size} devices{', from --global_batch_tokens' if derived else ''})\n"
         f"strategy  {strategy}, {where.precision}, {where.accelerator}"
     )
 

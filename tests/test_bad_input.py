@@ -191,7 +191,7 @@ def test_token_files_that_are_damaged(refused, tmp_path, tiny_flags):
 def test_two_budgets_in_yaml(refused_training, refused, tmp_path, text_file):
     config = tmp_path / "two.yaml"
     config.write_text(f"data: {text_file}\nmax_steps: 3\nmax_epochs: 1\n")
-    refused(train.main, "--config", config, mentions=["--max_steps", "--max_epochs", "two budgets"])
+    refused(train.main, "--config", config, mentions=["--max_steps", "--max_epochs", "exclude each other"])
 
 
 @pytest.mark.parametrize(

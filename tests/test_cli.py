@@ -142,7 +142,7 @@ def test_a_budget_replaces_the_one_of_a_file(tmp_path):
         options = parse_train(["--config", file, f"--{budget}={value}"]).trainer
         assert getattr(options, budget) == value and options.max_steps is None
     assert parse_train(["--config", file]).trainer.max_steps == 10
-    with pytest.raises(UserError, match="two budgets"):
+    with pytest.raises(UserError, match="exclude each other"):
         parse_train(["--config", file, "--max_tokens=9", "--max_epochs=1"])
 
 
@@ -152,11 +152,6 @@ def test_a_budget_replaces_the_one_of_an_earlier_file(tmp_path):
     second.write_text("max_epochs: 2\n")
     options = parse_train(["--config", first, "--config", str(second)]).trainer
     assert (options.max_steps, options.max_epochs) == (None, 2)
-
-
-@pytest.mark.parametrize("recipe", sorted((REPO / "configs").glob("*.yaml")), ids=lambda path: path.name)
-def test_every_recipe_parses(recipe):
-    parse_train(["--config", str(recipe)])
 
 
 def test_default_recipe_says_what_the_defaults_are():
