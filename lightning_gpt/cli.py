@@ -29,6 +29,7 @@ from lightning_gpt.config import (
     UserError,
     options_of,
 )
+from lightning_gpt.data.tasks import find_task
 from lightning_gpt.implementations import flag_options, get_implementation
 
 GROUPS: dict[str, type] = {
@@ -150,6 +151,7 @@ def _first_pass(argv: Sequence[str]) -> tuple[dict[str, Any], Any]:
     scout = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     scout.add_argument("--config", action="append", default=[])
     scout.add_argument("--implementation")
+    scout.add_argument("--data")
     scout.add_argument("--resume")
     scout.add_argument("--out_dir")
     try:
@@ -222,12 +224,19 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
     implementation = known.implementation or from_files.get("implementation") or saved.get("implementation")
     row = get_implementation(str(implementation or ModelOptions.implementation))
     model_options = flag_options(row)
+    data = str(known.data or from_files.get("data") or saved.get("data") or DataOptions.data)
+    task = find_task(data)
+    task_options = options_of(task) if task else []
     parser = _parser("Train a GPT. Every option is a flag, or a line of a YAML file.")
     for title, cls in GROUPS.items():
         _add(parser, options_of(cls), title)
         if title == "model":
             _add(parser, model_options, f"model: fields of {row.name}'s own config")
-    argv = _complete(argv, model_options)
+        if title == "data" and task:
+            _add(parser, task_options, f"data: fields of the task {data}")
+    if task:  # it decides the block size, so that a default must not look like one that was given
+        parser.set_defaults(block_size=None)
+    argv = _complete(argv, [*model_options, *task_options])
     flags = [o for action in parser._actions for o in action.option_strings]
     for key in from_files:
         if f"--{key}" not in flags:
@@ -240,9 +249,27 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
     for o in options:
         if o.name in displaced:  # a flag takes the place of a file's
             values[o.name] = o.default
-    return TrainConfig(
-        *(_fill(cls, values) for cls in GROUPS.values()), {o.name: values[o.name] for o in model_options}
-    )
+    task_fields = {o.name: values[o.name] for o in task_options}
+    if task:
+        _fit_task(task, task_fields, values)
+    model_fields = {o.name: values[o.name] for o in model_options}
+    return TrainConfig(*(_fill(cls, values) for cls in GROUPS.values()), model_fields, task_fields)
+
+
+def _fit_task(task: type, fields: dict[str, Any], values: Namespace) -> None:
+    """Lets a task decide what it decides, and refuses what was given otherwise."""
+    for o in options_of(task):
+        if fields[o.name] is None and o.default is not None:
+            raise UserError(f"--{o.name} needs a value; leave it out for its default")
+    block_size = task(**fields).block_size
+    if values.block_size not in (None, block_size):
+        raise UserError(
+            f"--block_size {values.block_size} does not fit --data {values.data}, whose rows have {block_size} inputs;"
+            " leave it out"
+        )
+    if values.tokenizer is not None:
+        raise UserError(f"--tokenizer {values.tokenizer}: --data {values.data} has its own; leave it out")
+    values.block_size = block_size
 
 
 def _check_numbers(values: Namespace) -> None:

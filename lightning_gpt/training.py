@@ -19,9 +19,10 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from lightning_gpt.callbacks import DropoutSeed, FinalSample, ProgressBar, RunMetrics, ValidateAtEnd, quiet_lightning
 from lightning_gpt.checkpoint import RUNS, Checkpoint, ExactResume, open_checkpoint, remember_run
 from lightning_gpt.config import SIZES, OptimOptions, TrainConfig, TrainerOptions, UserError
-from lightning_gpt.data.loading import TokenData
+from lightning_gpt.data.loading import Source, TokenData
 from lightning_gpt.data.preparation import prepare
-from lightning_gpt.data.token_files import TokenFiles
+from lightning_gpt.data.tasks import find_task
+from lightning_gpt.data.tasks.base import Task
 from lightning_gpt.generation import encode_prompt
 from lightning_gpt.implementations import get_implementation
 from lightning_gpt.models import FORMS, GPTModule
@@ -31,6 +32,7 @@ from lightning_gpt.strategies.devices import Devices
 from lightning_gpt.strategies.saving import WholeFiles
 
 DEFAULT_STEPS = 1000
+DEFAULT_SAMPLE_TOKENS = 200
 DEFAULT_PRESET = "gpt-micro"
 
 LOGGERS = {
@@ -62,10 +64,8 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Path | 
     strategy = _strategy(config, where)
     if strategy.form == "deepspeed" and config.trainer.trainer.get("gradient_clip_algorithm") == "value":
         raise UserError("DeepSpeed clips by norm alone; leave --trainer.gradient_clip_algorithm out")
-    files = prepare(config.data.data, tokenizer=config.data.tokenizer, block_size=config.model.block_size)
-    if run.sample_tokens and files.tokenizer:
-        # A prompt that cannot be encoded is told now, not after the training.
-        encode_prompt(files.tokenizer, run.prompt)
+    files = _source(config)
+    sample = _final_sample(config, files)
     data = TokenData(
         files,
         name=config.data.data,
@@ -92,7 +92,7 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Path | 
         tokens_per_step=samples_per_step * config.model.block_size,
         flops_per_token=flops_per_token(module.model, block_size=config.model.block_size),
     )
-    own = _callbacks(config, run_dir, files, metrics)
+    own = [*_callbacks(config, run_dir, metrics), *sample]
     trainer = _trainer(config, strategy, where, run_dir, [ExactResume(checkpoint), *own, *callbacks], max_steps)
     if trainer.world_size != where.world_size:
         raise UserError(
@@ -113,6 +113,28 @@ def _check_resume(checkpoint: Checkpoint, module: GPTModule, max_steps: int) -> 
         raise UserError(f"{checkpoint.path} holds weights alone; resume from the checkpoint that it was made from")
     if checkpoint.step >= max_steps:
         raise UserError(f"{checkpoint.path} is at step {checkpoint.step} of {max_steps} already; raise --max_steps")
+
+
+def _source(config: TrainConfig) -> Source:
+    """Where samples come from."""
+    task = find_task(config.data.data)
+    if task:
+        return task(**config.task_fields)
+    return prepare(config.data.data, tokenizer=config.data.tokenizer, block_size=config.model.block_size)
+
+
+def _final_sample(config: TrainConfig, source: Source) -> list[Callback]:
+    """The sample at the end, if any; a prompt that cannot be encoded is told now, not after the training."""
+    run = config.run
+    if source.tokenizer is None or run.sample_tokens == 0:
+        return []
+    prompt, length, top_k = "\n", DEFAULT_SAMPLE_TOKENS, None
+    if isinstance(source, Task):
+        prompt, length, top_k = source.prompt(), source.answer_length, 1
+    prompt = prompt if run.prompt is None else run.prompt
+    length = length if run.sample_tokens is None else run.sample_tokens
+    encode_prompt(source.tokenizer, prompt)
+    return [FinalSample(source.tokenizer, prompt=prompt, max_new_tokens=length, seed=run.seed, top_k=top_k)]
 
 
 def _fresh_folder() -> Path:
@@ -175,7 +197,7 @@ def _strategy(config: TrainConfig, where: Devices) -> StrategyRow:
     return get_strategy(config.trainer, where=where, decided=decided)
 
 
-def _module(config: TrainConfig, strategy: StrategyRow, *, form: str, files: TokenFiles, max_steps: int) -> GPTModule:
+def _module(config: TrainConfig, strategy: StrategyRow, *, form: str, files: Source, max_steps: int) -> GPTModule:
     row = get_implementation(config.model.implementation)
     model_type = config.model.model_type
     if row.presets and not all(config.model_fields.get(size) for size in SIZES):
@@ -221,21 +243,16 @@ def _check_trainer_options(options: TrainerOptions) -> None:
             raise UserError(f"--trainer.{name}: lightning.Trainer has no such option{hint}")
 
 
-def _callbacks(config: TrainConfig, run_dir: Path, files: TokenFiles, metrics: RunMetrics) -> list[Callback]:
-    run = config.run
+def _callbacks(config: TrainConfig, run_dir: Path, metrics: RunMetrics) -> list[Callback]:
     checkpoints = dict(dirpath=run_dir / "checkpoints", enable_version_counter=False, save_on_train_epoch_end=False)
-    callbacks = [
-        DropoutSeed(run.seed),
+    return [
+        DropoutSeed(config.run.seed),
         ValidateAtEnd(),
         ModelCheckpoint(filename="best", monitor="val_loss", **checkpoints),
         ModelCheckpoint(filename="last", **checkpoints),
         ProgressBar(refresh_rate=10 * config.optim.accumulate_grad_batches),
         metrics,  # after the bar, which must be closed before the closing line is printed
     ]
-    if run.sample_tokens and files.tokenizer:
-        sample = FinalSample(files.tokenizer, prompt=run.prompt, max_new_tokens=run.sample_tokens, seed=run.seed)
-        callbacks.append(sample)
-    return callbacks
 
 
 def _trainer(
@@ -278,7 +295,7 @@ def _trainer(
 
 @rank_zero_only
 def _header(
-    config: TrainConfig, module: GPTModule, files: TokenFiles, *, where: Devices, strategy: str, max_steps: int
+    config: TrainConfig, module: GPTModule, files: Source, *, where: Devices, strategy: str, max_steps: int
 ) -> None:
     """Prints what is about to run."""
     parameters = sum(p.numel() for p in module.parameters())
@@ -288,8 +305,7 @@ def _header(
     derived = config.optim.global_batch_tokens is not None
     print(
         f"model     {module.implementation.name} {sizes}, block {fields['block_size']}, {parameters:,} parameters\n"
-        f"data      {files.source}: {files.train_tokens:,} training and {files.val_tokens:,} validation tokens,"
-        f" vocabulary {files.vocab_size:,}\n"
+        f"data      {files.describe()}, vocabulary {files.vocab_size:,}\n"
         f"steps     {max_steps:,} of {tokens_per_step:,} tokens ({batch_size} x {fields['block_size']} x {accumulate}"
         f" micro-batches x {where.world_size} devices{', from --global_batch_tokens' if derived else ''})\n"
         f"strategy  {strategy}, {where.precision}, {where.accelerator}"

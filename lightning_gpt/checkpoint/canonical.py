@@ -71,7 +71,7 @@ class CanonicalCheckpoint(Checkpoint):
             header = {
                 "hyper_parameters": {k: config[k] for k in ("implementation", "model_config") if k in config},
                 "global_step": config.get("step", 0),
-                "TokenData": {"data": config.get("data"), "tokenizer": tokenizer},
+                "TokenData": {"data": config.get("data"), "task": config.get("task"), "tokenizer": tokenizer},
             }
         super().__init__(path, header)
         self.stored = _layout(path / WEIGHTS)
@@ -181,6 +181,7 @@ def _write(checkpoint: Checkpoint, folder: Path, *, before: str, optimizer: bool
         "model_config": checkpoint.model_config,
         "step": checkpoint.step,
         "data": checkpoint.data,
+        "task": checkpoint.task_fields,
         "ties": checkpoint.ties,
         "source": {"name": checkpoint.path.name, "fingerprint": before},
     }

@@ -52,7 +52,7 @@ def load_corpus(data: str) -> Corpus:
     if path.is_dir():
         return _folder(path)
     if not path.is_file():
-        raise UserError(f"--data {data}: no such file or folder; give a text file, a folder of text files, or 'stdlib'")
+        raise UserError(f"--data {data}: no such file or folder; give a text file, a folder of texts, stdlib or a task")
     return _corpus(str(path), _read(path))
 
 

@@ -17,9 +17,10 @@ from lightning_gpt.data.token_files import (
     open_token_files,
     write_token_files,
 )
-from lightning_gpt.tokenizers import TOKENIZERS, build_tokenizer
+from lightning_gpt.tokenizers import TOKENIZERS, CharTokenizer, build_tokenizer
 
 DEFAULT_TOKENIZER = "char"
+CHARGPT = "chargpt:"
 TRAIN_FRACTION = 0.9
 
 
@@ -30,7 +31,7 @@ def prepare(data: str, *, tokenizer: str | None, block_size: int, cache_dir: Pat
     several processes start at once, one does the work and the others wait for it.
 
     Args:
-        data: A token folder, or anything that `load_corpus` takes.
+        data: A token folder, anything that `load_corpus` takes, or `chargpt:` and that.
         tokenizer: A key of `TOKENIZERS`; None means the one stored with the tokens, or char for a corpus.
         block_size: Tokens the model sees at once; the splits must be long enough for it.
         cache_dir: The cache folder; None means `cache_root()`.
@@ -39,6 +40,10 @@ def prepare(data: str, *, tokenizer: str | None, block_size: int, cache_dir: Pat
         UserError: The data is missing, damaged, too short, or made with another tokenizer; or the cache cannot be
             written.
     """
+    if data.startswith(CHARGPT):
+        if tokenizer not in (None, CharTokenizer.name):
+            raise UserError(f"--tokenizer {tokenizer}: --data {data} is a text by characters; leave --tokenizer out")
+        data, tokenizer = data.removeprefix(CHARGPT), CharTokenizer.name
     if tokenizer is not None and tokenizer not in TOKENIZERS:
         raise UserError(f"--tokenizer {tokenizer} is not known; choose from {', '.join(TOKENIZERS)}")
     root = cache_dir or cache_root()
