@@ -243,7 +243,11 @@ class TrainConfig:
     def flat(self) -> dict[str, Any]:
         """The run as one flat mapping, the form of ``config.yaml``."""
         groups = (self.model, self.data, self.optim, self.trainer, self.run)
-        return {k: v for group in groups for k, v in dataclasses.asdict(group).items()} | self.model_fields | self.task_fields
+        return (
+            {k: v for group in groups for k, v in dataclasses.asdict(group).items()}
+            | self.model_fields
+            | self.task_fields
+        )
 
 
 # Of each group, which fixes one thing, at most one may be given; it takes the place of an earlier layer's.

@@ -32,12 +32,12 @@ def count_right(logits: Tensor, targets: Tensor) -> Tensor:
         targets: (B, T) int64, -1 where no answer is asked for; a row of nothing else is no question.
 
     Returns:
-        Right answers and answers, shape (2,), float64 on the CPU.
+        Right answers and answers, shape (2,), int64.
     """
     asked = targets != -1
     questions = asked.any(dim=1)
     right = ((logits.argmax(dim=-1) == targets) | ~asked).all(dim=1) & questions
-    return torch.stack([right.sum(), questions.sum()]).cpu().double()
+    return torch.stack([right.sum(), questions.sum()])
 
 
 class GPTModule(LightningModule):

@@ -6,7 +6,7 @@ from typing import Any
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
-from lightning_gpt.data.streams import EvalPass, Stream, TrainBatches
+from lightning_gpt.data.streams import EvalPass, TrainBatches
 from lightning_gpt.data.tasks.base import Task
 from lightning_gpt.data.token_files import TokenFiles
 
