@@ -261,7 +261,8 @@ def _fit_task(task: type, fields: dict[str, Any], values: Namespace) -> None:
     for o in options_of(task):
         if fields[o.name] is None and o.default is not None:
             raise UserError(f"--{o.name} needs a value; leave it out for its default")
-    block_size = task(**fields).block_size
+    made = task(**fields)
+    block_size = made.block_size
     if values.block_size not in (None, block_size):
         raise UserError(
             f"--block_size {values.block_size} does not fit --data {values.data}, whose rows have {block_size} inputs;"
@@ -270,6 +271,8 @@ def _fit_task(task: type, fields: dict[str, Any], values: Namespace) -> None:
     if values.tokenizer is not None:
         raise UserError(f"--tokenizer {values.tokenizer}: --data {values.data} has its own; leave it out")
     values.block_size = block_size
+    if values.prompt == RunOptions.prompt:
+        values.prompt = made.prompt()
 
 
 def _check_numbers(values: Namespace) -> None:

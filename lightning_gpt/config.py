@@ -126,7 +126,7 @@ class RunOptions:
     """seed of the weights, the order of the samples, and dropout"""
     logger: str = "tensorboard"
     """tensorboard, csv, wandb or none"""
-    prompt: str | None = None
+    prompt: str = "\n"
     """what the sample at the end continues (default: a newline; for a task, a question of its validation split)"""
     sample_tokens: int | None = None
     """length of that sample in tokens; 0 for none (default: 200; for a task, its answer)"""

@@ -128,13 +128,10 @@ def _final_sample(config: TrainConfig, source: Source) -> list[Callback]:
     run = config.run
     if source.tokenizer is None or run.sample_tokens == 0:
         return []
-    prompt, length, top_k = "\n", DEFAULT_SAMPLE_TOKENS, None
-    if isinstance(source, Task):
-        prompt, length, top_k = source.prompt(), source.answer_length, 1
-    prompt = prompt if run.prompt is None else run.prompt
+    length, top_k = (source.answer_length, 1) if isinstance(source, Task) else (DEFAULT_SAMPLE_TOKENS, None)
     length = length if run.sample_tokens is None else run.sample_tokens
-    encode_prompt(source.tokenizer, prompt)
-    return [FinalSample(source.tokenizer, prompt=prompt, max_new_tokens=length, seed=run.seed, top_k=top_k)]
+    encode_prompt(source.tokenizer, run.prompt)
+    return [FinalSample(source.tokenizer, prompt=run.prompt, max_new_tokens=length, seed=run.seed, top_k=top_k)]
 
 
 def _fresh_folder() -> Path:
