@@ -1,5 +1,6 @@
 """A text, the flags of a run of seconds, and one such run that several tests look at."""
 
+import os
 import random
 from pathlib import Path
 
@@ -14,9 +15,13 @@ _TINY = (
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
     """Tokens, and what DeepSpeed compiles, are kept in folders of this session, never in the user's."""
+    # Workers of pytest-xdist compile it once for all: each has a folder of its own in the session's.
+    session = (
+        tmp_path_factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else tmp_path_factory.getbasetemp()
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LIGHTNING_GPT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path_factory.mktemp("extensions")))
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(session / "extensions"))
         yield
 
 
