@@ -335,7 +335,7 @@ def test_another_text_is_scored_with_the_runs_own_tokenizer(tiny_run, tmp_path, 
     with pytest.raises(SystemExit) as exit_:
         evaluate.main([f"--checkpoint={tiny_run}", f"--data={unknown}", "--accelerator=cpu"])
     assert exit_.value.code == 2
-    assert "character 'Q' (U+0051) is not in this tokenizer's vocabulary" in capsys.readouterr().err
+    assert f"{unknown}: character 'Q' (U+0051) is not in this tokenizer's vocabulary" in capsys.readouterr().err
 
 
 def test_a_runs_own_text_is_not_encoded_again(text_file) -> None:
