@@ -268,8 +268,9 @@ def _fit_task(task: type, fields: dict[str, Any], values: Namespace) -> None:
             f"--block_size {values.block_size} does not fit --data {values.data}, whose rows have {block_size} inputs;"
             " leave it out"
         )
-    if values.tokenizer is not None:
-        raise UserError(f"--tokenizer {values.tokenizer}: --data {values.data} has its own; leave it out")
+    for name in ("tokenizer", "tokenizer_file"):
+        if values[name] is not None:
+            raise UserError(f"--{name} {values[name]}: --data {values.data} has its own tokenizer; leave it out")
     values.block_size = block_size
     if values.prompt == RunOptions.prompt:
         values.prompt = made.prompt()

@@ -27,7 +27,7 @@ from lightning_gpt.config import EvaluateOptions, TrainerOptions, UserError
 from lightning_gpt.data.loading import Source, TokenData
 from lightning_gpt.data.preparation import prepare
 from lightning_gpt.data.tasks import find_task
-from lightning_gpt.data.token_files import TokenFiles
+from lightning_gpt.data.token_files import TokenFiles, is_token_folder
 from lightning_gpt.models import FORMS
 from lightning_gpt.strategies import find_devices, get_strategy
 
@@ -183,20 +183,14 @@ def _held_out(checkpoint: Checkpoint, options: EvaluateOptions) -> tuple[Source,
     tokenizer = checkpoint.tokenizer
     block_size = checkpoint.model_config["block_size"]
     task = find_task(data)
-    if task:
-        files: Source = task(**(checkpoint.task_fields if data == checkpoint.data else {}))
-        if files.block_size != block_size:
-            raise UserError(
-                f"--data {data} has rows of {files.block_size} inputs and {checkpoint.path} takes {block_size}; leave"
-                " --data out to score it on its own"
-            )
-    else:
-        files = prepare(data, tokenizer=tokenizer.name if tokenizer else None, block_size=block_size)
-    if tokenizer and files.tokenizer and files.tokenizer.to_dict() != tokenizer.to_dict():
-        raise UserError(
-            f"--data {data} has another vocabulary than {checkpoint.path} was trained with; give the same text"
-        )
-    return files, data
+    if task is None:
+        if tokenizer is None and not is_token_folder(Path(data).expanduser()):
+            raise UserError(f"{checkpoint.path} does not know its tokenizer; give --data a folder of its tokens")
+        return prepare(data, tokenizer=tokenizer, block_size=block_size), data
+    made = task(**(checkpoint.task_fields if data == checkpoint.data else {}))
+    if made.block_size != block_size or (tokenizer and made.tokenizer.to_dict() != tokenizer.to_dict()):
+        raise UserError(f"--data {data} is not what {checkpoint.path} was trained on; leave it out to score it on that")
+    return made, data
 
 
 def _score(found: Mapping[str, float], tokens: int, checkpoint: Checkpoint, files: Source) -> Score:

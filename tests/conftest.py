@@ -1,5 +1,6 @@
 """A text, the flags of a run of seconds, and one such run that several tests look at."""
 
+import os
 import random
 from pathlib import Path
 
@@ -14,9 +15,13 @@ _TINY = (
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
     """Tokens, and what DeepSpeed compiles, are kept in folders of this session, never in the user's."""
+    # Workers of pytest-xdist compile it once for all: each has a folder of its own in the session's.
+    session = (
+        tmp_path_factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else tmp_path_factory.getbasetemp()
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LIGHTNING_GPT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path_factory.mktemp("extensions")))
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(session / "extensions"))
         yield
 
 
@@ -28,6 +33,25 @@ def text_file(tmp_path_factory) -> Path:
     lines = (" ".join(draw.choices(words, k=8)) for _ in range(150))
     file = tmp_path_factory.mktemp("text") / "text.txt"
     file.write_text("\n".join(lines) + "\n", encoding="ascii")
+    return file
+
+
+@pytest.fixture(scope="session")
+def byte_level_file(tmp_path_factory, text_file) -> Path:
+    """A Hugging Face tokenizer.json of 300 tokens, learnt on ``text_file`` and on white space, with <|endoftext|>."""
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([text_file.read_text(), "\n\n \n\n\n  \n" * 99, " \t\n\n" * 99], trainer)
+    file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    tokenizer.save(str(file))
     return file
 
 

@@ -240,7 +240,7 @@ def test_refused_in_one_line(case, tmp_path, monkeypatch, capsys):
 
 
 def test_a_task_is_not_scored_on_another(sort_run, tmp_path, text_file, capsys):
-    for data, mention in (("adder", "rows of 6 inputs"), (text_file, "vocabulary"), (f"chargpt:{text_file}", "vocab")):
+    for data, mention in (("adder", "--data adder"), (text_file, "vocabulary"), (f"chargpt:{text_file}", "vocab")):
         with pytest.raises(SystemExit):
             score(tmp_path, "--checkpoint", sort_run, f"--data={data}")
         assert mention in capsys.readouterr().err

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from lightning_gpt.config import UserError
+from lightning_gpt.config import UserError, cache_root
 from lightning_gpt.tokenizers import CharTokenizer, GPT2Tokenizer, Tokenizer, tokenizer_from_dict
 
 if TYPE_CHECKING:
@@ -96,15 +96,6 @@ class TokenFiles:
         from lightning_gpt.data.streams import EvalBatches
 
         return EvalBatches(self.opener("val"), n_tokens=self.val_tokens, block_size=block_size, **share)
-
-
-def cache_root() -> Path:
-    """The folder for what can be made again: LIGHTNING_GPT_CACHE, or lightning_gpt in the user's cache folder."""
-    if own := os.environ.get("LIGHTNING_GPT_CACHE"):
-        return Path(own).expanduser()
-    if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared).expanduser() / "lightning_gpt"
-    return Path("~/.cache/lightning_gpt").expanduser()
 
 
 def is_token_folder(folder: Path) -> bool:
