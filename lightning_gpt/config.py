@@ -162,6 +162,11 @@ class EvaluateOptions:
     """also write the result to this file"""
     convert_only: bool | str = False
     """convert the checkpoint, optimizer state included, and score nothing; "pt" writes model.pt as well"""
+    export: str | None = None
+    """write the model for other programs, into --out, and score nothing: hf (transformers), safetensors, pt (a state
+    dict) or nanogpt (the original's ckpt.pt)"""
+    out: str | None = None
+    """the folder that --export writes; it may hold nothing but an earlier export"""
     trust_checkpoint: bool = False
     """let a checkpoint that another made run the code that it may hold"""
 

@@ -139,6 +139,11 @@ class Checkpoint(ABC):
         """The weights, sorted, a tied one only by its first name."""
         return sorted({self.ties.get(name, name) for name in self.stored})
 
+    def layout(self) -> dict[str, Tensor]:
+        """Shape and dtype of each weight of ``names``, on the meta device."""
+        first = {self.ties.get(name, name): tensor for name, tensor in self.stored.items()}
+        return {name: first[name] for name in self.names()}
+
     def weight(self, name: str) -> Tensor:
         """One full weight on the CPU, read now; in fp32 where the training had a master copy in fp32.
 
@@ -225,6 +230,12 @@ class Checkpoint(ABC):
                 if name not in ties:
                     tensor.copy_(self.weight(name))
         return module
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All weights under the plain model's names, as torch would save them: tied ones by every name, shared."""
+        model = empty_model(self.implementation, model_config=self.model_config)
+        kept = {name: self.weight(name) for name in self.names()}
+        return {name: kept[self.ties.get(name, name)] for name in model.state_dict()}
 
     def hash(self) -> str:
         """A sha256 over names, shapes and fp32 values, the same for every form of the same weights."""

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lightning_gpt.checkpoint.base import Checkpoint, empty_model, read_header, unreadable
+from lightning_gpt.checkpoint.base import Checkpoint, read_header, unreadable
 from lightning_gpt.config import UserError
 
 try:
@@ -31,7 +31,7 @@ except ModuleNotFoundError:  # Windows
 
 FORMAT, VERSION = "lightning-gpt", 1
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "lightning_gpt_tokenizer.json"
-OPTIMIZER, TRAINING = "optimizer.safetensors", "training.pt"
+OPTIMIZER, TRAINING, STATE_DICT = "optimizer.safetensors", "training.pt", "model.pt"
 
 _DTYPES = {
     torch.float64: "F64",
@@ -157,24 +157,27 @@ def convert(checkpoint: Checkpoint, folder: Path, *, optimizer: bool = False, pt
         raise UserError(f"{checkpoint.path} holds no optimizer state to convert")
     if folder.exists() and read_config(folder) is None:
         raise UserError(f"{folder} exists and is not a converted checkpoint; move it away, or choose another folder")
-    temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
-    before = fingerprint(checkpoint.path)
-    try:
-        temporary.mkdir(parents=True)
-        _write(checkpoint, temporary, before=before, optimizer=optimizer, pt=pt)
-        if fingerprint(checkpoint.path) != before:
-            raise UserError(f"{checkpoint.path} was replaced while it was read; try again")
-        _replace(temporary, folder)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with whole_folder(folder, source=checkpoint.path) as temporary:
+        described = describe(checkpoint) | {
+            "source": {"name": checkpoint.path.name, "fingerprint": fingerprint(checkpoint.path)}
+        }
+        write_json(temporary / CONFIG, described)
+        if checkpoint.tokenizer is not None:
+            write_json(temporary / TOKENIZER, checkpoint.tokenizer.to_dict())
+        write_weights(temporary / WEIGHTS, checkpoint)
+        if optimizer:
+            moments = {checkpoint.ties.get(name, name): state for name, state in checkpoint.moments.items()}
+            states = {f"{name}/{key}": tensor for name, state in moments.items() for key, tensor in state.items()}
+            write_safetensors(temporary / OPTIMIZER, states, read=checkpoint.moment)
+            torch.save(checkpoint.header, temporary / TRAINING)
+        if pt:
+            torch.save(checkpoint.state_dict(), temporary / STATE_DICT)
     return folder
 
 
-def _write(checkpoint: Checkpoint, folder: Path, *, before: str, optimizer: bool, pt: bool) -> None:
-    tokenizer = checkpoint.tokenizer
-    config = {
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The canonical ``config.json`` of a checkpoint, without where it came from."""
+    return {
         "format": FORMAT,
         "version": VERSION,
         "implementation": checkpoint.implementation,
@@ -182,23 +185,42 @@ def _write(checkpoint: Checkpoint, folder: Path, *, before: str, optimizer: bool
         "step": checkpoint.step,
         "data": checkpoint.data,
         "ties": checkpoint.ties,
-        "source": {"name": checkpoint.path.name, "fingerprint": before},
     }
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    if tokenizer is not None:
-        (folder / TOKENIZER).write_text(json.dumps(tokenizer.to_dict()) + "\n", encoding="utf-8")
-    first = {checkpoint.ties.get(name, name): tensor for name, tensor in checkpoint.stored.items()}
-    weights = {name: first[name] for name in checkpoint.names()}
-    write_safetensors(folder / WEIGHTS, weights, read=checkpoint.weight)
-    if optimizer:
-        moments = {checkpoint.ties.get(name, name): state for name, state in checkpoint.moments.items()}
-        states = {f"{name}/{key}": tensor for name, state in moments.items() for key, tensor in state.items()}
-        write_safetensors(folder / OPTIMIZER, states, read=checkpoint.moment)
-        torch.save(checkpoint.header, folder / TRAINING)
-    if pt:
-        model = empty_model(checkpoint.implementation, model_config=checkpoint.model_config)
-        kept = {name: checkpoint.weight(name) for name in checkpoint.names()}
-        torch.save({name: kept[checkpoint.ties.get(name, name)] for name in model.state_dict()}, folder / "model.pt")
+
+
+def write_weights(path: Path, checkpoint: Checkpoint) -> None:
+    """Writes a checkpoint's weights as safetensors, one at a time."""
+    write_safetensors(path, checkpoint.layout(), read=checkpoint.weight)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a small JSON file to be read by people, too."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path, *, source: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the place of another when it is whole; after an error nothing of it is left.
+
+    Args:
+        folder: The place.
+        source: The checkpoint that it is made from.
+
+    Raises:
+        UserError: It cannot be written, or the checkpoint was written anew meanwhile.
+    """
+    temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
+    before = fingerprint(source)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if fingerprint(source) != before:
+            raise UserError(f"{source} was replaced while it was read; try again")
+        _replace(temporary, folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _replace(new: Path, folder: Path) -> None:
