@@ -29,7 +29,7 @@ from lightning_gpt.checkpoint.canonical import (
     write_weights,
 )
 from lightning_gpt.checkpoint.gpt2 import gpt2_config, gpt2_traits, is_transposed
-from lightning_gpt.checkpoint.hf_tokenizer import end_of_text, tokenizer_config, tokenizer_json
+from lightning_gpt.checkpoint.hf_tokenizer import tokenizer_config, tokenizer_json
 from lightning_gpt.config import UserError
 from lightning_gpt.implementations import get_implementation
 from lightning_gpt.tokenizers import CharTokenizer, Tokenizer
@@ -141,7 +141,7 @@ def _pt(checkpoint: Checkpoint) -> Files:
 
 
 def _hf(checkpoint: Checkpoint) -> Files:
-    """A folder that ``AutoModelForCausalLM`` and, for byte-pair tokens, ``AutoTokenizer`` open as a GPT-2."""
+    """A folder that ``AutoModelForCausalLM`` opens as a GPT-2, and ``AutoTokenizer`` with the same tokens."""
     config = gpt2_config(get_implementation(checkpoint.implementation), checkpoint.model_config)
     stored = checkpoint.layout()
     entries: dict[str, Tensor] = {}
@@ -156,20 +156,18 @@ def _hf(checkpoint: Checkpoint) -> Files:
             return torch.zeros_like(entries[name], device="cpu")
         return checkpoint.weight(name).t() if is_transposed(name) else checkpoint.weight(name)
 
-    tokenizer = tokenizer_json(checkpoint.tokenizer)
-    end = end_of_text(tokenizer)
+    tokenizer = checkpoint.tokenizer
     # Said also where there is none: Hugging Face's own defaults are GPT-2's.
-    config |= {"bos_token_id": end, "eos_token_id": end}
+    config |= dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.end_of_text if tokenizer else None)
     config["torch_dtype"] = str(stored["transformer.wte.weight"].dtype).removeprefix("torch.")
     files: Files = {CONFIG: _json(config), WEIGHTS: partial(write_safetensors, entries=entries, read=read)}
     if tokenizer is None:
-        name = f"{checkpoint.tokenizer.name} tokenizer" if checkpoint.tokenizer else "tokenizer, which is not known"
-        print(f"AutoTokenizer cannot open this export: Hugging Face has no form of its {name}", file=sys.stderr)
+        print(f"{checkpoint.path} does not know its tokenizer: AutoTokenizer cannot open the export", file=sys.stderr)
         return files
-    block_size = checkpoint.model_config["block_size"]
-    files["tokenizer.json"] = _json(tokenizer)
-    files["tokenizer_config.json"] = _json(tokenizer_config(tokenizer, block_size=block_size))
-    return files
+    text = tokenizer_json(tokenizer)
+    files["tokenizer.json"] = lambda path: path.write_text(text, encoding="utf-8")
+    config = tokenizer_config(tokenizer, text, block_size=checkpoint.model_config["block_size"])
+    return files | {"tokenizer_config.json": _json(config)}
 
 
 def _nanogpt(checkpoint: Checkpoint) -> Files:

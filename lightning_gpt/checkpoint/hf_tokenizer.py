@@ -1,41 +1,42 @@
 """A tokenizer in the files that Hugging Face's ``AutoTokenizer`` opens.
 
-A kind of tokenizer that can be said so has a row in ``TOKENIZER_JSON``, by the name in its ``to_dict``.
+A kind of tokenizer has a row in ``TOKENIZER_JSON``, by the name in its saved form.
 """
 
+import json
 from collections.abc import Callable
 from typing import Any
 
-from lightning_gpt.tokenizers import Tokenizer
+from lightning_gpt.tokenizers import CharTokenizer, HuggingFaceTokenizer, Tokenizer
+from lightning_gpt.tokenizers.tables import load_encoding
 
-END_OF_TEXT = "<|endoftext|>"
 
-
-def tokenizer_json(tokenizer: Tokenizer | None) -> dict[str, Any] | None:
-    """The content of ``tokenizer.json``; None where there is no tokenizer, or none that Hugging Face has a form for.
+def tokenizer_json(tokenizer: Tokenizer) -> str:
+    """The text of the tokenizer's ``tokenizer.json``.
 
     Raises:
-        UserError: What its tables are read from is missing.
+        UserError: The tables of a tiktoken encoding cannot be had.
     """
-    build = TOKENIZER_JSON.get(tokenizer.name) if tokenizer else None
-    return build(tokenizer) if tokenizer and build else None
+    return TOKENIZER_JSON[tokenizer.to_dict()["name"]](tokenizer)
 
 
-def end_of_text(content: dict[str, Any] | None) -> int | None:
-    """The id of <|endoftext|> in a ``tokenizer.json``, where it has that token."""
-    added = content["added_tokens"] if content else ()
-    return next((token["id"] for token in added if token["content"] == END_OF_TEXT), None)
+def tokenizer_config(tokenizer: Tokenizer, text: str, *, block_size: int) -> dict[str, Any]:
+    """The ``tokenizer_config.json`` that goes with a ``tokenizer.json``.
 
-
-def tokenizer_config(content: dict[str, Any], *, block_size: int) -> dict[str, Any]:
-    """The ``tokenizer_config.json`` that goes with a ``tokenizer.json``."""
+    Args:
+        tokenizer: The tokenizer.
+        text: What ``tokenizer_json`` says of it.
+        block_size: The longest sequence that the model reads, in tokens.
+    """
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": block_size,
         "clean_up_tokenization_spaces": False,
     }
-    if end_of_text(content) is not None:
-        config |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+    added = json.loads(text)["added_tokens"] if tokenizer.end_of_text is not None else ()
+    for token in added:
+        if token["id"] == tokenizer.end_of_text:
+            config |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), token["content"])
     return config
 
 
@@ -56,59 +57,72 @@ def _parts(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
     return parts
 
 
-def from_tiktoken(encoding: Any) -> dict[str, Any]:
-    """The ``tokenizer.json`` of a ``tiktoken.Encoding``: its ranks as a vocabulary of byte characters, and merges."""
-    ranks: dict[bytes, int] = encoding._mergeable_ranks
+def _written(*, model: dict[str, Any], added: list[dict[str, Any]], **steps: Any) -> str:
+    """A ``tokenizer.json``; steps that are not given are none."""
+    fields = ("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder")
+    content = {"version": "1.0", "added_tokens": added, **dict.fromkeys(fields), **steps, "model": model}
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def _split(pattern: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def _from_ranks(ranks: dict[bytes, int], *, pattern: str, specials: dict[str, int]) -> str:
+    """Byte-pair encoding as tiktoken has it: a join is known by the rank of what it gives, which is its id as well."""
     characters = _byte_characters()
 
     def text(token: bytes) -> str:
         return "".join(characters[byte] for byte in token)
 
     by_rank = sorted(ranks, key=ranks.__getitem__)
-    specials = sorted(encoding._special_tokens.items(), key=lambda item: item[1])
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+    in_order = sorted(specials.items(), key=lambda item: item[1])
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {"id": index, "content": token, "special": True}
-            | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-            for token, index in specials
-        ],
-        "normalizer": None,
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [
-                {
-                    "type": "Split",
-                    "pattern": {"Regex": encoding._pat_str},
-                    "behavior": "Isolated",
-                    "invert": False,
-                },
-                byte_level,
-            ],
-        },
-        "post_processor": byte_level,
-        "decoder": byte_level,
-        "model": {
+    return _written(
+        added=[{"id": index, "content": token, **flags} for token, index in in_order],
+        pre_tokenizer={"type": "Sequence", "pretokenizers": [_split(pattern), byte_level]},
+        decoder=byte_level,
+        model={
             "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": "",
-            "end_of_word_suffix": "",
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "vocab": {text(token): ranks[token] for token in by_rank} | dict(specials),
-            "merges": [list(map(text, _parts(token, ranks))) for token in by_rank if len(token) > 1],
+            "vocab": {text(token): ranks[token] for token in by_rank} | dict(in_order),
+            "merges": [[text(part) for part in _parts(token, ranks)] for token in by_rank if len(token) > 1],
         },
-    }
+    )
 
 
-def _gpt2(tokenizer: Tokenizer) -> dict[str, Any]:
-    from lightning_gpt.tokenizers import _gpt2_encoding
+def _from_tiktoken(tokenizer: Tokenizer) -> str:
+    encoding = load_encoding(tokenizer.name)
+    # Possessive in tiktoken, where nothing follows it; to Hugging Face's library it would be one or more times {1,3}.
+    pattern = encoding._pat_str.replace("{1,3}+", "{1,3}")
+    return _from_ranks(encoding._mergeable_ranks, pattern=pattern, specials=encoding._special_tokens)
 
-    return from_tiktoken(_gpt2_encoding())
+
+def _from_bytes(tokenizer: Tokenizer) -> str:
+    return _from_ranks({bytes([byte]): byte for byte in range(256)}, pattern=r"[\s\S]", specials={})
 
 
-TOKENIZER_JSON: dict[str, Callable[[Tokenizer], dict[str, Any]]] = {"gpt2": _gpt2}
+def _from_characters(tokenizer: Tokenizer) -> str:
+    assert isinstance(tokenizer, CharTokenizer)
+    vocabulary = {char: index for index, char in enumerate(tokenizer.chars)}
+    return _written(
+        added=[],
+        pre_tokenizer=_split(r"[\s\S]"),
+        decoder={"type": "Fuse"},
+        # The unknown token must be named and is not in the vocabulary: an unknown character is an error, as with us.
+        model={"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unknown>"},
+    )
+
+
+def _as_it_was(tokenizer: Tokenizer) -> str:
+    assert isinstance(tokenizer, HuggingFaceTokenizer)
+    return tokenizer.text
+
+
+TOKENIZER_JSON: dict[str, Callable[[Tokenizer], str]] = {
+    "char": _from_characters,
+    "byte": _from_bytes,
+    "gpt2": _from_tiktoken,
+    "tiktoken": _from_tiktoken,
+    "huggingface": _as_it_was,
+}
