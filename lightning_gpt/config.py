@@ -27,6 +27,8 @@ class ModelOptions:
     unless all of n_layer, n_head and n_embd are given)"""
     block_size: int = 64
     """context length in tokens"""
+    pad_vocab: bool = False
+    """round the vocabulary up to a multiple of 64, which GPUs multiply faster; the padding is never sampled"""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class DataOptions:
     """stdlib (this Python's own standard library), a text file, a folder of text files, or a folder with train.bin and
     val.bin"""
     tokenizer: str | None = None
-    """char, byte or gpt2 (default: char for text; a folder of token files knows its own)"""
+    """char, byte or gpt2 (default: that of --init_from, else char for text; a folder of token files knows its own)"""
     batch_size: int = 12
     """sequences per device and micro-batch"""
     num_workers: int = 0
@@ -116,6 +118,14 @@ class RunOptions:
     resume: str | None = None
     """go on with a run: its folder or any checkpoint, under any strategy and number of devices; alone, the latest run.
     Its saved settings are the defaults"""
+    init_from: str | None = None
+    """start from trained weights, at step 0: a folder of Hugging Face's GPT-2, an original nanoGPT ckpt.pt or minGPT
+    state dict, a run or checkpoint of ours, or a name on the Hugging Face hub such as gpt2-xl. Its sizes and tokenizer
+    are the defaults"""
+    pretrained_embeddings: str | None = None
+    """start from these token embeddings: a .npy or .safetensors matrix, or what --init_from takes"""
+    freeze_embeddings: bool = False
+    """do not train the token embeddings; where the head is tied to them, that is not trained either"""
     trust_checkpoint: bool = False
     """let a checkpoint that another made run the code that it may hold"""
     seed: int = 1337
@@ -188,6 +198,18 @@ class SampleOptions:
     """seed of the draw"""
     accelerator: str = "auto"
     """auto, cpu or gpu"""
+    trust_checkpoint: bool = False
+    """let a checkpoint that another made run the code that it may hold"""
+
+
+@dataclass(frozen=True)
+class EmbeddingsOptions:
+    """Which model's token embeddings are taken out, and where they go."""
+
+    checkpoint: str = "gpt2"
+    """what train.py's --init_from takes, such as a folder of Hugging Face's GPT-2"""
+    out: str = "embeddings.npy"
+    """the file to write, .npy or .safetensors"""
     trust_checkpoint: bool = False
     """let a checkpoint that another made run the code that it may hold"""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,13 +18,15 @@ from lightning_gpt.data.token_files import (
     open_token_files,
     write_token_files,
 )
-from lightning_gpt.tokenizers import TOKENIZERS, build_tokenizer
+from lightning_gpt.tokenizers import TOKENIZERS, Tokenizer, build_tokenizer
 
 DEFAULT_TOKENIZER = "char"
 TRAIN_FRACTION = 0.9
 
 
-def prepare(data: str, *, tokenizer: str | None, block_size: int, cache_dir: Path | None = None) -> TokenFiles:
+def prepare(
+    data: str, *, tokenizer: str | Tokenizer | None, block_size: int, cache_dir: Path | None = None
+) -> TokenFiles:
     """Open a token folder, or tokenize a corpus into the cache and open that.
 
     A corpus is tokenized once: a later start with the same content and tokenizer finds the tokens in the cache. When
@@ -31,7 +34,8 @@ def prepare(data: str, *, tokenizer: str | None, block_size: int, cache_dir: Pat
 
     Args:
         data: A token folder, or anything that `load_corpus` takes.
-        tokenizer: A key of `TOKENIZERS`; None means the one stored with the tokens, or char for a corpus.
+        tokenizer: A key of `TOKENIZERS`; or what encodes a corpus, while tokens keep what is stored with them; None
+            means the latter, or char for a corpus.
         block_size: Tokens the model sees at once; the splits must be long enough for it.
         cache_dir: The cache folder; None means `cache_root()`.
 
@@ -39,36 +43,38 @@ def prepare(data: str, *, tokenizer: str | None, block_size: int, cache_dir: Pat
         UserError: The data is missing, damaged, too short, or made with another tokenizer; or the cache cannot be
             written.
     """
-    if tokenizer is not None and tokenizer not in TOKENIZERS:
+    if isinstance(tokenizer, str) and tokenizer not in TOKENIZERS:
         raise UserError(f"--tokenizer {tokenizer} is not known; choose from {', '.join(TOKENIZERS)}")
     root = cache_dir or cache_root()
     folder = Path(data).expanduser()
     if data != "stdlib" and is_token_folder(folder):
         files = open_token_files(folder, cache_dir=root)
         stored = files.tokenizer.name if files.tokenizer else "unknown"
-        if tokenizer not in (None, stored):
+        if isinstance(tokenizer, str) and tokenizer != stored:
             raise UserError(
                 f"--tokenizer {tokenizer} does not fit {data}, whose tokenizer is {stored}; leave --tokenizer out, "
                 "or prepare the text again"
             )
     else:
-        files = _cached(load_corpus(data), name=tokenizer or DEFAULT_TOKENIZER, root=root)
+        files = _cached(load_corpus(data), tokenizer=tokenizer or DEFAULT_TOKENIZER, root=root)
     _check_lengths(files, block_size)
     return files
 
 
-def write_corpus(folder: Path, *, corpus: Corpus, tokenizer: str) -> None:
+def write_corpus(folder: Path, *, corpus: Corpus, tokenizer: str | Tokenizer) -> None:
     """Tokenize a corpus into a token folder: the first 90 % of its characters to train on, the rest to validate.
 
     Args:
         folder: Where to; see `write_token_files`.
         corpus: The text.
-        tokenizer: A key of `TOKENIZERS`.
+        tokenizer: A key of `TOKENIZERS`, or a tokenizer.
 
     Raises:
         UserError: The text does not suit the tokenizer, is too short to split, or the folder cannot be written.
     """
-    built = build_tokenizer(tokenizer, corpus=corpus.content, source=corpus.source)
+    built = tokenizer
+    if isinstance(built, str):
+        built = build_tokenizer(built, corpus=corpus.content, source=corpus.source)
     cut = _cut(corpus.content)
     train, val = corpus.content[:cut], corpus.content[cut:]
     if not train or not val:
@@ -94,18 +100,30 @@ def _cut(content: bytes) -> int:
     return int(TRAIN_FRACTION * len(content))
 
 
-def _cached(corpus: Corpus, *, name: str, root: Path) -> TokenFiles:
-    digest = hashlib.blake2b(f"{FORMAT_VERSION}\0{TRAIN_FRACTION}\0{name}\0".encode(), digest_size=16)
-    digest.update(corpus.content)
-    folder = root / "tokens" / digest.hexdigest()
+def _cached(corpus: Corpus, *, tokenizer: str | Tokenizer, root: Path) -> TokenFiles:
+    if isinstance(tokenizer, Tokenizer):
+        # What the tokenizer's name alone makes of this text is most often the same.
+        files = _opened(_folder(corpus, tokenizer.name, root), root)
+        if files and files.tokenizer and files.tokenizer.to_dict() == tokenizer.to_dict():
+            return files
+        key = tokenizer.name if tokenizer.to_dict() == {"name": tokenizer.name} else json.dumps(tokenizer.to_dict())
+    else:
+        key = tokenizer
+    folder = _folder(corpus, key, root)
     # A folder appears whole or not at all, so a hit needs no lock and works in a cache that is read-only.
     if files := _opened(folder, root):
         return files
     with _locked(folder.with_suffix(".lock")):
         if files := _opened(folder, root):
             return files
-        write_corpus(folder, corpus=corpus, tokenizer=name)
+        write_corpus(folder, corpus=corpus, tokenizer=tokenizer)
         return open_token_files(folder, cache_dir=root)
+
+
+def _folder(corpus: Corpus, key: str, root: Path) -> Path:
+    digest = hashlib.blake2b(f"{FORMAT_VERSION}\0{TRAIN_FRACTION}\0{key}\0".encode(), digest_size=16)
+    digest.update(corpus.content)
+    return root / "tokens" / digest.hexdigest()
 
 
 def _opened(folder: Path, root: Path) -> TokenFiles | None:
