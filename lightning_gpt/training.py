@@ -79,7 +79,7 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Path | 
     vocab_size, padding = fitted_vocabulary(
         files.vocab_size, pad=config.model.pad_vocab, start=start, goes_on=checkpoint is not None
     )
-    config = replace(config, model=replace(config.model, pad_vocab=padding > 0))
+    config = replace(config, model=replace(config.model, pad_vocab=config.model.pad_vocab or padding > 0))
     if run.sample_tokens and files.tokenizer:
         # A prompt that cannot be encoded is told now, not after the training.
         encode_prompt(files.tokenizer, run.prompt)

@@ -91,8 +91,8 @@ class AdaptedCheckpoint(Checkpoint):
         if self._row.gpt2 is None or self._theirs.gpt2 is None:
             if self._row.name != self._theirs.name:
                 raise UserError(
-                    f"{self.path} was trained with --implementation {self._theirs.name}, and its weights cannot be those"
-                    f" of {self._row.name}"
+                    f"{self.path} was trained with --implementation {self._theirs.name}, and its weights cannot be"
+                    f" those of {self._row.name}"
                 )
             return
         want, have = gpt2_traits(self._row, ours), gpt2_traits(self._theirs, theirs)
