@@ -29,7 +29,7 @@ from lightning_gpt.checkpoint.initial import (
 from lightning_gpt.config import SIZES, OptimOptions, TrainConfig, TrainerOptions, UserError
 from lightning_gpt.data.loading import TokenData
 from lightning_gpt.data.preparation import prepare
-from lightning_gpt.data.token_files import TokenFiles
+from lightning_gpt.data.token_files import TokenFiles, is_token_folder
 from lightning_gpt.generation import encode_prompt
 from lightning_gpt.implementations import get_implementation
 from lightning_gpt.models import FORMS, GPTModule
@@ -75,9 +75,14 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Path | 
     if run.init_from and not checkpoint:
         source = open_source(run.init_from, trust=run.trust_checkpoint, n_head=config.model_fields.get("n_head"))
     start = checkpoint or source
-    files = prepare(config.data.data, tokenizer=_tokenizer(config, start), block_size=config.model.block_size)
+    files = prepare(
+        config.data.data,
+        tokenizer=_tokenizer(config, start),
+        tokenizer_file=config.data.tokenizer_file,
+        block_size=config.model.block_size,
+    )
     vocab_size, padding = fitted_vocabulary(
-        files.vocab_size, pad=config.model.pad_vocab, start=start, goes_on=checkpoint is not None
+        files, pad=config.model.pad_vocab, start=start, goes_on=checkpoint is not None
     )
     config = replace(config, model=replace(config.model, pad_vocab=config.model.pad_vocab or padding > 0))
     if run.sample_tokens and files.tokenizer:
@@ -125,6 +130,17 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Path | 
     return run_dir
 
 
+def _tokenizer(config: TrainConfig, start: Checkpoint | None) -> str | Tokenizer | None:
+    """That of the weights that a run starts from, whatever the text; a run that is resumed has no other."""
+    own, said = start.tokenizer if start else None, config.data.tokenizer
+    if own is None or (said is None or own.answers_to(said)) and config.run.resume:
+        return own or said
+    if config.run.resume:
+        raise UserError(f"--tokenizer {said} is not what the run was trained with ({own.name}); leave it out")
+    tokens = config.data.data != "stdlib" and is_token_folder(Path(config.data.data).expanduser())
+    return said if tokens or (said and not own.answers_to(said)) else own
+
+
 def _check_resume(checkpoint: Checkpoint, module: GPTModule, max_steps: int) -> None:
     checkpoint.require_fit(module)
     if not checkpoint.has_optimizer:
@@ -149,7 +165,7 @@ def _fresh_folder() -> Path:
 def _open_folder(run_dir: Path, config: TrainConfig) -> None:
     """Makes the run folder and saves the resolved configuration in it."""
     # What holds for this start alone is no setting of the run.
-    flat = config.flat() | {"out_dir": str(run_dir), "resume": None, "trust_checkpoint": False}
+    flat = config.flat() | {"out_dir": str(run_dir), "resume": None, "trust_checkpoint": False, "tokenizer_file": None}
     try:
         run_dir.mkdir(parents=True, exist_ok=config.run.out_dir is not None)
         (run_dir / "config.yaml").write_text(yaml.safe_dump(flat, sort_keys=False), encoding="utf-8")
@@ -177,12 +193,6 @@ def _strategy(config: TrainConfig, where: Devices) -> StrategyRow:
         "gradient_clipping": optim.gradient_clip_val,
     }
     return get_strategy(config.trainer, where=where, decided=decided)
-
-
-def _tokenizer(config: TrainConfig, start: Checkpoint | None) -> str | Tokenizer | None:
-    """What encodes a text: what the user says, else what the weights that a run starts from were trained with."""
-    name, known = config.data.tokenizer, start.tokenizer if start else None
-    return known if known and name in (None, known.name) else name
 
 
 def _begin(config: TrainConfig, module: GPTModule, source: Checkpoint | None) -> tuple[list[str], list[InitialWeights]]:

@@ -13,12 +13,12 @@ from lightning_gpt.checkpoint.canonical import CONFIG, TOKENIZER, WEIGHTS, layou
 from lightning_gpt.checkpoint.foreign import ForeignCheckpoint
 from lightning_gpt.checkpoint.gpt2 import fields_from_gpt2, gpt2_names, row_for, traits_from_gpt2
 from lightning_gpt.config import UserError
-from lightning_gpt.tokenizers import GPT2Tokenizer, Tokenizer, tokenizer_from_dict
+from lightning_gpt.tokenizers import GPT2Tokenizer, HuggingFaceTokenizer, Tokenizer, tokenizer_from_dict
 
 PICKLED = "pytorch_model.bin"
 # The first that is there is read; an index names the files that the weights are spread over.
 _FORMS = (WEIGHTS, f"{WEIGHTS}.index.json", PICKLED, f"{PICKLED}.index.json")
-_HUB_TOKENIZER = "tokenizer.json"
+_TOKENIZER = "tokenizer.json"
 
 _OF_OPENAI = re.compile(r"gpt2(-medium|-large|-xl)?")
 _HUB_NAME = re.compile(r"gpt2(-medium|-large|-xl)?|[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -123,6 +123,8 @@ def _shards(index: Path) -> list[str]:
 def _tokenizer(folder: Path, *, vocab_size: int) -> Tokenizer | None:
     if (folder / TOKENIZER).is_file():
         return tokenizer_from_dict(read_json(folder / TOKENIZER))
+    if (folder / _TOKENIZER).is_file():
+        return HuggingFaceTokenizer.build(str(folder / _TOKENIZER), corpus=None, source=str(folder))
     return GPT2Tokenizer() if vocab_size == GPT2Tokenizer.vocab_size else None
 
 
@@ -163,8 +165,8 @@ def hub_folder(name: str) -> Path:
         fetch(form)
         for file in _weight_files(folder):
             fetch(file.name)
-        if _HUB_TOKENIZER in there and not _OF_OPENAI.fullmatch(name):  # whose tokenizer is known
-            fetch(_HUB_TOKENIZER)
+        if _TOKENIZER in there and not _OF_OPENAI.fullmatch(name):  # whose tokenizer is known
+            fetch(_TOKENIZER)
     except Exception as error:  # no such model, no network, a full disk: each library in between has its own
         raise UserError(
             f"{name} is no local path, and cannot be had from the Hugging Face hub ({type(error).__name__}); without a"

@@ -11,6 +11,7 @@ from lightning_gpt.checkpoint.base import Checkpoint
 from lightning_gpt.checkpoint.embeddings import read_embeddings
 from lightning_gpt.checkpoint.resume import restore_weights, write_weight
 from lightning_gpt.config import UserError
+from lightning_gpt.data.token_files import TokenFiles
 from lightning_gpt.implementations import Implementation, token_embedding_name
 from lightning_gpt.models import FORMS, GPTModule
 from lightning_gpt.sharding import full_shape
@@ -43,11 +44,11 @@ def defaults_from(source: Checkpoint, row: Implementation) -> dict[str, Any]:
     return {"implementation": row.name, "pad_vocab": fields.pop("vocab_padding", 0) > 0} | fields
 
 
-def fitted_vocabulary(tokens: int, *, pad: bool, start: Checkpoint | None, goes_on: bool) -> tuple[int, int]:
+def fitted_vocabulary(files: TokenFiles, *, pad: bool, start: Checkpoint | None, goes_on: bool) -> tuple[int, int]:
     """How many rows a model's vocabulary has, and how many of them are padding.
 
     Args:
-        tokens: Symbols of the tokenizer.
+        files: The tokens that the model reads.
         pad: Whether the vocabulary is padded.
         start: The weights that the run starts from.
         goes_on: Whether it resumes their run, whose vocabulary then stays as it is.
@@ -55,9 +56,13 @@ def fitted_vocabulary(tokens: int, *, pad: bool, start: Checkpoint | None, goes_
     Raises:
         UserError: The weights are for another vocabulary.
     """
+    tokens = files.vocab_size
     padded = -(-tokens // _MULTIPLE) * _MULTIPLE
     if start is None:
         return (padded, padded - tokens) if pad else (tokens, 0)
+    theirs, ours = start.tokenizer, files.tokenizer
+    if theirs and ours and theirs.name == ours.name and theirs.to_dict() != ours.to_dict():
+        raise UserError(f"{start.path} was trained with another {ours.name} tokenizer than --data was; give the text")
     rows, padding = start.model_config["vocab_size"], start.model_config.get("vocab_padding", 0)
     if rows - padding == tokens and goes_on:
         if pad and not padding and rows != padded:

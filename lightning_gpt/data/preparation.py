@@ -8,24 +8,29 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from lightning_gpt.config import UserError
+from lightning_gpt.config import UserError, cache_root
 from lightning_gpt.data.corpora import Corpus, load_corpus
+from lightning_gpt.data.encoding import encode_corpus
 from lightning_gpt.data.token_files import (
     FORMAT_VERSION,
     TokenFiles,
-    cache_root,
     is_token_folder,
     open_token_files,
     write_token_files,
 )
-from lightning_gpt.tokenizers import TOKENIZERS, Tokenizer, build_tokenizer
+from lightning_gpt.tokenizers import Tokenizer, build_tokenizer, keep_tables, resolve_tokenizer
 
 DEFAULT_TOKENIZER = "char"
 TRAIN_FRACTION = 0.9
 
 
 def prepare(
-    data: str, *, tokenizer: str | Tokenizer | None, block_size: int, cache_dir: Path | None = None
+    data: str,
+    *,
+    tokenizer: str | Tokenizer | None,
+    block_size: int,
+    tokenizer_file: str | None = None,
+    cache_dir: Path | None = None,
 ) -> TokenFiles:
     """Open a token folder, or tokenize a corpus into the cache and open that.
 
@@ -34,29 +39,32 @@ def prepare(
 
     Args:
         data: A token folder, or anything that `load_corpus` takes.
-        tokenizer: A key of `TOKENIZERS`; or what encodes a corpus, while tokens keep what is stored with them; None
-            means the latter, or char for a corpus.
+        tokenizer: What ``--tokenizer`` says, or a tokenizer to use as it is; None means the one stored with the tokens,
+            or char for a corpus.
         block_size: Tokens the model sees at once; the splits must be long enough for it.
+        tokenizer_file: Tables of the tokenizer, which are checked and kept in the user's cache first.
         cache_dir: The cache folder; None means `cache_root()`.
 
     Raises:
         UserError: The data is missing, damaged, too short, or made with another tokenizer; or the cache cannot be
             written.
     """
-    if isinstance(tokenizer, str) and tokenizer not in TOKENIZERS:
-        raise UserError(f"--tokenizer {tokenizer} is not known; choose from {', '.join(TOKENIZERS)}")
+    if isinstance(tokenizer, str):
+        tokenizer = resolve_tokenizer(tokenizer)
     root = cache_dir or cache_root()
     folder = Path(data).expanduser()
     if data != "stdlib" and is_token_folder(folder):
         files = open_token_files(folder, cache_dir=root)
-        stored = files.tokenizer.name if files.tokenizer else "unknown"
-        if isinstance(tokenizer, str) and tokenizer != stored:
-            raise UserError(
-                f"--tokenizer {tokenizer} does not fit {data}, whose tokenizer is {stored}; leave --tokenizer out, "
-                "or prepare the text again"
-            )
+        _require_same(tokenizer, files, data=data)
+        if tokenizer_file is not None:
+            if files.tokenizer is None:
+                raise UserError(f"--tokenizer_file: {data} does not say what its tokenizer is; leave it out")
+            keep_tables(files.tokenizer, tokenizer_file)
     else:
-        files = _cached(load_corpus(data), tokenizer=tokenizer or DEFAULT_TOKENIZER, root=root)
+        tokenizer = tokenizer or DEFAULT_TOKENIZER
+        if tokenizer_file is not None:
+            keep_tables(tokenizer, tokenizer_file)
+        files = _cached(load_corpus(data), tokenizer=tokenizer, root=root)
     _check_lengths(files, block_size)
     return files
 
@@ -67,7 +75,7 @@ def write_corpus(folder: Path, *, corpus: Corpus, tokenizer: str | Tokenizer) ->
     Args:
         folder: Where to; see `write_token_files`.
         corpus: The text.
-        tokenizer: A key of `TOKENIZERS`, or a tokenizer.
+        tokenizer: What ``--tokenizer`` says, or a tokenizer to use as it is.
 
     Raises:
         UserError: The text does not suit the tokenizer, is too short to split, or the folder cannot be written.
@@ -81,8 +89,8 @@ def write_corpus(folder: Path, *, corpus: Corpus, tokenizer: str | Tokenizer) ->
         raise UserError(f"{corpus.source} is too short to split into training and validation text; give more text")
     write_token_files(
         folder,
-        train=built.encode_bytes(train, source=corpus.source),
-        val=built.encode_bytes(val, source=corpus.source),
+        train=encode_corpus(built, train, source=corpus.source),
+        val=encode_corpus(built, val, source=corpus.source),
         tokenizer=built,
         vocab_size=built.vocab_size,
         source=corpus.source,
@@ -100,16 +108,30 @@ def _cut(content: bytes) -> int:
     return int(TRAIN_FRACTION * len(content))
 
 
+def _require_same(tokenizer: str | Tokenizer | None, files: TokenFiles, *, data: str) -> None:
+    stored = files.tokenizer
+    name = stored.name if stored else "unknown"
+    if isinstance(tokenizer, str) and tokenizer != name:
+        raise UserError(
+            f"--tokenizer {tokenizer} does not fit {data}, whose tokenizer is {name}; leave --tokenizer out, "
+            "or prepare the text again"
+        )
+    if isinstance(tokenizer, Tokenizer) and (stored is None or stored.to_dict() != tokenizer.to_dict()):
+        raise UserError(
+            f"the tokens of {data} were made by another tokenizer ({name}) than the one that is asked for "
+            f"({tokenizer.name}); give the text itself, or prepare it again"
+        )
+
+
 def _cached(corpus: Corpus, *, tokenizer: str | Tokenizer, root: Path) -> TokenFiles:
-    if isinstance(tokenizer, Tokenizer):
-        # What the tokenizer's name alone makes of this text is most often the same.
+    if isinstance(tokenizer, str):
+        folder = _folder(corpus, tokenizer, root)
+    else:
+        # A run's own text lies where its training found it, by the name of its tokenizer.
         files = _opened(_folder(corpus, tokenizer.name, root), root)
         if files and files.tokenizer and files.tokenizer.to_dict() == tokenizer.to_dict():
             return files
-        key = tokenizer.name if tokenizer.to_dict() == {"name": tokenizer.name} else json.dumps(tokenizer.to_dict())
-    else:
-        key = tokenizer
-    folder = _folder(corpus, key, root)
+        folder = _folder(corpus, json.dumps(tokenizer.to_dict(), sort_keys=True), root)
     # A folder appears whole or not at all, so a hit needs no lock and works in a cache that is read-only.
     if files := _opened(folder, root):
         return files
@@ -120,8 +142,8 @@ def _cached(corpus: Corpus, *, tokenizer: str | Tokenizer, root: Path) -> TokenF
         return open_token_files(folder, cache_dir=root)
 
 
-def _folder(corpus: Corpus, key: str, root: Path) -> Path:
-    digest = hashlib.blake2b(f"{FORMAT_VERSION}\0{TRAIN_FRACTION}\0{key}\0".encode(), digest_size=16)
+def _folder(corpus: Corpus, tokenizer: str, root: Path) -> Path:
+    digest = hashlib.blake2b(f"{FORMAT_VERSION}\0{TRAIN_FRACTION}\0{tokenizer}\0".encode(), digest_size=16)
     digest.update(corpus.content)
     return root / "tokens" / digest.hexdigest()
 
