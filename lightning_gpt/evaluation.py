@@ -21,6 +21,7 @@ from lightning_gpt.checkpoint import (
 )
 from lightning_gpt.checkpoint.canonical import one_at_a_time
 from lightning_gpt.checkpoint.export import FORMATS, export
+from lightning_gpt.checkpoint.initial import fitted_vocabulary
 from lightning_gpt.checkpoint.resume import restore_weights
 from lightning_gpt.config import EvaluateOptions, TrainerOptions, UserError
 from lightning_gpt.data.loading import TokenData
@@ -184,7 +185,9 @@ def _held_out(checkpoint: Checkpoint, options: EvaluateOptions) -> tuple[TokenFi
     tokenizer = checkpoint.tokenizer
     if tokenizer is None and not is_token_folder(Path(data).expanduser()):
         raise UserError(f"{checkpoint.path} does not know its tokenizer; give --data a folder of its tokens")
-    return prepare(data, tokenizer=tokenizer, block_size=checkpoint.model_config["block_size"]), data
+    files = prepare(data, tokenizer=tokenizer, block_size=checkpoint.model_config["block_size"])
+    fitted_vocabulary(files, pad=False, start=checkpoint, goes_on=True)
+    return files, data
 
 
 def _score(loss: float, checkpoint: Checkpoint, files: TokenFiles, options: EvaluateOptions) -> Score:

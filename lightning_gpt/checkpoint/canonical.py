@@ -58,6 +58,8 @@ class CanonicalCheckpoint(Checkpoint):
         UserError: It is not such a folder, or is damaged.
     """
 
+    kind = "converted"
+
     def __init__(self, path: Path, *, trust: bool = False) -> None:
         config = read_config(path)
         if config is None:
@@ -67,17 +69,17 @@ class CanonicalCheckpoint(Checkpoint):
         if (path / TRAINING).exists():
             header = read_header(path / TRAINING, trust=False)
         else:
-            tokenizer = _read_json(path / TOKENIZER) if (path / TOKENIZER).exists() else None
+            tokenizer = read_json(path / TOKENIZER) if (path / TOKENIZER).exists() else None
             header = {
                 "hyper_parameters": {k: config[k] for k in ("implementation", "model_config") if k in config},
                 "global_step": config.get("step", 0),
                 "TokenData": {"data": config.get("data"), "tokenizer": tokenizer},
             }
         super().__init__(path, header)
-        self.stored = _layout(path / WEIGHTS)
+        self.stored = layout(path / WEIGHTS)
         self.moments = {}
         if (path / OPTIMIZER).exists():
-            for full_name, tensor in _layout(path / OPTIMIZER).items():
+            for full_name, tensor in layout(path / OPTIMIZER).items():
                 name, _, key = full_name.rpartition("/")
                 self.moments.setdefault(name, {})[key] = tensor
 
@@ -94,10 +96,10 @@ class CanonicalCheckpoint(Checkpoint):
         return config["ties"]
 
     def _read(self, name: str) -> Tensor:
-        return _tensor(self.path / WEIGHTS, name)
+        return read_tensor(self.path / WEIGHTS, name)
 
     def _read_moment(self, name: str, key: str) -> Tensor:
-        return _tensor(self.path / OPTIMIZER, f"{name}/{key}")
+        return read_tensor(self.path / OPTIMIZER, f"{name}/{key}")
 
 
 def canonical_folder(path: Path) -> Path:
@@ -277,11 +279,16 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     """
     if not (folder / CONFIG).is_file():
         return None
-    config = _read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG)
     return config if isinstance(config, dict) and config.get("format") == FORMAT else None
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        UserError: It cannot be read.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -291,7 +298,12 @@ def _read_json(path: Path) -> Any:
 # A file is opened for each tensor: its map counts as memory of this process for as long as it is open.
 
 
-def _layout(path: Path) -> dict[str, Tensor]:
+def layout(path: Path) -> dict[str, Tensor]:
+    """Name, shape and dtype of each tensor of a safetensors file, on the meta device.
+
+    Raises:
+        UserError: The file is damaged.
+    """
     dtypes = {text: dtype for dtype, text in _DTYPES.items()}
     try:
         with safe_open(path, framework="pt") as file:
@@ -304,7 +316,12 @@ def _layout(path: Path) -> dict[str, Tensor]:
         raise unreadable(path, error) from error
 
 
-def _tensor(path: Path, name: str) -> Tensor:
+def read_tensor(path: Path, name: str) -> Tensor:
+    """One tensor of a safetensors file, in memory of its own.
+
+    Raises:
+        UserError: The file is damaged.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             return file.get_tensor(name).clone()

@@ -64,11 +64,6 @@ class Unpadded(Checkpoint):
             for name, state in padded.moments.items()
         }
 
-    @classmethod
-    def recognises(cls, path: Path) -> bool:
-        """None: it is made from a checkpoint."""
-        return False
-
     def _cut(self, tensor: Tensor, name: str) -> Tensor:
         # Cloned, since what is saved of a part would be the whole.
         return tensor[tuple(map(slice, self._shapes[name]))].clone() if tensor.dim() else tensor
