@@ -1,7 +1,9 @@
 """Weights out: what ``evaluate.py --export`` writes, opened by the programs that it is written for."""
 
 import json
+import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +89,7 @@ def test_hf_of_a_run(request, export, run):
     checkpoint = request.getfixturevalue(run) / "checkpoints" / "best.ckpt"
     folder, said = export(request.getfixturevalue(run), "hf")
     assert_opens_in_hf(folder, checkpoint)
+    assert said == "" and open_checkpoint(folder).hash() == open_checkpoint(checkpoint).hash()
     tokenizer, theirs = open_checkpoint(checkpoint).tokenizer, transformers.AutoTokenizer.from_pretrained(folder)
     for text in ("the cat sat\n\n on  a mat", "moon", " "):
         ids = tokenizer.encode(text).tolist()
@@ -104,6 +107,33 @@ def test_a_tokenizer_that_is_not_known(saved_model, export):
     folder, said = export(checkpoint, "hf")
     assert_opens_in_hf(folder, checkpoint)
     assert said.count("\n") == 1 and "AutoTokenizer cannot open" in said and str(checkpoint) in said
+
+
+@pytest.mark.parametrize("implementation", ["mingpt", "nanogpt"])
+def test_gpt2_in_and_out_again(export, text_file, byte_level_file, tmp_path, implementation):
+    """Hugging Face's GPT-2, fine-tuned with a padded vocabulary, is theirs again."""
+    config = transformers.GPT2Config(
+        n_layer=2, n_head=2, n_embd=16, n_positions=32, vocab_size=300, bos_token_id=0, eos_token_id=0
+    )
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(config)
+    theirs.save_pretrained(tmp_path / "gpt2")
+    shutil.copy(byte_level_file, tmp_path / "gpt2" / "tokenizer.json")
+    run = tmp_path / "run"
+    flags = "--block_size=16 --batch_size=4 --max_steps=4 --eval_interval=4 --eval_batches=2 --learning_rate=1e-2"
+    flags += " --warmup_steps=0 --logger=none --accelerator=cpu --sample_tokens=0 --pad_vocab"
+    start = [f"--init_from={tmp_path / 'gpt2'}", f"--implementation={implementation}"]
+    train.main([*flags.split(), *start, f"--data={text_file}", f"--out_dir={run}"])
+    checkpoint = run / "checkpoints" / "best.ckpt"
+    folder, _ = export(checkpoint, "hf")
+    tuned = assert_opens_in_hf(folder, checkpoint)
+    assert tuned.config.vocab_size == 300 and open_checkpoint(checkpoint).model_config["vocab_size"] == 320
+    assert tuned.config.activation_function in ("gelu_new", "gelu_pytorch_tanh") and tuned.config.eos_token_id == 0
+    idx = transformers.AutoTokenizer.from_pretrained(folder)(text_file.read_text()[:200], return_tensors="pt").input_ids
+    idx = idx[:, :16]
+    with torch.no_grad():
+        before, after = (model.eval()(idx, labels=idx).loss for model in (theirs, tuned))
+    assert after < before - 0.1
 
 
 @pytest.mark.slow
@@ -236,7 +266,8 @@ def test_nanogpt_reads_the_same_model(saved_model, export, fields):
     with torch.no_grad():
         torch.testing.assert_close(model(idx).logits, logits(checkpoint, idx, 5), atol=1e-4, rtol=0)
     assert content["iter_num"] == 7 and content["model_args"]["dropout"] == fields.get("dropout", 0.0)
-    meta = pickle.loads((folder / "data" / content["config"]["dataset"] / "meta.pkl").read_bytes())
+    # sample.py looks for it so, from its own folder.
+    meta = pickle.loads(Path(os.path.join("data", content["config"]["dataset"], "meta.pkl")).read_bytes())
     assert meta["vocab_size"] == 5 and [meta["stoi"][c] for c in "cab"] == CHAR.encode("cab").tolist()
     assert "".join(meta["itos"][i] for i in (0, 3, 2)) == CHAR.decode([0, 3, 2])
 
@@ -245,6 +276,8 @@ def test_nanogpt_goes_on_with_the_training(nano_run, export):
     checkpoint = nano_run / "checkpoints" / "last.ckpt"
     folder, _ = export(checkpoint, "nanogpt")
     content, _ = as_the_original_reads(folder)
+    again = open_checkpoint(folder / "ckpt.pt")
+    assert again.hash() == open_checkpoint(checkpoint).hash()
     header = torch.load(checkpoint)
     scores = [state["best_model_score"] for state in header["callbacks"].values() if "best_model_score" in state]
     assert content["best_val_loss"] == pytest.approx(min(float(s) for s in scores if s is not None))
@@ -267,7 +300,7 @@ def test_nanogpt_goes_on_with_the_training(nano_run, export):
 
 def test_nanogpt_with_gpt2_tokens(saved_model, export):
     folder, _ = export(saved_model("nanogpt", GPT2Tokenizer(), **EXACT), "nanogpt")
-    assert not (folder / "data").exists()  # then the original takes GPT-2's tokens
+    assert not (folder / "meta.pkl").exists()  # then the original takes GPT-2's tokens
 
 
 # What is refused, and what becomes of folders

@@ -1,9 +1,10 @@
 """A checkpoint in a form that other programs open: Hugging Face's, safetensors, a plain state dict, nanoGPT's.
 
-A format is a function from a checkpoint to its files: for each name, what writes it. The function refuses what the
-format cannot express, so nothing is written before all of it is known to fit. A new format is one function and one row
-in ``FORMATS``. Every export also holds our own tokenizer file, and ``lightning_gpt_export.txt``: the names of the files
-that were written, by which a later export knows that it may replace the folder.
+A format is a function from a checkpoint, and the folder that they will lie in, to its files: for each name, what
+writes it. The function refuses what the format cannot express, so nothing is written before all of it is known to fit.
+A new format is one function and one row in ``FORMATS``. Every export also holds our own tokenizer file, and
+``lightning_gpt_export.txt``: the names of the files that were written, by which a later export knows that it may
+replace the folder.
 """
 
 import pickle
@@ -35,8 +36,6 @@ from lightning_gpt.implementations import get_implementation
 from lightning_gpt.tokenizers import CharTokenizer, Tokenizer
 
 MANIFEST = "lightning_gpt_export.txt"
-# What the original's config calls the data; its sample.py looks for data/NAME/meta.pkl.
-NANOGPT_DATASET = "lightning_gpt"
 # Those of GPT-2's weights that never have a bias beside them.
 _WITHOUT_BIAS = ("transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight")
 
@@ -96,13 +95,12 @@ def export(checkpoint: Checkpoint, folder: Path, *, form: str) -> Path:
     _require_replaceable(folder, source=checkpoint.path.resolve())
     if checkpoint.model_config.get("vocab_padding"):
         checkpoint = Unpadded(checkpoint)
-    files = FORMATS[form](checkpoint)
+    files = FORMATS[form](checkpoint, folder)
     if checkpoint.tokenizer is not None:
         files[TOKENIZER] = _json(checkpoint.tokenizer.to_dict())
     names = "".join(f"{name}\n" for name in (*files, MANIFEST))
     with whole_folder(folder, source=checkpoint.path) as temporary:
         for name, write in files.items():
-            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             write(temporary / name)
         (temporary / MANIFEST).write_text(names, encoding="utf-8")
     return folder
@@ -127,15 +125,15 @@ def _json(content: Any) -> Callable[[Path], object]:
     return partial(write_json, content=content)
 
 
-def _safetensors(checkpoint: Checkpoint) -> Files:
+def _safetensors(checkpoint: Checkpoint, folder: Path) -> Files:
     return {CONFIG: _json(describe(checkpoint)), WEIGHTS: partial(write_weights, checkpoint=checkpoint)}
 
 
-def _pt(checkpoint: Checkpoint) -> Files:
+def _pt(checkpoint: Checkpoint, folder: Path) -> Files:
     return {CONFIG: _json(describe(checkpoint)), STATE_DICT: lambda path: torch.save(checkpoint.state_dict(), path)}
 
 
-def _hf(checkpoint: Checkpoint) -> Files:
+def _hf(checkpoint: Checkpoint, folder: Path) -> Files:
     """A folder that ``AutoModelForCausalLM`` opens as a GPT-2, and ``AutoTokenizer`` with the same tokens."""
     config = gpt2_config(get_implementation(checkpoint.implementation), checkpoint.model_config)
     stored = checkpoint.layout()
@@ -160,12 +158,12 @@ def _hf(checkpoint: Checkpoint) -> Files:
         print(f"{checkpoint.path} does not know its tokenizer: AutoTokenizer cannot open the export", file=sys.stderr)
         return files
     text = tokenizer_json(tokenizer)
+    beside = tokenizer_config(tokenizer, text, block_size=checkpoint.model_config["block_size"])
     files["tokenizer.json"] = lambda path: path.write_text(text, encoding="utf-8")
-    config = tokenizer_config(tokenizer, text, block_size=checkpoint.model_config["block_size"])
-    return files | {"tokenizer_config.json": _json(config)}
+    return files | {"tokenizer_config.json": _json(beside)}
 
 
-def _nanogpt(checkpoint: Checkpoint) -> Files:
+def _nanogpt(checkpoint: Checkpoint, folder: Path) -> Files:
     """A ``ckpt.pt`` that the original's sample.py reads, and with the optimizer's state its train.py, too."""
     row = get_implementation(checkpoint.implementation)
     traits = gpt2_traits(row, checkpoint.model_config)
@@ -193,7 +191,8 @@ def _nanogpt(checkpoint: Checkpoint) -> Files:
             "model_args": args,
             "iter_num": checkpoint.step,
             "best_val_loss": _best_loss(checkpoint),
-            "config": args | {"dataset": NANOGPT_DATASET},
+            # The original runs in its own folder and looks for data/DATASET/meta.pkl, which a full path leads here.
+            "config": args | {"dataset": str(folder)},
         }
         if checkpoint.has_optimizer:
             content["optimizer"] = _adamw(checkpoint)
@@ -234,13 +233,13 @@ def _meta_pkl(tokenizer: Tokenizer) -> Files:
         "stoi": {char: index for index, char in enumerate(tokenizer.chars)},
         "itos": dict(enumerate(tokenizer.chars)),
     }
-    return {f"data/{NANOGPT_DATASET}/meta.pkl": lambda path: path.write_bytes(pickle.dumps(content))}
+    return {"meta.pkl": lambda path: path.write_bytes(pickle.dumps(content))}
 
 
 # What the original reads beside ckpt.pt; without a meta.pkl it takes GPT-2's tokens.
 NANOGPT_TOKENIZERS: dict[str, Callable[[Tokenizer], Files]] = {"char": _meta_pkl, "gpt2": lambda tokenizer: {}}
 
-FORMATS: dict[str, Callable[[Checkpoint], Files]] = {
+FORMATS: dict[str, Callable[[Checkpoint, Path], Files]] = {
     "hf": _hf,
     "safetensors": _safetensors,
     "pt": _pt,
