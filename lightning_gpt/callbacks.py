@@ -46,6 +46,8 @@ class ProgressBar(TQDMProgressBar):
         """No second bar: a validation's result gets a line of its own."""
         return Tqdm(disable=True)
 
+    init_sanity_tqdm = init_validation_tqdm
+
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """The losses; not the log's version number, which says nothing here."""
         return {k: v for k, v in super().get_metrics(trainer, pl_module).items() if k != "v_num"}
@@ -138,6 +140,8 @@ class RunMetrics(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stops the clock: a validation's time is not training time."""
+        if trainer.sanity_checking:
+            return
         self._training_seconds += time.perf_counter() - self._since[1]
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -158,16 +162,15 @@ class RunMetrics(Callback):
             pl_module.log("step", float(trainer.global_step), sync_dist=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prints the validation loss, and starts the clock again."""
-        if trainer.sanity_checking:
-            return
+        """Prints the validation loss, also that of weights a run starts from, and starts the clock again."""
         bar = trainer.progress_bar_callback
         if bar is not None and trainer.is_global_zero:
             losses = {
                 k: trainer.callback_metrics[k] for k in ("train_loss", "val_loss") if k in trainer.callback_metrics
             }
             shown = ", ".join(f"{name} {float(value):.4f}" for name, value in losses.items())
-            bar.print(f"step {trainer.global_step}: {shown}")
+            say = print if trainer.sanity_checking else bar.print  # the bar is not there yet
+            say(f"step {trainer.global_step}: {shown}")
         self._since = (trainer.global_step, time.perf_counter())
 
 

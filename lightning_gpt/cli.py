@@ -17,6 +17,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from lightning_gpt.config import (
     EXCLUSIVE,
+    SIZES,
     DataOptions,
     EvaluateOptions,
     ModelOptions,
@@ -151,6 +152,10 @@ def _first_pass(argv: Sequence[str]) -> tuple[dict[str, Any], Any]:
     scout.add_argument("--config", action="append", default=[])
     scout.add_argument("--implementation")
     scout.add_argument("--resume")
+    scout.add_argument("--init_from")
+    scout.add_argument("--pretrained_embeddings")
+    scout.add_argument("--n_head", type=int)
+    scout.add_argument("--trust_checkpoint")
     scout.add_argument("--out_dir")
     try:
         known, _ = scout.parse_known_args(argv)
@@ -198,8 +203,8 @@ def _displaced(argv: Sequence[str], from_files: dict[str, Any]) -> set[str]:
 def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
     """The training run that the command line asks for.
 
-    Layers, each over the one before: the declared defaults, the saved settings of a run that is resumed, ``--config``
-    files, flags.
+    Layers, each over the one before: the declared defaults, the saved settings of a run that is resumed or what the
+    weights of ``--init_from`` decide, ``--config`` files, flags.
 
     Raises:
         UserError: The command line or a YAML file is wrong.
@@ -209,6 +214,9 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
     from_files, known = _first_pass(argv)
     saved: dict[str, Any] = {}
     resume = known.resume or from_files.get("resume")
+    for name in ("init_from", "pretrained_embeddings") if resume else ():
+        if getattr(known, name):
+            raise UserError(f"--{name} starts a new run and --resume goes on with one; give one of them")
     if resume:
         from lightning_gpt.checkpoint import find_checkpoint  # imports torch, which --help need not wait for
 
@@ -220,6 +228,19 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
     displaced = _displaced(argv, from_files)
     saved = {name: value for name, value in saved.items() if name not in displaced}
     implementation = known.implementation or from_files.get("implementation") or saved.get("implementation")
+    init_from = None if resume else known.init_from or from_files.get("init_from")
+    if init_from:
+        from lightning_gpt.checkpoint.initial import defaults_from, open_source
+
+        source = open_source(
+            str(init_from),
+            trust=_is_true(known.trust_checkpoint or from_files.get("trust_checkpoint")),
+            n_head=known.n_head or from_files.get("n_head"),
+        )
+        implementation = implementation or source.implementation
+        saved = defaults_from(source, get_implementation(str(implementation)))
+        if from_files.get("model_type") or any(token.partition("=")[0] == "--model_type" for token in argv):
+            saved = {k: v for k, v in saved.items() if k not in SIZES}  # the preset's are then compared with them
     row = get_implementation(str(implementation or ModelOptions.implementation))
     model_options = flag_options(row)
     parser = _parser("Train a GPT. Every option is a flag, or a line of a YAML file.")
@@ -243,6 +264,10 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
     return TrainConfig(
         *(_fill(cls, values) for cls in GROUPS.values()), {o.name: values[o.name] for o in model_options}
     )
+
+
+def _is_true(value: Any) -> bool:
+    return str(value).lower() == "true"
 
 
 def _check_numbers(values: Namespace) -> None:

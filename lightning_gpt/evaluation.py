@@ -1,4 +1,4 @@
-"""Exact scores of a checkpoint, and its conversion."""
+"""Exact scores of a checkpoint, and its other forms."""
 
 import json
 import math
@@ -20,6 +20,8 @@ from lightning_gpt.checkpoint import (
     open_checkpoint,
 )
 from lightning_gpt.checkpoint.canonical import one_at_a_time
+from lightning_gpt.checkpoint.export import FORMATS, export
+from lightning_gpt.checkpoint.initial import fitted_vocabulary
 from lightning_gpt.checkpoint.resume import restore_weights
 from lightning_gpt.config import EvaluateOptions, TrainerOptions, UserError
 from lightning_gpt.data.loading import TokenData
@@ -54,17 +56,23 @@ class Score:
     tokens: int
 
 
-def convert_only(options: EvaluateOptions) -> Path | None:
-    """Writes the canonical form of a checkpoint beside it, optimizer state included where there is one.
+def rewrite(options: EvaluateOptions) -> Path | None:
+    """Writes a checkpoint in another form: the canonical one beside it, or another program's into ``--out``.
 
     Returns:
         The folder; None on ranks other than the first, which do nothing.
 
     Raises:
-        UserError: There is no such checkpoint, it does not fit its model, or the folder cannot be written.
+        UserError: The flags do not go together, there is no such checkpoint, it does not fit its model or the form, or
+            the folder cannot be written.
     """
-    pt = str(options.convert_only).lower() == "pt"
-    if not pt and str(options.convert_only).lower() != "true":
+    if (options.export is None) != (options.out is None):
+        raise UserError("--export FORMAT and --out DIR say what is written and where to; give both")
+    if options.export is not None and options.convert_only:
+        raise UserError("--export and --convert_only write different things; give one of them")
+    if options.export is not None and options.export not in FORMATS:
+        raise UserError(f"--export {options.export} is unknown; choose one of {', '.join(FORMATS)}")
+    if str(options.convert_only).lower() not in ("false", "true", "pt"):
         raise UserError(f"--convert_only {options.convert_only} is unknown; give it alone, or as --convert_only pt")
     if rank_zero_only.rank:
         return None
@@ -72,6 +80,9 @@ def convert_only(options: EvaluateOptions) -> Path | None:
     checkpoint = open_checkpoint(path, trust=options.trust_checkpoint)
     _require_own_fit(checkpoint)
     with one_at_a_time(path):
+        if options.export and options.out:
+            return export(checkpoint, Path(options.out), form=options.export)
+        pt = str(options.convert_only).lower() == "pt"
         return convert(checkpoint, canonical_folder(path), optimizer=checkpoint.has_optimizer, pt=pt)
 
 
@@ -174,7 +185,9 @@ def _held_out(checkpoint: Checkpoint, options: EvaluateOptions) -> tuple[TokenFi
     tokenizer = checkpoint.tokenizer
     if tokenizer is None and not is_token_folder(Path(data).expanduser()):
         raise UserError(f"{checkpoint.path} does not know its tokenizer; give --data a folder of its tokens")
-    return prepare(data, tokenizer=tokenizer, block_size=checkpoint.model_config["block_size"]), data
+    files = prepare(data, tokenizer=tokenizer, block_size=checkpoint.model_config["block_size"])
+    fitted_vocabulary(files, pad=False, start=checkpoint, goes_on=True)
+    return files, data
 
 
 def _score(loss: float, checkpoint: Checkpoint, files: TokenFiles, options: EvaluateOptions) -> Score:
