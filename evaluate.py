@@ -11,13 +11,14 @@ from lightning_gpt.cli import parse_evaluate, reporting_errors
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, scores, and prints a line per number."""
     options = parse_evaluate(argv)
-    from lightning_gpt.evaluation import convert_only, evaluate  # after parsing: --help need not wait for torch
+    from lightning_gpt.evaluation import evaluate, rewrite  # after parsing: --help need not wait for torch
 
+    rewrites = options.convert_only or options.export is not None or options.out is not None
     with contextlib.redirect_stdout(sys.stderr):  # libraries print, too: stdout is for the numbers
-        folder = convert_only(options) if options.convert_only else None
-        score = None if options.convert_only else evaluate(options)
+        folder = rewrite(options) if rewrites else None
+        score = None if rewrites else evaluate(options)
     if folder:
-        print(f"converted     {folder}")
+        print(f"{'exported' if options.export else 'converted':14}{folder}")
     for name, value in score.found().items() if score else ():
         print(f"{name:14}{value:.4f}" if isinstance(value, float) else f"{name:14}{value}")
 

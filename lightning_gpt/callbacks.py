@@ -46,6 +46,8 @@ class ProgressBar(TQDMProgressBar):
         """No second bar: a validation's result gets a line of its own."""
         return Tqdm(disable=True)
 
+    init_sanity_tqdm = init_validation_tqdm
+
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """The losses; not the log's version number, which says nothing here."""
         return {k: v for k, v in super().get_metrics(trainer, pl_module).items() if k != "v_num"}
@@ -138,6 +140,8 @@ class RunMetrics(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stops the clock: a validation's time is not training time."""
+        if trainer.sanity_checking:
+            return
         self._training_seconds += time.perf_counter() - self._since[1]
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -158,15 +162,14 @@ class RunMetrics(Callback):
             pl_module.log("step", float(trainer.global_step), sync_dist=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prints what the validation found, and starts the clock again."""
-        if trainer.sanity_checking:
-            return
+        """Prints what a validation found, also of weights a run starts from, and starts the clock again."""
         bar = trainer.progress_bar_callback
         if bar is not None and trainer.is_global_zero:
             known = trainer.callback_metrics
             names = [name for name in ("train_loss", "val_loss", "val_accuracy") if name in known]
             shown = ", ".join(f"{name} {float(known[name]):.4f}" for name in names)
-            bar.print(f"step {trainer.global_step}: {shown}")
+            say = print if trainer.sanity_checking else bar.print  # the bar is not there yet
+            say(f"step {trainer.global_step}: {shown}")
         self._since = (trainer.global_step, time.perf_counter())
 
 

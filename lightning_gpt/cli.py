@@ -17,6 +17,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from lightning_gpt.config import (
     EXCLUSIVE,
+    SIZES,
     DataOptions,
     EvaluateOptions,
     ModelOptions,
@@ -153,6 +154,10 @@ def _first_pass(argv: Sequence[str]) -> tuple[dict[str, Any], Any]:
     scout.add_argument("--implementation")
     scout.add_argument("--data")
     scout.add_argument("--resume")
+    scout.add_argument("--init_from")
+    scout.add_argument("--pretrained_embeddings")
+    scout.add_argument("--n_head", type=int)
+    scout.add_argument("--trust_checkpoint")
     scout.add_argument("--out_dir")
     try:
         known, _ = scout.parse_known_args(argv)
@@ -200,8 +205,8 @@ def _displaced(argv: Sequence[str], from_files: dict[str, Any]) -> set[str]:
 def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
     """The training run that the command line asks for.
 
-    Layers, each over the one before: the declared defaults, the saved settings of a run that is resumed, ``--config``
-    files, flags.
+    Layers, each over the one before: the declared defaults, the saved settings of a run that is resumed or what the
+    weights of ``--init_from`` decide, ``--config`` files, flags.
 
     Raises:
         UserError: The command line or a YAML file is wrong.
@@ -211,6 +216,9 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
     from_files, known = _first_pass(argv)
     saved: dict[str, Any] = {}
     resume = known.resume or from_files.get("resume")
+    for name in ("init_from", "pretrained_embeddings") if resume else ():
+        if getattr(known, name):
+            raise UserError(f"--{name} starts a new run and --resume goes on with one; give one of them")
     if resume:
         from lightning_gpt.checkpoint import find_checkpoint  # imports torch, which --help need not wait for
 
@@ -222,6 +230,19 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
     displaced = _displaced(argv, from_files)
     saved = {name: value for name, value in saved.items() if name not in displaced}
     implementation = known.implementation or from_files.get("implementation") or saved.get("implementation")
+    init_from = None if resume else known.init_from or from_files.get("init_from")
+    if init_from:
+        from lightning_gpt.checkpoint.initial import defaults_from, open_source
+
+        source = open_source(
+            str(init_from),
+            trust=_is_true(known.trust_checkpoint or from_files.get("trust_checkpoint")),
+            n_head=known.n_head or from_files.get("n_head"),
+        )
+        implementation = implementation or source.implementation
+        saved = defaults_from(source, get_implementation(str(implementation)))
+        if from_files.get("model_type") or any(token.partition("=")[0] == "--model_type" for token in argv):
+            saved = {k: v for k, v in saved.items() if k not in SIZES}  # the preset's are then compared with them
     row = get_implementation(str(implementation or ModelOptions.implementation))
     model_options = flag_options(row)
     data = str(known.data or from_files.get("data") or saved.get("data") or DataOptions.data)
@@ -234,14 +255,14 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
             _add(parser, model_options, f"model: fields of {row.name}'s own config")
         if title == "data" and task:
             _add(parser, task_options, f"data: fields of the task {data}")
-    if task:  # it decides the block size, so that a default must not look like one that was given
-        parser.set_defaults(block_size=None)
     argv = _complete(argv, [*model_options, *task_options])
     flags = [o for action in parser._actions for o in action.option_strings]
     for key in from_files:
         if f"--{key}" not in flags:
             raise UserError(f"--config {', '.join(known.config)}: unknown option {key}{_nearest('--' + key, flags)}")
     parser.set_defaults({k: v for k, v in saved.items() if f"--{k}" in flags})
+    if task:  # it decides the block size, so that a default must not look like one that was given
+        parser.set_defaults(block_size=None)
     values = parser.parse_args(_configs_first(argv))
     _check_numbers(values)
     if resume:
@@ -274,6 +295,10 @@ def _fit_task(task: type, fields: dict[str, Any], values: Namespace) -> None:
     values.block_size = block_size
     if values.prompt == RunOptions.prompt:
         values.prompt = made.prompt()
+
+
+def _is_true(value: Any) -> bool:
+    return str(value).lower() == "true"
 
 
 def _check_numbers(values: Namespace) -> None:

@@ -38,6 +38,8 @@ class ModelOptions:
     unless all of n_layer, n_head and n_embd are given)"""
     block_size: int = 64
     """context length in tokens"""
+    pad_vocab: bool = False
+    """round the vocabulary up to a multiple of 64, which GPUs multiply faster; the padding is never sampled"""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class DataOptions:
     whose fields become further flags"""
     tokenizer: str | None = None
     """char, byte, gpt2, another tiktoken encoding such as cl100k_base, or the path of a Hugging Face tokenizer.json
-    (default: char for text; a folder of token files knows its own)"""
+    (default: that of --init_from, else char for text; a folder of token files knows its own)"""
     tokenizer_file: str | None = None
     """tables of gpt2 (a folder with vocab.bpe and encoder.json) or of another tiktoken encoding (its .tiktoken file),
     for use without a network; checked, and kept in the cache for later runs"""
@@ -135,6 +137,14 @@ class RunOptions:
     resume: str | None = None
     """go on with a run: its folder or any checkpoint, under any strategy and number of devices; alone, the latest run.
     Its saved settings are the defaults"""
+    init_from: str | None = None
+    """start from trained weights, at step 0: a folder of Hugging Face's GPT-2, an original nanoGPT ckpt.pt or minGPT
+    state dict, a run or checkpoint of ours, or a name on the Hugging Face hub such as gpt2-xl. Its sizes and tokenizer
+    are the defaults"""
+    pretrained_embeddings: str | None = None
+    """start from these token embeddings: a .npy or .safetensors matrix, or what --init_from takes"""
+    freeze_embeddings: bool = False
+    """do not train the token embeddings; where the head is tied to them, that is not trained either"""
     trust_checkpoint: bool = False
     """let a checkpoint that another made run the code that it may hold"""
     seed: int = 1337
@@ -181,6 +191,11 @@ class EvaluateOptions:
     """also write the result to this file"""
     convert_only: bool | str = False
     """convert the checkpoint, optimizer state included, and score nothing; "pt" writes model.pt as well"""
+    export: str | None = None
+    """write the model for other programs, into --out, and score nothing: hf (transformers), safetensors, pt (a state
+    dict) or nanogpt (the original's ckpt.pt)"""
+    out: str | None = None
+    """the folder that --export writes; it may hold nothing but an earlier export"""
     trust_checkpoint: bool = False
     """let a checkpoint that another made run the code that it may hold"""
 
@@ -207,6 +222,18 @@ class SampleOptions:
     """seed of the draw"""
     accelerator: str = "auto"
     """auto, cpu or gpu"""
+    trust_checkpoint: bool = False
+    """let a checkpoint that another made run the code that it may hold"""
+
+
+@dataclass(frozen=True)
+class EmbeddingsOptions:
+    """Which model's token embeddings are taken out, and where they go."""
+
+    checkpoint: str = "gpt2"
+    """what train.py's --init_from takes, such as a folder of Hugging Face's GPT-2"""
+    out: str = "embeddings.npy"
+    """the file to write, .npy or .safetensors"""
     trust_checkpoint: bool = False
     """let a checkpoint that another made run the code that it may hold"""
 

@@ -1,4 +1,4 @@
-"""Exact scores of a checkpoint, and its conversion."""
+"""Exact scores of a checkpoint, and its other forms."""
 
 import json
 import math
@@ -22,6 +22,8 @@ from lightning_gpt.checkpoint import (
     open_checkpoint,
 )
 from lightning_gpt.checkpoint.canonical import one_at_a_time
+from lightning_gpt.checkpoint.export import FORMATS, export
+from lightning_gpt.checkpoint.initial import fitted_vocabulary
 from lightning_gpt.checkpoint.resume import restore_weights
 from lightning_gpt.config import EvaluateOptions, TrainerOptions, UserError
 from lightning_gpt.data.loading import Source, TokenData
@@ -63,17 +65,23 @@ class Score:
         return {k: v for k, v in asdict(self).items() if k != "accuracy" or v is not None}
 
 
-def convert_only(options: EvaluateOptions) -> Path | None:
-    """Writes the canonical form of a checkpoint beside it, optimizer state included where there is one.
+def rewrite(options: EvaluateOptions) -> Path | None:
+    """Writes a checkpoint in another form: the canonical one beside it, or another program's into ``--out``.
 
     Returns:
         The folder; None on ranks other than the first, which do nothing.
 
     Raises:
-        UserError: There is no such checkpoint, it does not fit its model, or the folder cannot be written.
+        UserError: The flags do not go together, there is no such checkpoint, it does not fit its model or the form, or
+            the folder cannot be written.
     """
-    pt = str(options.convert_only).lower() == "pt"
-    if not pt and str(options.convert_only).lower() != "true":
+    if (options.export is None) != (options.out is None):
+        raise UserError("--export FORMAT and --out DIR say what is written and where to; give both")
+    if options.export is not None and options.convert_only:
+        raise UserError("--export and --convert_only write different things; give one of them")
+    if options.export is not None and options.export not in FORMATS:
+        raise UserError(f"--export {options.export} is unknown; choose one of {', '.join(FORMATS)}")
+    if str(options.convert_only).lower() not in ("false", "true", "pt"):
         raise UserError(f"--convert_only {options.convert_only} is unknown; give it alone, or as --convert_only pt")
     if rank_zero_only.rank:
         return None
@@ -81,6 +89,9 @@ def convert_only(options: EvaluateOptions) -> Path | None:
     checkpoint = open_checkpoint(path, trust=options.trust_checkpoint)
     _require_own_fit(checkpoint)
     with one_at_a_time(path):
+        if options.export and options.out:
+            return export(checkpoint, Path(options.out), form=options.export)
+        pt = str(options.convert_only).lower() == "pt"
         return convert(checkpoint, canonical_folder(path), optimizer=checkpoint.has_optimizer, pt=pt)
 
 
@@ -183,14 +194,19 @@ def _held_out(checkpoint: Checkpoint, options: EvaluateOptions) -> tuple[Source,
     tokenizer = checkpoint.tokenizer
     block_size = checkpoint.model_config["block_size"]
     task = find_task(data)
-    if task is None:
-        if tokenizer is None and not is_token_folder(Path(data).expanduser()):
-            raise UserError(f"{checkpoint.path} does not know its tokenizer; give --data a folder of its tokens")
-        return prepare(data, tokenizer=tokenizer, block_size=block_size), data
-    made = task(**(checkpoint.task_fields if data == checkpoint.data else {}))
-    if made.block_size != block_size or (tokenizer and made.tokenizer.to_dict() != tokenizer.to_dict()):
-        raise UserError(f"--data {data} is not what {checkpoint.path} was trained on; leave it out to score it on that")
-    return made, data
+    if task:
+        files: Source = task(**(checkpoint.task_fields if data == checkpoint.data else {}))
+        if files.block_size != block_size:
+            raise UserError(
+                f"--data {data} has rows of {files.block_size} inputs, not the {block_size} of {checkpoint.path};"
+                " leave it out"
+            )
+    elif tokenizer is None and not is_token_folder(Path(data).expanduser()):
+        raise UserError(f"{checkpoint.path} does not know its tokenizer; give --data a folder of its tokens")
+    else:
+        files = prepare(data, tokenizer=tokenizer, block_size=block_size)
+    fitted_vocabulary(files, pad=False, start=checkpoint, goes_on=True)
+    return files, data
 
 
 def _score(found: Mapping[str, float], tokens: int, checkpoint: Checkpoint, files: Source) -> Score:

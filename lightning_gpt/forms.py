@@ -28,7 +28,7 @@ class ShardedForm(_Base):
     def build_model(self) -> nn.Module:
         """The model without memory, on the meta device; a model that cannot be initialised there is built whole."""
         compile_arguments(self.compile_setting)  # refuses now; blocks are compiled where they are sharded
-        return self.implementation.build(self.model_config, meta=self.implementation.initialises_by_apply)
+        return self.new_model(meta=self.implementation.initialises_by_apply)
 
     @property
     def strategy(self) -> Any | None:
@@ -97,7 +97,7 @@ class DeepSpeedForm(ShardedForm):
         self.configured = True
         if self.unbuilt and self.zero_stage == 3:
             state = torch.get_rng_state()  # what the constructors draw is thrown away
-            self.model = self.implementation.build(self.model_config)
+            self.model = self.new_model(meta=False)
             torch.set_rng_state(state)
             initialise(self.model)
         elif self.unbuilt:

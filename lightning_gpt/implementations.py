@@ -43,6 +43,20 @@ def decay_matrices(module: "nn.Module", name: str) -> bool:
     return len(getattr(parameter, "ds_shape", parameter.shape)) >= 2  # ZeRO-3 keeps one dimension of the parameter
 
 
+def token_embedding_name(model: "nn.Module", *, vocab_size: int) -> str:
+    """The name of a model's token embeddings: the weight of the first nn.Embedding that has a row for each token.
+
+    Raises:
+        UserError: The model has none.
+    """
+    from torch import nn
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and module.num_embeddings == vocab_size:
+            return f"{name}.weight".lstrip(".")
+    raise UserError(f"{type(model).__name__} has no nn.Embedding with a row for each of its {vocab_size} tokens")
+
+
 @dataclass(frozen=True, kw_only=True)
 class GPT2Traits:
     """What a model of GPT-2's layout leaves open beside its sizes.

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_gpt.compilation import compile_model, recompute_blocks
 from lightning_gpt.forms import DeepSpeedForm, FSDPForm
-from lightning_gpt.implementations import get_implementation
+from lightning_gpt.implementations import get_implementation, token_embedding_name
 from lightning_gpt.optim import adamw, parameter_groups, warmup_cosine
 from lightning_gpt.sharding import give_memory
 
@@ -54,6 +54,7 @@ class GPTModule(LightningModule):
         final_lr_ratio: The learning rate at the end over the peak.
         compile: Whether, or with which backend or mode, blocks are compiled in place.
         recompute: Whether blocks compute their activations again in the backward pass instead of keeping them.
+        freeze_embeddings: Whether the token embeddings, and a head that is tied to them, are not trained.
 
     Raises:
         UserError: The implementation is unknown, or its config refuses the fields.
@@ -72,6 +73,7 @@ class GPTModule(LightningModule):
         final_lr_ratio: float = 0.1,
         compile: bool | str = False,
         recompute: bool = False,
+        freeze_embeddings: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
@@ -83,6 +85,7 @@ class GPTModule(LightningModule):
         self.schedule = partial(warmup_cosine, warmup_steps=warmup_steps, decay_steps=decay_steps, final=final_lr_ratio)
         self.compile_setting = compile
         self.recompute = recompute
+        self.freeze_embeddings = freeze_embeddings
         self.model: nn.Module = self.build_model()
         # Device tensors, read only when something is logged, so that no step waits for them.
         self.step_loss: Tensor | None = None
@@ -92,12 +95,19 @@ class GPTModule(LightningModule):
 
     def build_model(self) -> nn.Module:
         """The model, initialised as the sharded forms initialise it, so that a seed means the same weights."""
-        if self.implementation.initialises_by_apply:
-            model = self.implementation.build(self.model_config, meta=True)
+        meta = self.implementation.initialises_by_apply
+        model = self.new_model(meta=meta)
+        if meta:
             give_memory(model, torch.device("cpu"))
-        else:
-            model = self.implementation.build(self.model_config)
         self.prepare_blocks(model)
+        return model
+
+    def new_model(self, *, meta: bool) -> nn.Module:
+        """The implementation's model with what is not trained marked; on the meta device it has no memory."""
+        model = self.implementation.build(self.model_config, meta=meta)
+        if self.freeze_embeddings:
+            name = token_embedding_name(model, vocab_size=self.model_config["vocab_size"])
+            model.get_parameter(name).requires_grad_(False)
         return model
 
     def prepare_blocks(self, model: nn.Module) -> None:
@@ -169,7 +179,9 @@ class GPTModule(LightningModule):
         total = torch.where(scored > 0, loss.double() * scored, 0.0)
         self._val_sums[:2] += torch.stack([total, scored.double()])
         if getattr(self.trainer.datamodule, "has_answers", False):
-            self._val_sums[2:] += count_right(logits, batch[1]).to(device)
+            padding = self.model_config.get("vocab_padding", 0)  # is never sampled
+            sampled = logits[..., : logits.shape[-1] - padding]
+            self._val_sums[2:] += count_right(sampled, batch[1]).to(device)
 
     def on_validation_epoch_end(self) -> None:
         """Logs ``val_loss``: the sum over all ranks divided by the tokens they scored, nats per token.
@@ -212,11 +224,13 @@ class MinGPT(GPTModule):
         learning_rate: Peak learning rate.
         betas: AdamW's betas.
         attention: "sdpa" or "manual".
+        vocab_padding: How many tokens at the end of the vocabulary are never sampled.
         warmup_steps: Optimizer steps of linear warm-up.
         decay_steps: Optimizer step at which the cosine ends.
         final_lr_ratio: The learning rate at the end over the peak.
         compile: Whether, or with which backend or mode, blocks are compiled in place.
         recompute: Whether blocks compute their activations again in the backward pass.
+        freeze_embeddings: Whether the token embeddings are not trained.
     """
 
     def __init__(
@@ -234,11 +248,13 @@ class MinGPT(GPTModule):
         learning_rate: float = 3e-4,
         betas: tuple[float, float] = (0.9, 0.95),
         attention: str = "sdpa",
+        vocab_padding: int = 0,
         warmup_steps: int = 0,
         decay_steps: int | None = None,
         final_lr_ratio: float = 0.1,
         compile: bool | str = False,
         recompute: bool = False,
+        freeze_embeddings: bool = False,
     ) -> None:
         config = get_implementation("mingpt").resolve(
             model_type=model_type,
@@ -251,6 +267,7 @@ class MinGPT(GPTModule):
             resid_pdrop=resid_pdrop,
             attn_pdrop=attn_pdrop,
             attention=attention,
+            vocab_padding=vocab_padding,
         )
         super().__init__(
             "mingpt",
@@ -263,6 +280,7 @@ class MinGPT(GPTModule):
             final_lr_ratio=final_lr_ratio,
             compile=compile,
             recompute=recompute,
+            freeze_embeddings=freeze_embeddings,
         )
 
 
@@ -282,11 +300,14 @@ class NanoGPT(GPTModule):
         learning_rate: Peak learning rate.
         betas: AdamW's betas.
         attention: "sdpa" or "manual".
+        gelu: "exact", or "tanh" as in GPT-2's weights.
+        vocab_padding: How many tokens at the end of the vocabulary are never sampled.
         warmup_steps: Optimizer steps of linear warm-up.
         decay_steps: Optimizer step at which the cosine ends.
         final_lr_ratio: The learning rate at the end over the peak.
         compile: Whether, or with which backend or mode, blocks are compiled in place.
         recompute: Whether blocks compute their activations again in the backward pass.
+        freeze_embeddings: Whether the token embeddings are not trained.
     """
 
     def __init__(
@@ -303,11 +324,14 @@ class NanoGPT(GPTModule):
         learning_rate: float = 3e-4,
         betas: tuple[float, float] = (0.9, 0.95),
         attention: str = "sdpa",
+        gelu: str = "exact",
+        vocab_padding: int = 0,
         warmup_steps: int = 0,
         decay_steps: int | None = None,
         final_lr_ratio: float = 0.1,
         compile: bool | str = False,
         recompute: bool = False,
+        freeze_embeddings: bool = False,
     ) -> None:
         config = get_implementation("nanogpt").resolve(
             model_type=model_type,
@@ -319,6 +343,8 @@ class NanoGPT(GPTModule):
             dropout=dropout,
             bias=bias,
             attention=attention,
+            gelu=gelu,
+            vocab_padding=vocab_padding,
         )
         super().__init__(
             "nanogpt",
@@ -331,6 +357,7 @@ class NanoGPT(GPTModule):
             final_lr_ratio=final_lr_ratio,
             compile=compile,
             recompute=recompute,
+            freeze_embeddings=freeze_embeddings,
         )
 
 

@@ -18,11 +18,20 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 
 from lightning_gpt.callbacks import DropoutSeed, FinalSample, ProgressBar, RunMetrics, ValidateAtEnd, quiet_lightning
 from lightning_gpt.checkpoint import RUNS, Checkpoint, ExactResume, open_checkpoint, remember_run
+from lightning_gpt.checkpoint.initial import (
+    InitialWeights,
+    describe,
+    fitted_embeddings,
+    fitted_vocabulary,
+    fitted_weights,
+    open_source,
+)
 from lightning_gpt.config import SIZES, OptimOptions, TrainConfig, TrainerOptions, UserError
 from lightning_gpt.data.loading import Source, TokenData
 from lightning_gpt.data.preparation import prepare
 from lightning_gpt.data.tasks import find_task
 from lightning_gpt.data.tasks.base import Task
+from lightning_gpt.data.token_files import is_token_folder
 from lightning_gpt.generation import encode_prompt
 from lightning_gpt.implementations import get_implementation
 from lightning_gpt.models import FORMS, GPTModule
@@ -61,15 +70,23 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Path | 
     run = config.run
     _check_trainer_options(config.trainer)
     where = find_devices(config.trainer, elsewhere=run.dry_run)
-    as_given, config = config, _accumulating(config, world_size=where.world_size)
+    asked, config = config.optim, _accumulating(config, world_size=where.world_size)
     strategy = _strategy(config, where)
     if strategy.form == "deepspeed" and config.trainer.trainer.get("gradient_clip_algorithm") == "value":
         raise UserError("DeepSpeed clips by norm alone; leave --trainer.gradient_clip_algorithm out")
     checkpoint = open_checkpoint(Path(run.resume), trust=run.trust_checkpoint) if run.resume else None
-    files = _source(config, checkpoint)
-    sample = _final_sample(config, files)
+    weights = None
+    if run.init_from and not checkpoint:
+        weights = open_source(run.init_from, trust=run.trust_checkpoint, n_head=config.model_fields.get("n_head"))
+    start = checkpoint or weights
+    source = _source(config, start)
+    vocab_size, padding = fitted_vocabulary(
+        source, pad=config.model.pad_vocab, start=start, goes_on=checkpoint is not None
+    )
+    config = replace(config, model=replace(config.model, pad_vocab=config.model.pad_vocab or padding > 0))
+    sample = _final_sample(config, source)
     data = TokenData(
-        files,
+        source,
         name=config.data.data,
         block_size=config.model.block_size,
         batch_size=config.data.batch_size,
@@ -81,11 +98,13 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Path | 
     max_steps = _budget(config, samples_per_step, data)
     seed_everything(run.seed, verbose=False)
     # A plain module has its weights at once, which a dry run must not have.
-    module = _module(config, strategy, form="fsdp" if run.dry_run else strategy.form, files=files, max_steps=max_steps)
+    form = "fsdp" if run.dry_run else strategy.form
+    module = _module(config, strategy, form=form, vocabulary=(vocab_size, padding), max_steps=max_steps)
     if checkpoint:
         _check_resume(checkpoint, module, max_steps)
+    loaded, begin = _begin(config, module, weights)
     if run.dry_run:
-        _header(config, module, files, where=where, strategy=strategy.name, max_steps=max_steps)
+        _header(config, module, source, loaded, where=where, strategy=strategy.name, max_steps=max_steps)
         _dry_run(config, module, where=where, strategy=strategy, max_steps=max_steps)
         return None
     run_dir = Path(run.out_dir) if run.out_dir else _fresh_folder()
@@ -93,45 +112,51 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Path | 
         tokens_per_step=samples_per_step * config.model.block_size,
         flops_per_token=flops_per_token(module.model, block_size=config.model.block_size),
     )
-    own = [*_callbacks(config, run_dir, metrics), *sample]
-    trainer = _trainer(config, strategy, where, run_dir, [ExactResume(checkpoint), *own, *callbacks], max_steps)
+    own = [ExactResume(checkpoint), *begin, *_callbacks(config, run_dir, metrics), *sample]
+    trainer = _trainer(config, strategy, where, run_dir, [*own, *callbacks], max_steps)
     if trainer.world_size != where.world_size:
         raise UserError(
             f"the launcher started {trainer.world_size} processes, and the flags say {where.world_size}; let --devices"
             " and --num_nodes agree with it"
         )
-    _open_folder(run_dir, as_given)
-    _header(config, module, files, where=where, strategy=type(trainer.strategy).__name__, max_steps=max_steps)
+    _open_folder(run_dir, replace(config, optim=asked))
+    _header(config, module, source, loaded, where=where, strategy=type(trainer.strategy).__name__, max_steps=max_steps)
     trainer.fit(module, data)
     if trainer.is_global_zero:
         print(f"checkpoints: {run_dir}/checkpoints\nnext: python sample.py --checkpoint {run_dir}")
     return run_dir
 
 
-def _tokenizer(config: TrainConfig, checkpoint: Checkpoint | None) -> str | Tokenizer | None:
-    """The tokenizer that a run is resumed with is its own, whatever the text is now."""
-    own, said = checkpoint.tokenizer if checkpoint else None, config.data.tokenizer
-    if own and said and not own.answers_to(said):
+def _tokenizer(config: TrainConfig, start: Checkpoint | None) -> str | Tokenizer | None:
+    """That of the weights that a run starts from, whatever the text; a run that is resumed has no other."""
+    own, said = start.tokenizer if start else None, config.data.tokenizer
+    if own is None or (said is None or own.answers_to(said)) and config.run.resume:
+        return own or said
+    if config.run.resume:
         raise UserError(f"--tokenizer {said} is not what the run was trained with ({own.name}); leave it out")
-    return own or said
+    tokens = config.data.data != "stdlib" and is_token_folder(Path(config.data.data).expanduser())
+    return said if tokens or (said and not own.answers_to(said)) else own
 
 
 def _check_resume(checkpoint: Checkpoint, module: GPTModule, max_steps: int) -> None:
     checkpoint.require_fit(module)
     if not checkpoint.has_optimizer:
         raise UserError(f"{checkpoint.path} holds weights alone; resume from the checkpoint that it was made from")
+    for name, parameter in module.model.named_parameters():
+        if parameter.requires_grad and not checkpoint.was_trained(name):
+            raise UserError(f"{checkpoint.path} did not train {name}; resume it with --freeze_embeddings")
     if checkpoint.step >= max_steps:
         raise UserError(f"{checkpoint.path} is at step {checkpoint.step} of {max_steps} already; raise --max_steps")
 
 
-def _source(config: TrainConfig, checkpoint: Checkpoint | None) -> Source:
+def _source(config: TrainConfig, start: Checkpoint | None) -> Source:
     """Where samples come from."""
     task = find_task(config.data.data)
     if task:
         return task(**config.task_fields)
     return prepare(
         config.data.data,
-        tokenizer=_tokenizer(config, checkpoint),
+        tokenizer=_tokenizer(config, start),
         tokenizer_file=config.data.tokenizer_file,
         block_size=config.model.block_size,
     )
@@ -208,13 +233,40 @@ def _strategy(config: TrainConfig, where: Devices) -> StrategyRow:
     return get_strategy(config.trainer, where=where, decided=decided)
 
 
-def _module(config: TrainConfig, strategy: StrategyRow, *, form: str, files: Source, max_steps: int) -> GPTModule:
+def _begin(config: TrainConfig, module: GPTModule, source: Checkpoint | None) -> tuple[list[str], list[InitialWeights]]:
+    """What a new run starts from: lines that say it, and the callback that writes it."""
+    run = config.run
+    if run.resume or not (source or run.pretrained_embeddings):
+        return [], []
+    lines, weights, embeddings = [], None, None
+    if source:
+        weights = fitted_weights(source, module)
+        lines.append(f"weights   {describe(weights, name=run.init_from)}")
+    if run.pretrained_embeddings:
+        embeddings = fitted_embeddings(run.pretrained_embeddings, module, trust=run.trust_checkpoint)
+        lines.append(f"embedding {run.pretrained_embeddings}: {embeddings.shape[0]:,} x {embeddings.shape[1]}")
+    return lines, [InitialWeights(weights, embeddings)]
+
+
+def _module(
+    config: TrainConfig, strategy: StrategyRow, *, form: str, vocabulary: tuple[int, int], max_steps: int
+) -> GPTModule:
     row = get_implementation(config.model.implementation)
+    vocab_size, padding = vocabulary
+    if padding and "vocab_padding" not in {option.name for option in row.config_options()}:
+        raise UserError(
+            f"--pad_vocab: the config of --implementation {row.name} has no field vocab_padding, without which padding"
+            " would be sampled"
+        )
     model_type = config.model.model_type
     if row.presets and not all(config.model_fields.get(size) for size in SIZES):
         model_type = model_type or DEFAULT_PRESET
     fields = row.resolve(
-        model_type=model_type, **config.model_fields, vocab_size=files.vocab_size, block_size=config.model.block_size
+        model_type=model_type,
+        **config.model_fields,
+        vocab_size=vocab_size,
+        vocab_padding=padding or None,
+        block_size=config.model.block_size,
     )
     optim: OptimOptions = config.optim
     decay_steps = optim.lr_decay_steps or max_steps
@@ -230,6 +282,7 @@ def _module(config: TrainConfig, strategy: StrategyRow, *, form: str, files: Sou
         final_lr_ratio=floor / optim.learning_rate,
         compile=config.trainer.compile,
         recompute=config.trainer.recompute,
+        freeze_embeddings=config.run.freeze_embeddings,
         **(strategy.form_options if form == strategy.form else {}),
     )
 
@@ -292,7 +345,8 @@ def _trainer(
         "gradient_clip_val": config.optim.gradient_clip_val or None,
         "val_check_interval": options.eval_interval * config.optim.accumulate_grad_batches,
         "check_val_every_n_epoch": None,
-        "num_sanity_val_steps": 0,
+        # Weights from elsewhere are scored before the first step, so that nobody fine-tunes nothing.
+        "num_sanity_val_steps": -1 if any(isinstance(callback, InitialWeights) for callback in callbacks) else 0,
         "log_every_n_steps": options.log_every_n_steps,
         "use_distributed_sampler": False,
         "enable_model_summary": False,
@@ -306,7 +360,14 @@ def _trainer(
 
 @rank_zero_only
 def _header(
-    config: TrainConfig, module: GPTModule, files: Source, *, where: Devices, strategy: str, max_steps: int
+    config: TrainConfig,
+    module: GPTModule,
+    source: Source,
+    loaded: Sequence[str],
+    *,
+    where: Devices,
+    strategy: str,
+    max_steps: int,
 ) -> None:
     """Prints what is about to run."""
     parameters = sum(p.numel() for p in module.parameters())
@@ -315,11 +376,13 @@ def _header(
     tokens_per_step = batch_size * accumulate * where.world_size * fields["block_size"]
     derived = config.optim.global_batch_tokens is not None
     print(
+        *(f"{line}\n" for line in loaded),
         f"model     {module.implementation.name} {sizes}, block {fields['block_size']}, {parameters:,} parameters\n"
-        f"data      {files.describe()}, vocabulary {files.vocab_size:,}\n"
+        f"data      {source.describe()}, vocabulary {source.vocab_size:,}\n"
         f"steps     {max_steps:,} of {tokens_per_step:,} tokens ({batch_size} x {fields['block_size']} x {accumulate}"
         f" micro-batches x {where.world_size} devices{', from --global_batch_tokens' if derived else ''})\n"
-        f"strategy  {strategy}, {where.precision}, {where.accelerator}"
+        f"strategy  {strategy}, {where.precision}, {where.accelerator}",
+        sep="",
     )
 
 

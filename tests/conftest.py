@@ -69,3 +69,49 @@ def tiny_run(tmp_path_factory, text_file, tiny_flags) -> Path:
     out_dir = tmp_path_factory.mktemp("runs") / "tiny"
     train.main([*tiny_flags, f"--data={text_file}", f"--out_dir={out_dir}"])
     return out_dir
+
+
+@pytest.fixture
+def saved_model(tmp_path):
+    """Writes a checkpoint file of a model whose every weight is random; its characters are "abc\\n "."""
+    import torch
+
+    from lightning_gpt.models import GPTModule
+    from lightning_gpt.tokenizers import CharTokenizer
+
+    char = CharTokenizer("abc\n ")
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 8, "block_size": 12}
+
+    def save(implementation: str, tokenizer=char, *, dtype=torch.float32, **fields) -> Path:
+        vocab_size = (tokenizer.vocab_size if tokenizer else 5) + fields.get("vocab_padding", 0)
+        config = ({} if ":" in implementation else sizes) | {"vocab_size": vocab_size, "block_size": 12} | fields
+        torch.manual_seed(0)
+        module = GPTModule(implementation, model_config=config)
+        for parameter in module.parameters():
+            torch.nn.init.normal_(parameter, std=0.4)
+        content = {
+            "hyper_parameters": {"implementation": implementation, "model_config": config},
+            "global_step": 7,
+            "state_dict": {name: tensor.to(dtype) for name, tensor in module.state_dict().items()},
+            "TokenData": {"data": "text.txt", "tokenizer": tokenizer and tokenizer.to_dict()},
+        }
+        torch.save(content, tmp_path / "any.ckpt")
+        return tmp_path / "any.ckpt"
+
+    return save
+
+
+@pytest.fixture
+def export(tmp_path, capsys):
+    """Exports a checkpoint, and returns the folder and what was said on stderr."""
+    import evaluate
+
+    def write(checkpoint: Path, form: str, out: Path | None = None) -> tuple[Path, str]:
+        folder = out or tmp_path / "out" / form
+        capsys.readouterr()
+        evaluate.main([f"--checkpoint={checkpoint}", f"--export={form}", f"--out={folder}"])
+        said = capsys.readouterr()
+        assert said.out == f"{'exported':14}{folder}\n"
+        return folder, said.err
+
+    return write

@@ -31,6 +31,7 @@ def small_gpt2(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     sizes = GPT2Config(n_layer=1, n_head=1, n_embd=8, n_positions=32, vocab_size=256, bos_token_id=0, eos_token_id=0)
     GPT2LMHeadModel(sizes).save_pretrained(folder)
+    (folder / "lightning_gpt_tokenizer.json").write_text('{"name": "byte"}', encoding="ascii")
     return folder
 
 

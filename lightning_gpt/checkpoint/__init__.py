@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lightning_gpt.checkpoint.base import Checkpoint, is_own, remember_run, tied_names
+from lightning_gpt.checkpoint.base import Checkpoint, MappedFile, is_own, remember_run, tied_names
 from lightning_gpt.checkpoint.canonical import (
     CanonicalCheckpoint,
     canonical_folder,
@@ -12,6 +12,8 @@ from lightning_gpt.checkpoint.canonical import (
 )
 from lightning_gpt.checkpoint.dcp import DcpCheckpoint
 from lightning_gpt.checkpoint.deepspeed import DeepSpeedCheckpoint
+from lightning_gpt.checkpoint.huggingface import HuggingFaceCheckpoint, hub_folder, is_hub_name
+from lightning_gpt.checkpoint.originals import FILES, MinGPTCheckpoint, NanoGPTCheckpoint
 from lightning_gpt.checkpoint.resume import ExactResume
 from lightning_gpt.checkpoint.single import SingleFileCheckpoint
 from lightning_gpt.config import UserError
@@ -31,14 +33,15 @@ __all__ = [
 ]
 
 RUNS = Path("runs")
-READERS = (CanonicalCheckpoint, DcpCheckpoint, DeepSpeedCheckpoint, SingleFileCheckpoint)
+FOLDERS = (HuggingFaceCheckpoint, CanonicalCheckpoint, DcpCheckpoint, DeepSpeedCheckpoint)
 
 
 def find_checkpoint(path: str, *, which: str, out_dir: str | None = None) -> Path:
-    """The checkpoint that a user means: a file, or the folder that a sharded strategy or ``convert`` writes.
+    """The checkpoint that a user means: a file, or a folder that is one.
 
     Args:
-        path: A checkpoint, a run folder, or "latest".
+        path: A checkpoint of ours or of another program, a folder that holds one, such as a run's, "latest", or, where
+            no such file is here, a name on the Hugging Face hub.
         which: "best" or "last", for a run folder; where it has no best yet, the last is taken.
         out_dir: The run folder that "latest" looks into; without it, the newest of ``runs/``.
 
@@ -53,14 +56,19 @@ def find_checkpoint(path: str, *, which: str, out_dir: str | None = None) -> Pat
             raise UserError(f"no run with a checkpoint in {RUNS}/ yet; train one first, or give a path")
         path = str(found[-1].parent.parent)
     folder = Path(out_dir if path == "latest" and out_dir else path)
+    if not folder.exists() and is_hub_name(path):
+        folder = hub_folder(path)
     if not folder.exists():
         raise UserError(f"checkpoint {folder} does not exist; give a run folder or a checkpoint")
-    if any(reader.recognises(folder) for reader in READERS):
+    if folder.is_file() or any(reader.recognises(folder) for reader in FOLDERS):
         return folder.resolve()
     for name in (which, "last", "best"):
         for file in (folder / "checkpoints" / f"{name}.ckpt", folder / "checkpoints" / f"{name}.ckpt.old"):
             if file.exists():  # the old one alone, where a machine died between the two moves that replace it
                 return file.resolve()
+    for name in FILES:
+        if (folder / name).is_file():
+            return (folder / name).resolve()
     raise UserError(f"{folder} holds no checkpoints/last.ckpt or checkpoints/best.ckpt; is it a run folder?")
 
 
@@ -69,29 +77,41 @@ def _saved_at(path: Path) -> float:
     return max(p.stat().st_mtime for p in (path, *path.glob("*")))
 
 
-def open_checkpoint(path: Path, *, trust: bool = False) -> Checkpoint:
+def open_checkpoint(path: Path, *, trust: bool = False, n_head: int | None = None) -> Checkpoint:
     """Opens a checkpoint of any kind; weights are read when they are asked for.
 
     Args:
         path: A file or folder, such as ``find_checkpoint`` returns.
         trust: Whether it may hold Python objects, which can run code; one in the user's own run folders may anyway.
+        n_head: How many attention heads the model has, for a checkpoint that does not say.
 
     Raises:
-        UserError: It is no checkpoint of ours, is damaged, or holds Python objects and is not trusted.
+        UserError: It is of no kind that is known, is damaged, or holds Python objects and is not trusted.
     """
-    for reader in READERS:
-        if not reader.recognises(path):
-            continue
-        try:
-            return reader(path, trust=trust or is_own(path))
-        except UserError:
-            raise
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise UserError(f"{path} is not laid out as a checkpoint that this program knows: {error!r}") from error
+    trust = trust or is_own(path)
+    try:
+        if path.is_file():
+            return _open_file(path, trust=trust, n_head=n_head)
+        for reader in FOLDERS:
+            if reader.recognises(path):
+                return reader(path, trust=trust)
+    except UserError:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not laid out as a checkpoint that this program knows: {error!r}") from error
     raise UserError(
-        f"{path} is not a checkpoint; give a .ckpt file, a folder that FSDP or DeepSpeed training wrote, or a converted"
-        " one"
+        f"{path} is not a checkpoint; give a .ckpt file, a folder that FSDP or DeepSpeed training wrote, a converted"
+        " one, or a folder of Hugging Face's GPT-2"
     )
+
+
+def _open_file(path: Path, *, trust: bool, n_head: int | None) -> Checkpoint:
+    file = MappedFile(path, trust=trust)
+    if NanoGPTCheckpoint.holds(file.content):
+        return NanoGPTCheckpoint(file)
+    if MinGPTCheckpoint.holds(file.content):
+        return MinGPTCheckpoint(file, n_head=n_head)
+    return SingleFileCheckpoint(file)
 
 
 def ensure_canonical(path: Path, *, trust: bool = False) -> Checkpoint:
@@ -107,7 +127,7 @@ def ensure_canonical(path: Path, *, trust: bool = False) -> Checkpoint:
         UserError: As for ``open_checkpoint``, or the folder beside it cannot be written.
     """
     checkpoint = open_checkpoint(path, trust=trust)
-    if isinstance(checkpoint, SingleFileCheckpoint | CanonicalCheckpoint):
+    if not checkpoint.in_shards:
         return checkpoint
     folder = canonical_folder(path)
     with one_at_a_time(path):

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,8 @@ class Checkpoint(ABC):
         header: What Lightning saved beside the tensors.
 
     Attributes:
+        kind: What this form is called.
+        in_shards: Whether a weight must be put together from the parts of several ranks, which takes time.
         stored: The weights that are stored, as tensors on the meta device; of tied names one, some or all.
         moments: The same for the optimizer's state: name of a weight to name of a state; empty where there is none.
 
@@ -70,6 +72,8 @@ class Checkpoint(ABC):
         UserError: The header is not one of ours.
     """
 
+    kind: ClassVar[str]
+    in_shards: ClassVar[bool] = False
     stored: dict[str, Tensor]
     moments: dict[str, dict[str, Tensor]]
 
@@ -80,11 +84,6 @@ class Checkpoint(ABC):
             raise UserError(f"{path} is not a checkpoint that train.py wrote")
         self.path = path
         self.header = header
-
-    @classmethod
-    @abstractmethod
-    def recognises(cls, path: Path) -> bool:
-        """Whether a path looks like this kind of checkpoint."""
 
     @abstractmethod
     def _read(self, name: str) -> Tensor:
@@ -143,6 +142,11 @@ class Checkpoint(ABC):
         """The weights, sorted, a tied one only by its first name."""
         return sorted({self.ties.get(name, name) for name in self.stored})
 
+    def layout(self) -> dict[str, Tensor]:
+        """Shape and dtype of each weight of ``names``, on the meta device."""
+        first = {self.ties.get(name, name): tensor for name, tensor in self.stored.items()}
+        return {name: first[name] for name in self.names()}
+
     def weight(self, name: str) -> Tensor:
         """One full weight on the CPU, read now; in fp32 where the training had a master copy in fp32.
 
@@ -168,6 +172,10 @@ class Checkpoint(ABC):
         """
         found = self._stored_as(name, self.moments)
         return {} if found is None else {key: self._read_moment(found, key) for key in self.moments[found]}
+
+    def was_trained(self, name: str) -> bool:
+        """Whether there is optimizer's state of one weight, by any of its names."""
+        return self._stored_as(name, self.moments) is not None
 
     def moment(self, full_name: str) -> Tensor:
         """One tensor of ``optimizer_state``, named ``WEIGHT/STATE``."""
@@ -229,6 +237,12 @@ class Checkpoint(ABC):
                 if name not in ties:
                     tensor.copy_(self.weight(name))
         return module
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All weights under the plain model's names, as torch would save them: tied ones by every name, shared."""
+        model = empty_model(self.implementation, model_config=self.model_config)
+        kept = {name: self.weight(name) for name in self.names()}
+        return {name: kept[self.ties.get(name, name)] for name in model.state_dict()}
 
     def hash(self) -> str:
         """A sha256 over names, shapes and fp32 values, the same for every form of the same weights."""

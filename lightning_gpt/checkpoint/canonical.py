@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lightning_gpt.checkpoint.base import Checkpoint, empty_model, read_header, unreadable
+from lightning_gpt.checkpoint.base import Checkpoint, read_header, unreadable
 from lightning_gpt.config import UserError
 
 try:
@@ -31,7 +31,7 @@ except ModuleNotFoundError:  # Windows
 
 FORMAT, VERSION = "lightning-gpt", 1
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "lightning_gpt_tokenizer.json"
-OPTIMIZER, TRAINING = "optimizer.safetensors", "training.pt"
+OPTIMIZER, TRAINING, STATE_DICT = "optimizer.safetensors", "training.pt", "model.pt"
 
 _DTYPES = {
     torch.float64: "F64",
@@ -58,6 +58,8 @@ class CanonicalCheckpoint(Checkpoint):
         UserError: It is not such a folder, or is damaged.
     """
 
+    kind = "converted"
+
     def __init__(self, path: Path, *, trust: bool = False) -> None:
         config = read_config(path)
         if config is None:
@@ -67,17 +69,17 @@ class CanonicalCheckpoint(Checkpoint):
         if (path / TRAINING).exists():
             header = read_header(path / TRAINING, trust=False)
         else:
-            tokenizer = _read_json(path / TOKENIZER) if (path / TOKENIZER).exists() else None
+            tokenizer = read_json(path / TOKENIZER) if (path / TOKENIZER).exists() else None
             header = {
                 "hyper_parameters": {k: config[k] for k in ("implementation", "model_config") if k in config},
                 "global_step": config.get("step", 0),
                 "TokenData": {"data": config.get("data"), "task": config.get("task"), "tokenizer": tokenizer},
             }
         super().__init__(path, header)
-        self.stored = _layout(path / WEIGHTS)
+        self.stored = layout(path / WEIGHTS)
         self.moments = {}
         if (path / OPTIMIZER).exists():
-            for full_name, tensor in _layout(path / OPTIMIZER).items():
+            for full_name, tensor in layout(path / OPTIMIZER).items():
                 name, _, key = full_name.rpartition("/")
                 self.moments.setdefault(name, {})[key] = tensor
 
@@ -94,10 +96,10 @@ class CanonicalCheckpoint(Checkpoint):
         return config["ties"]
 
     def _read(self, name: str) -> Tensor:
-        return _tensor(self.path / WEIGHTS, name)
+        return read_tensor(self.path / WEIGHTS, name)
 
     def _read_moment(self, name: str, key: str) -> Tensor:
-        return _tensor(self.path / OPTIMIZER, f"{name}/{key}")
+        return read_tensor(self.path / OPTIMIZER, f"{name}/{key}")
 
 
 def canonical_folder(path: Path) -> Path:
@@ -157,24 +159,27 @@ def convert(checkpoint: Checkpoint, folder: Path, *, optimizer: bool = False, pt
         raise UserError(f"{checkpoint.path} holds no optimizer state to convert")
     if folder.exists() and read_config(folder) is None:
         raise UserError(f"{folder} exists and is not a converted checkpoint; move it away, or choose another folder")
-    temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
-    before = fingerprint(checkpoint.path)
-    try:
-        temporary.mkdir(parents=True)
-        _write(checkpoint, temporary, before=before, optimizer=optimizer, pt=pt)
-        if fingerprint(checkpoint.path) != before:
-            raise UserError(f"{checkpoint.path} was replaced while it was read; try again")
-        _replace(temporary, folder)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with whole_folder(folder, source=checkpoint.path) as temporary:
+        described = describe(checkpoint) | {
+            "source": {"name": checkpoint.path.name, "fingerprint": fingerprint(checkpoint.path)}
+        }
+        write_json(temporary / CONFIG, described)
+        if checkpoint.tokenizer is not None:
+            write_json(temporary / TOKENIZER, checkpoint.tokenizer.to_dict())
+        write_weights(temporary / WEIGHTS, checkpoint)
+        if optimizer:
+            moments = {checkpoint.ties.get(name, name): state for name, state in checkpoint.moments.items()}
+            states = {f"{name}/{key}": tensor for name, state in moments.items() for key, tensor in state.items()}
+            write_safetensors(temporary / OPTIMIZER, states, read=checkpoint.moment)
+            torch.save(checkpoint.header, temporary / TRAINING)
+        if pt:
+            torch.save(checkpoint.state_dict(), temporary / STATE_DICT)
     return folder
 
 
-def _write(checkpoint: Checkpoint, folder: Path, *, before: str, optimizer: bool, pt: bool) -> None:
-    tokenizer = checkpoint.tokenizer
-    config = {
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The canonical ``config.json`` of a checkpoint, without where it came from."""
+    return {
         "format": FORMAT,
         "version": VERSION,
         "implementation": checkpoint.implementation,
@@ -183,23 +188,42 @@ def _write(checkpoint: Checkpoint, folder: Path, *, before: str, optimizer: bool
         "data": checkpoint.data,
         "task": checkpoint.task_fields,
         "ties": checkpoint.ties,
-        "source": {"name": checkpoint.path.name, "fingerprint": before},
     }
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    if tokenizer is not None:
-        (folder / TOKENIZER).write_text(json.dumps(tokenizer.to_dict()) + "\n", encoding="utf-8")
-    first = {checkpoint.ties.get(name, name): tensor for name, tensor in checkpoint.stored.items()}
-    weights = {name: first[name] for name in checkpoint.names()}
-    write_safetensors(folder / WEIGHTS, weights, read=checkpoint.weight)
-    if optimizer:
-        moments = {checkpoint.ties.get(name, name): state for name, state in checkpoint.moments.items()}
-        states = {f"{name}/{key}": tensor for name, state in moments.items() for key, tensor in state.items()}
-        write_safetensors(folder / OPTIMIZER, states, read=checkpoint.moment)
-        torch.save(checkpoint.header, folder / TRAINING)
-    if pt:
-        model = empty_model(checkpoint.implementation, model_config=checkpoint.model_config)
-        kept = {name: checkpoint.weight(name) for name in checkpoint.names()}
-        torch.save({name: kept[checkpoint.ties.get(name, name)] for name in model.state_dict()}, folder / "model.pt")
+
+
+def write_weights(path: Path, checkpoint: Checkpoint) -> None:
+    """Writes a checkpoint's weights as safetensors, one at a time."""
+    write_safetensors(path, checkpoint.layout(), read=checkpoint.weight)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a small JSON file to be read by people, too."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path, *, source: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the place of another when it is whole; after an error nothing of it is left.
+
+    Args:
+        folder: The place.
+        source: The checkpoint that it is made from.
+
+    Raises:
+        UserError: It cannot be written, or the checkpoint was written anew meanwhile.
+    """
+    temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
+    before = fingerprint(source)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if fingerprint(source) != before:
+            raise UserError(f"{source} was replaced while it was read; try again")
+        _replace(temporary, folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _replace(new: Path, folder: Path) -> None:
@@ -256,11 +280,16 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     """
     if not (folder / CONFIG).is_file():
         return None
-    config = _read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG)
     return config if isinstance(config, dict) and config.get("format") == FORMAT else None
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        UserError: It cannot be read.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -270,7 +299,12 @@ def _read_json(path: Path) -> Any:
 # A file is opened for each tensor: its map counts as memory of this process for as long as it is open.
 
 
-def _layout(path: Path) -> dict[str, Tensor]:
+def layout(path: Path) -> dict[str, Tensor]:
+    """Name, shape and dtype of each tensor of a safetensors file, on the meta device.
+
+    Raises:
+        UserError: The file is damaged.
+    """
     dtypes = {text: dtype for dtype, text in _DTYPES.items()}
     try:
         with safe_open(path, framework="pt") as file:
@@ -283,7 +317,12 @@ def _layout(path: Path) -> dict[str, Tensor]:
         raise unreadable(path, error) from error
 
 
-def _tensor(path: Path, name: str) -> Tensor:
+def read_tensor(path: Path, name: str) -> Tensor:
+    """One tensor of a safetensors file, in memory of its own.
+
+    Raises:
+        UserError: The file is damaged.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             return file.get_tensor(name).clone()

@@ -66,6 +66,9 @@ class DcpCheckpoint(Checkpoint):
         UserError: It is not a checkpoint of ours, is damaged, or holds Python objects and is not trusted.
     """
 
+    kind = "FSDP"
+    in_shards = True
+
     def __init__(self, path: Path, *, trust: bool = False) -> None:
         self._index = _read_index(path / INDEX, trust=trust)
         super().__init__(path, read_header(path / HEADER, trust=trust))

@@ -89,6 +89,9 @@ class DeepSpeedCheckpoint(Checkpoint):
         UserError: It is not a checkpoint of ours, is damaged or incomplete, or holds Python objects and is not trusted.
     """
 
+    kind = "DeepSpeed"
+    in_shards = True
+
     def __init__(self, path: Path, *, trust: bool = False) -> None:
         self._model = MappedFile(_model_states(path), trust=trust, stand_ins=_STAND_INS)
         states = self._model.content

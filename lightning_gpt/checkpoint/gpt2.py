@@ -5,13 +5,17 @@ Names are those of ``transformers.GPT2LMHeadModel``, which minGPT and nanoGPT sh
 """
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 from lightning_gpt.config import UserError
-from lightning_gpt.implementations import GPT2Traits, Implementation
+from lightning_gpt.implementations import IMPLEMENTATIONS, GPT2Traits, Implementation
 
 # Conv1D keeps its weight as (in, out), the transpose of a Linear's.
 _CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+_MASKS = (".attn.bias", ".attn.masked_bias")
+_WRAPPERS = ("_orig_mod.", "module.")
 
 _SIZES = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50257, "n_positions": 1024}
 _GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}
@@ -24,9 +28,65 @@ _FIXED = {
 }
 
 
+def gpt2_names(stored: Iterable[str]) -> dict[str, str]:
+    """The names in ``GPT2LMHeadModel`` of tensors that lie in a file, each with the name that it has there.
+
+    What DDP and ``torch.compile`` put before a name is taken off, what a model without a head leaves out is put there,
+    and buffers that hold the causal mask are left out.
+    """
+    names = {}
+    for key in stored:
+        name = key
+        while name.startswith(_WRAPPERS):
+            name = name.partition(".")[2]
+        if not name.endswith(_MASKS):
+            names[name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"] = key
+    return names
+
+
+def row_for(traits: GPT2Traits, *, source: str) -> Implementation:
+    """The first implementation of the registry that is such a GPT-2, head and all.
+
+    Raises:
+        UserError: There is none.
+    """
+    reasons = []
+    for row in IMPLEMENTATIONS.values():
+        if row.gpt2 is None:
+            continue
+        try:
+            if gpt2_traits(row, row.gpt2.fields(traits)) == traits:
+                return row
+        except ValueError as error:
+            reasons.append(str(error))
+    raise UserError(f"{source} is a GPT-2 that no implementation can express: {'; '.join(reasons)}")
+
+
 def is_transposed(name: str) -> bool:
     """Whether a weight lies transposed in Hugging Face's GPT-2."""
     return name.endswith(_CONV1D)
+
+
+def traits_from_gpt2(config: dict[str, Any], *, source: str) -> GPT2Traits:
+    """What a GPT-2 ``config.json`` says beside the sizes.
+
+    Args:
+        config: The content of ``config.json``; what it leaves out has Hugging Face's default.
+        source: What to call it in an error message.
+
+    Raises:
+        UserError: It says what nothing here can express.
+    """
+    inner = config.get("n_inner")
+    if inner not in (None, 4 * config.get("n_embd", _SIZES["n_embd"])):
+        raise UserError(f"{source}: n_inner is {inner}, and only an MLP of 4 n_embd is known")
+    for name, only in _FIXED.items():
+        if config.get(name, only) != only:
+            raise UserError(f"{source}: {name} is {config[name]!r}, and only {only!r} is known")
+    activation = config.get("activation_function", "gelu_new")
+    if activation not in _GELU:
+        raise UserError(f"{source}: activation_function is {activation!r}, and only {', '.join(_GELU)} are known")
+    return GPT2Traits(gelu=_GELU[activation], tied=config.get("tie_word_embeddings", True))
 
 
 def fields_from_gpt2(row: Implementation, config: dict[str, Any], *, source: str) -> dict[str, Any]:
@@ -48,18 +108,10 @@ def fields_from_gpt2(row: Implementation, config: dict[str, Any], *, source: str
     for name, value in sizes.items():
         if type(value) is not int or value < 1:
             raise UserError(f"{source}: {name} is {value!r}, it must be a positive whole number")
-    inner = config.get("n_inner")
-    if inner not in (None, 4 * sizes["n_embd"]):
-        raise UserError(f"{source}: n_inner is {inner}, and only an MLP of 4 n_embd is known")
-    for name, only in _FIXED.items():
-        if config.get(name, only) != only:
-            raise UserError(f"{source}: {name} is {config[name]!r}, and only {only!r} is known")
-    activation = config.get("activation_function", "gelu_new")
-    if activation not in _GELU:
-        raise UserError(f"{source}: activation_function is {activation!r}, and only {', '.join(_GELU)} are known")
-    traits = GPT2Traits(gelu=_GELU[activation], tied=config.get("tie_word_embeddings", True))
     try:
-        fields = row.gpt2.fields(traits)
+        fields = row.gpt2.fields(traits_from_gpt2(config, source=source))
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"{source} does not fit --implementation {row.name}: {error}") from error
     return fields | {"block_size" if name == "n_positions" else name: value for name, value in sizes.items()}

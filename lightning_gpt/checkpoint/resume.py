@@ -80,12 +80,16 @@ def restore_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Writes a checkpoint's weights into a model, each rank its share; DeepSpeed's float32 masters included."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            weight = checkpoint.weight(name)
-            write_parameter(parameter, weight)
-            _write_master(parameter, weight)
+            write_weight(parameter, checkpoint.weight(name))
         for name, buffer in model.named_buffers():
             if name in checkpoint.stored:
                 buffer.copy_(checkpoint.weight(name))
+
+
+def write_weight(parameter: Tensor, full: Tensor) -> None:
+    """Sets a parameter, or this rank's share of it, to a whole tensor; DeepSpeed's float32 master included."""
+    write_parameter(parameter, full)
+    _write_master(parameter, full)
 
 
 def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:

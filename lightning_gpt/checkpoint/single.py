@@ -1,7 +1,6 @@
 """Lightning's checkpoint file, which training on one device and under DDP writes."""
 
 import copy
-from pathlib import Path
 
 from torch import Tensor
 
@@ -13,16 +12,17 @@ class SingleFileCheckpoint(Checkpoint):
     """A file of ``Trainer.save_checkpoint``.
 
     Args:
-        path: The file.
-        trust: Whether it may hold Python objects.
+        file: The file, opened.
 
     Raises:
-        UserError: It is not a checkpoint of ours, is damaged, or holds Python objects and is not trusted.
+        UserError: It is not a checkpoint of ours.
     """
 
-    def __init__(self, path: Path, *, trust: bool = False) -> None:
-        self._file = MappedFile(path, trust=trust)
-        content = self._file.content
+    kind = "lightning"
+
+    def __init__(self, file: MappedFile) -> None:
+        self._file = file
+        path, content = file.path, file.content
         if not isinstance(content, dict) or "state_dict" not in content:
             raise UserError(f"{path} is not a checkpoint that train.py wrote")
         # Copied, since a tensor that is kept would keep the whole file mapped.
@@ -39,11 +39,6 @@ class SingleFileCheckpoint(Checkpoint):
             state = optimizers[0]["state"].get(index)
             if state:
                 self.moments[name] = {key: meta(as_state(value)) for key, value in state.items()}
-
-    @classmethod
-    def recognises(cls, path: Path) -> bool:
-        """Any file."""
-        return path.is_file()
 
     def _read(self, name: str) -> Tensor:
         return self._file.read(lambda content: content["state_dict"][self._keys[name]])

@@ -120,8 +120,10 @@ class TiktokenTokenizer(Tokenizer):
 class GPT2Tokenizer(TiktokenTokenizer):
     """GPT-2's encoding: 50,257 tokens, the last of them <|endoftext|>; saved by its name alone."""
 
+    vocab_size = 50257
+
     def __init__(self) -> None:
-        super().__init__("gpt2", vocab_size=50257, end_of_text=50256)
+        super().__init__("gpt2", vocab_size=self.vocab_size, end_of_text=50256)
 
     @classmethod
     def build(cls, spelling: str, *, corpus: bytes | None, source: str) -> GPT2Tokenizer:

@@ -1,0 +1,148 @@
+"""How a new run starts from what was trained before: what that decides about the run, and when it is written."""
+
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from lightning_gpt.checkpoint import find_checkpoint, open_checkpoint
+from lightning_gpt.checkpoint.adapted import AdaptedCheckpoint, fields_for, with_rows
+from lightning_gpt.checkpoint.base import Checkpoint
+from lightning_gpt.checkpoint.embeddings import read_embeddings
+from lightning_gpt.checkpoint.resume import restore_weights, write_weight
+from lightning_gpt.config import UserError
+from lightning_gpt.data.loading import Source
+from lightning_gpt.implementations import Implementation, token_embedding_name
+from lightning_gpt.models import FORMS, GPTModule
+from lightning_gpt.sharding import full_shape
+
+_MULTIPLE = 64
+
+
+def open_source(path: str, *, trust: bool, n_head: int | None) -> Checkpoint:
+    """What ``--init_from`` names.
+
+    Args:
+        path: Anything that ``find_checkpoint`` takes.
+        trust: As for ``open_checkpoint``.
+        n_head: As for ``open_checkpoint``.
+
+    Raises:
+        UserError: It cannot be found or opened.
+    """
+    return open_checkpoint(find_checkpoint(path, which="best"), trust=trust, n_head=n_head)
+
+
+def defaults_from(source: Checkpoint, row: Implementation) -> dict[str, Any]:
+    """The options of a run, by name, that the weights it starts from decide where the user does not.
+
+    Raises:
+        UserError: The implementation cannot express the weights.
+    """
+    fields = fields_for(row, source)
+    del fields["vocab_size"]
+    return {"implementation": row.name, "pad_vocab": fields.pop("vocab_padding", 0) > 0} | fields
+
+
+def fitted_vocabulary(files: Source, *, pad: bool, start: Checkpoint | None, goes_on: bool) -> tuple[int, int]:
+    """How many rows a model's vocabulary has, and how many of them are padding.
+
+    Args:
+        files: The tokens that the model reads.
+        pad: Whether the vocabulary is padded.
+        start: The weights that the run starts from.
+        goes_on: Whether it resumes their run, whose vocabulary then stays as it is.
+
+    Raises:
+        UserError: The weights are for another vocabulary.
+    """
+    tokens = files.vocab_size
+    padded = -(-tokens // _MULTIPLE) * _MULTIPLE
+    if start is None:
+        return (padded, padded - tokens) if pad else (tokens, 0)
+    theirs, ours = start.tokenizer, files.tokenizer
+    if theirs and ours and theirs.name == ours.name and theirs.to_dict() != ours.to_dict():
+        raise UserError(f"{start.path} was trained with another {ours.name} tokenizer than --data was; give the text")
+    rows, padding = start.model_config["vocab_size"], start.model_config.get("vocab_padding", 0)
+    if rows - padding == tokens and goes_on:
+        if pad and not padding and rows != padded:
+            raise UserError(f"--pad_vocab cannot be changed: {start.path} was trained with a vocabulary of {rows}")
+        return rows, padding
+    if rows - padding == tokens:
+        return (padded, padded - tokens) if pad else (tokens, 0)
+    if not padding and rows == padded:  # nanoGPT pads GPT-2's 50,257 tokens so, and does not say it
+        return rows, rows - tokens
+    raise UserError(
+        f"{start.path} has a vocabulary of {rows - padding}, and the tokens of --data one of {tokens}; give the data"
+        " and --tokenizer that fit the weights"
+    )
+
+
+class InitialWeights(Callback):
+    """Writes weights into the model when the strategy has put it where it lives, each rank its share.
+
+    Args:
+        weights: Fitted to the model.
+        embeddings: Token embeddings, (rows, width) as the model has them.
+    """
+
+    def __init__(self, weights: Checkpoint | None, embeddings: Tensor | None) -> None:
+        self.weights = weights
+        self.embeddings = embeddings
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Runs before the first validation."""
+        assert isinstance(pl_module, GPTModule)
+        if self.weights is not None:
+            restore_weights(pl_module.model, self.weights)
+        if self.embeddings is not None:
+            write_weight(pl_module.model.get_parameter(_embedding_name(pl_module)), self.embeddings)
+        self.weights = self.embeddings = None  # files are open, and memory is dear
+
+
+def fitted_weights(source: Checkpoint, module: GPTModule) -> AdaptedCheckpoint:
+    """The weights of a checkpoint as a module wants them.
+
+    Raises:
+        UserError: They do not fit, or the checkpoint is damaged.
+    """
+    whole = FORMS["fsdp"](source.implementation, model_config=source.model_config)  # takes no memory
+    source.require_fit(whole)
+    return AdaptedCheckpoint(source, row=module.implementation, fields=module.model_config)
+
+
+def fitted_embeddings(path: str, module: GPTModule, *, trust: bool) -> Tensor:
+    """Token embeddings as a module wants them, (rows, width), padding included.
+
+    Raises:
+        UserError: There are none, or they do not fit.
+    """
+    matrix = read_embeddings(path, trust=trust)
+    rows, width = full_shape(module.model.get_parameter(_embedding_name(module)))
+    tokens = rows - module.model_config.get("vocab_padding", 0)
+    if matrix.shape != (tokens, width):
+        raise UserError(
+            f"--pretrained_embeddings {path} has shape {tuple(matrix.shape)}, and the model needs {(tokens, width)}:"
+            " the vocabulary's tokens and its width"
+        )
+    return with_rows(matrix, rows)
+
+
+def _embedding_name(module: GPTModule) -> str:
+    return token_embedding_name(module.model, vocab_size=module.model_config["vocab_size"])
+
+
+def describe(weights: AdaptedCheckpoint, *, name: str) -> str:
+    """What was loaded and how it was fitted, in a line."""
+    source = weights.source
+    elements = sum(source.stored[source._stored_as(known, source.stored)].numel() for known in source.names())
+    have, want = source.model_config, weights.model_config
+    parts = [f"{len(source.names())} tensors, {elements:,} parameters"]
+    if weights.implementation != source.implementation:
+        parts.append(f"as {weights.implementation}")
+    if want["block_size"] != have["block_size"]:
+        parts.append(f"block {have['block_size']} cropped to {want['block_size']}")
+    if want["vocab_size"] != have["vocab_size"]:
+        verb = "padded" if want["vocab_size"] > have["vocab_size"] else "cut"
+        parts.append(f"vocabulary {verb} to {want['vocab_size']:,}")
+    return f"{name} ({source.kind}): {', '.join(parts)}"

@@ -1,0 +1,100 @@
+"""Tokenizers out: what ``evaluate.py --export hf`` writes, opened by ``AutoTokenizer``."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from lightning_gpt.checkpoint import hf_tokenizer
+from lightning_gpt.tokenizers import (
+    ByteTokenizer,
+    GPT2Tokenizer,
+    HuggingFaceTokenizer,
+    TiktokenTokenizer,
+    Tokenizer,
+    bpe,
+)
+
+transformers = pytest.importorskip("transformers")
+
+
+def tables() -> Tokenizer:
+    """GPT-2's tokenizer; skips where its tables are absent."""
+    pytest.importorskip("tiktoken")
+    if not os.environ.get("TIKTOKEN_CACHE_DIR"):
+        pytest.skip("GPT-2's tables are not here: TIKTOKEN_CACHE_DIR is not set")
+    return GPT2Tokenizer()
+
+
+def assert_same_tokens(folder: Path, tokenizer: Tokenizer, texts: list[str]) -> object:
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    for text in texts:
+        ids = tokenizer.encode(text).tolist()
+        assert theirs(text)["input_ids"] == ids, text
+        assert theirs.decode(ids) == tokenizer.decode(ids) == text
+    assert len(theirs) == tokenizer.vocab_size and theirs.eos_token_id == tokenizer.end_of_text
+    return theirs
+
+
+TEXTS = [
+    "Hello world, it's 12345 o'clock!\n\n\n  def f(x):\r\n\treturn x  \n",
+    " leading, trailing   ",
+    "\n",
+    "\u00e9e\u0301 \u4f60\u597d \U0001f469\u200d\U0001f469\u200d\U0001f467 \ufdfa \u0661\u0662 \u00bd\u00b2",
+    "a\u00a0b\u2028c\u0085d\x00\x1f'LL 'll 's'S",
+]
+
+
+def test_gpt2_tokens_in_hf(saved_model, export):
+    tokenizer = tables()
+    folder, said = export(saved_model("nanogpt", tokenizer, vocab_padding=47), "hf")
+    theirs = assert_same_tokens(folder, tokenizer, TEXTS)
+    assert theirs.bos_token_id == theirs.unk_token_id == 50256 and theirs.eos_token == "<|endoftext|>"
+    assert theirs.model_max_length == 12 and "AutoTokenizer" not in said
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert (model.config.vocab_size, model.config.eos_token_id, model.config.bos_token_id) == (50257, 50256, 50256)
+    assert model.generate(**theirs(TEXTS[2], return_tensors="pt"), max_new_tokens=2).shape == (1, 3)
+
+
+def test_gpt2_merges_are_the_published_ones(saved_model, export):
+    folder, _ = export(saved_model("nanogpt", tables()), "hf")
+    ours = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    files = [file.read_text(encoding="utf-8") for file in Path(os.environ["TIKTOKEN_CACHE_DIR"]).iterdir()]
+    merges = next((text for text in files if text.startswith("#version: 0.2")), None)
+    vocabulary = next((json.loads(text) for text in files if text.startswith("{")), None)
+    if merges is None or vocabulary is None:
+        pytest.skip("GPT-2's published tables are not in TIKTOKEN_CACHE_DIR")
+    assert [" ".join(pair) for pair in ours["merges"]] == merges.split("\n")[1:-1]
+    assert ours["vocab"] == vocabulary
+
+
+def test_another_encoding_in_hf(saved_model, export, monkeypatch):
+    """With cl100k's pattern, whose {1,3}+ means something else to Hugging Face's library."""
+    tiktoken = pytest.importorskip("tiktoken")
+    joined = [b"12", b"34", b"1234", b"th", b"the", b" the", b"\n\n", b"\r\n", b"!!", b"!!\n"]
+    ranks = {bytes([(i + 7) % 256]): i for i in range(256)} | {token: 256 + i for i, token in enumerate(joined)}
+    pattern = (
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
+        r"|\s+(?!\S)|\s"
+    )
+    specials = {"<|endoftext|>": 266, "<|more|>": 267}
+    encoding = tiktoken.Encoding("small", pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
+    for module in (hf_tokenizer, bpe):
+        monkeypatch.setattr(module, "load_encoding", lambda name: encoding)
+    tokenizer = TiktokenTokenizer("small", vocab_size=268, end_of_text=266)
+    folder, _ = export(saved_model("nanogpt", tokenizer), "hf")
+    theirs = assert_same_tokens(folder, tokenizer, [*TEXTS, "1234512345 the the!!\n\n the"])
+    assert theirs("<|more|>")["input_ids"] == [267]
+
+
+def test_bytes_in_hf(saved_model, export):
+    folder, _ = export(saved_model("nanogpt", ByteTokenizer()), "hf")
+    assert_same_tokens(folder, ByteTokenizer(), TEXTS)
+
+
+def test_a_hugging_face_tokenizer_goes_back_as_it_came(saved_model, export, byte_level_file):
+    tokenizer = HuggingFaceTokenizer.build(str(byte_level_file), corpus=None, source="")
+    folder, _ = export(saved_model("nanogpt", tokenizer), "hf")
+    assert (folder / "tokenizer.json").read_bytes() == byte_level_file.read_bytes()
+    assert assert_same_tokens(folder, tokenizer, TEXTS).eos_token == "<|endoftext|>"
