@@ -18,26 +18,8 @@ from lightning_gpt.compilation import compile_model, recompute_blocks
 from lightning_gpt.forms import DeepSpeedForm, FSDPForm
 from lightning_gpt.implementations import get_implementation, token_embedding_name
 from lightning_gpt.optim import adamw, parameter_groups, warmup_cosine
+from lightning_gpt.scoring import ScoreSums
 from lightning_gpt.sharding import give_memory
-
-
-def count_right(logits: Tensor, targets: Tensor) -> Tensor:
-    """How many answers the likeliest token after each true one makes up, and how many answers there are.
-
-    That is exactly how many answers greedy generation gets right. As long as it agrees with the true answer its inputs
-    are those of this forward pass, and where it first disagrees the answer is wrong in both.
-
-    Args:
-        logits: (B, T, vocab_size).
-        targets: (B, T) int64, -1 where no answer is asked for; a row of nothing else is no question.
-
-    Returns:
-        Right answers and answers, shape (2,), int64.
-    """
-    asked = targets != -1
-    questions = asked.any(dim=1)
-    right = ((logits.argmax(dim=-1) == targets) | ~asked).all(dim=1) & questions
-    return torch.stack([right.sum(), questions.sum()])
 
 
 class GPTModule(LightningModule):
@@ -90,7 +72,7 @@ class GPTModule(LightningModule):
         # Device tensors, read only when something is logged, so that no step waits for them.
         self.step_loss: Tensor | None = None
         self._gradient_norm: Tensor | None = None
-        self._val_sums: Tensor | None = None
+        self._val_sums: ScoreSums | None = None
         self.val_tokens = 0  # that the last validation scored, over all ranks
 
     def build_model(self) -> nn.Module:
@@ -165,35 +147,24 @@ class GPTModule(LightningModule):
         return self._gradient_norm
 
     def on_validation_epoch_start(self) -> None:
-        """Begins the sums of the validation: loss and tokens scored, answers right and answers."""
-        self._val_sums = torch.zeros(4, dtype=torch.float64, device="cpu" if self.device.type == "mps" else self.device)
+        """Begins the sums of the validation."""
+        has_answers = getattr(self.trainer.datamodule, "has_answers", False)
+        padding = self.model_config.get("vocab_padding", 0)
+        self._val_sums = ScoreSums(self.device, has_answers=has_answers, padding=padding)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Adds a batch's loss and its number of scored tokens to the sums; of a task, also its right answers."""
+        """Adds a batch to the sums."""
         assert self._val_sums is not None
         logits, loss = self.model(*batch)
-        assert loss is not None
-        device = self._val_sums.device
-        loss, scored = loss.to(device), (batch[1] != -1).sum().to(device)
-        # A batch of padding alone has no loss.
-        total = torch.where(scored > 0, loss.double() * scored, 0.0)
-        self._val_sums[:2] += torch.stack([total, scored.double()])
-        if getattr(self.trainer.datamodule, "has_answers", False):
-            padding = self.model_config.get("vocab_padding", 0)  # is never sampled
-            sampled = logits[..., : logits.shape[-1] - padding]
-            self._val_sums[2:] += count_right(sampled, batch[1]).to(device)
+        self._val_sums.add(logits, loss, batch[1])
 
     def on_validation_epoch_end(self) -> None:
-        """Logs ``val_loss``: the sum over all ranks divided by the tokens they scored, nats per token.
-
-        And ``val_accuracy`` of a task: the share of answers that are right as a whole.
-        """
+        """Logs ``val_loss``, and of a task ``val_accuracy``: the same on all ranks (see ``ScoreSums``)."""
         assert self._val_sums is not None
-        total, scored, right, answers = self.trainer.strategy.reduce(self._val_sums, reduce_op="sum")
-        self.log("val_loss", (total / scored).float(), prog_bar=True, sync_dist=True)
-        self.val_tokens = int(scored)
-        if answers:
-            self.log("val_accuracy", (right / answers).float(), sync_dist=True)
+        reduce = partial(self.trainer.strategy.reduce, reduce_op="sum")
+        found, self.val_tokens = self._val_sums.result(reduce)
+        for name, value in found.items():
+            self.log(name, value, prog_bar=name == "val_loss", sync_dist=True)
 
     def build_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """AdamW over parameter groups."""

@@ -18,7 +18,7 @@ from lightning_gpt.cli import parse_train
 from lightning_gpt.data.streams import TrainBatches
 from lightning_gpt.data.tasks.adder import Adder
 from lightning_gpt.data.tasks.sort import Sort
-from lightning_gpt.models import count_right
+from lightning_gpt.scoring import ScoreSums, count_right
 
 REPO = Path(__file__).parent.parent
 NANO = "--implementation=nanogpt --dropout=0 --accelerator=cpu --logger=none".split()
@@ -121,6 +121,15 @@ def train_sort(folder, *, steps):
     flags = "--data=sort --length=4 --num_symbols=4 --n_layer=1 --n_head=4 --n_embd=32 --batch_size=64".split()
     flags += ["--learning_rate=2e-2", f"--max_steps={steps}", "--eval_interval=100", "--lr_decay_steps=100"]
     train.main([*NANO, *flags, "--sample_tokens=0", f"--out_dir={folder}"])
+
+
+def test_padding_of_the_vocabulary_is_no_answer():
+    logits = torch.tensor([[[0.0, 1.0, 2.0]]])  # 1 is the likeliest of what can be sampled
+    for padding, accuracy in ((1, 1.0), (0, 0.0)):
+        sums = ScoreSums(torch.device("cpu"), has_answers=True, padding=padding)
+        sums.add(logits, torch.tensor(0.5), torch.tensor([[1]]))
+        sums.add(logits, torch.tensor(float("nan")), torch.tensor([[-1]]))  # a batch of padding
+        assert sums.result(lambda values: values) == ({"val_loss": 0.5, "val_accuracy": accuracy}, 1)
 
 
 @pytest.fixture(scope="module")
