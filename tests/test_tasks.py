@@ -13,7 +13,7 @@ import torch
 import evaluate
 import sample
 import train
-from lightning_gpt.checkpoint import ensure_canonical
+from lightning_gpt.checkpoint import convert, ensure_canonical, open_checkpoint
 from lightning_gpt.cli import parse_train
 from lightning_gpt.data.streams import TrainBatches
 from lightning_gpt.data.tasks.adder import Adder
@@ -175,9 +175,10 @@ def test_accuracy_is_that_of_greedy_generation_also_while_it_is_bad(tmp_path, ca
 def test_accuracy_of_fewer_batches_and_of_a_converted_checkpoint(sort_run, tmp_path):
     whole = score(tmp_path, "--checkpoint", sort_run, "--batch_size=3")
     assert score(tmp_path, "--checkpoint", sort_run, "--batch_size=3", "--eval_batches=2")["tokens"] == 6 * 4
-    evaluate.main(["--checkpoint", str(sort_run), "--convert_only"])
-    converted = score(tmp_path, "--checkpoint", sort_run / "checkpoints" / "best")
-    assert (converted["accuracy"], converted["tokens"]) == (whole["accuracy"], whole["tokens"])
+    source = open_checkpoint(sort_run / "checkpoints" / "best.ckpt")
+    for optimizer in (False, True):
+        converted = score(tmp_path, "--checkpoint", convert(source, tmp_path / "converted", optimizer=optimizer))
+        assert (converted["accuracy"], converted["tokens"]) == (whole["accuracy"], whole["tokens"])
 
 
 def test_a_run_shows_accuracy_and_answers_a_question(capsys, tmp_path):
