@@ -193,6 +193,29 @@ class SampleOptions:
 
 
 @dataclass(frozen=True)
+class PrepareOptions:
+    """Which text becomes token files, and how."""
+
+    inputs: list[str] = field(default_factory=list, metadata={"positional": True})
+    """shakespeare_char, shakespeare, openwebtext, or files and folders: plain text, .jsonl, .ndjson or .parquet, the
+    first three also .gz or .zst"""
+    out: str | None = None
+    """the folder of token files; one that is there is replaced when the new one is whole"""
+    tokenizer: str | None = None
+    """as for train.py (default: gpt2; char for shakespeare_char)"""
+    val_fraction: float | None = None
+    """share of the text, or chance of a document, to be for validation (default: 0.1; 0.0005 for openwebtext)"""
+    seed: int = 2357
+    """seed of the draw of documents"""
+    workers: int | None = None
+    """threads that tokenize, which does not change the tokens (default: one per processor core)"""
+    field: str = "text"
+    """the field of a JSON row, or the column of a Parquet file, that holds the text"""
+    from_file: str | None = None
+    """take a named text from this file or folder, in place of a download (also --from)"""
+
+
+@dataclass(frozen=True)
 class TaxOptions:
     """How long the comparison with a hand-written loop takes, and where its numbers go."""
 
@@ -249,12 +272,16 @@ SIZES = ("n_layer", "n_head", "n_embd")
 
 @dataclass(frozen=True)
 class Option:
-    """One field of a config dataclass, as a flag: name, type annotation, default and help line."""
+    """One field of a config dataclass, as a flag: name, type annotation, default and help line.
+
+    One with `positional` in its metadata is given without a flag, any number of times.
+    """
 
     name: str
     type: Any
     default: Any
     help: str
+    positional: bool = False
 
 
 def options_of(cls: type, source: str | None = None) -> list[Option]:
@@ -281,7 +308,8 @@ def options_of(cls: type, source: str | None = None) -> list[Option]:
         default = None if f.default is dataclasses.MISSING else f.default
         if f.default_factory is not dataclasses.MISSING:
             default = f.default_factory()
-        found.append(Option(f.name, types[f.name], default, docs.get(f.name, "")))
+        positional = f.metadata.get("positional", False)
+        found.append(Option(f.name, types[f.name], default, docs.get(f.name, ""), positional))
     return found
 
 

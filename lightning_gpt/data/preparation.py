@@ -15,12 +15,12 @@ from lightning_gpt.data.token_files import (
     cache_root,
     is_token_folder,
     open_token_files,
-    write_token_files,
 )
-from lightning_gpt.tokenizers import TOKENIZERS, build_tokenizer
+from lightning_gpt.data.tokenizing import Plan, write_corpus
+from lightning_gpt.tokenizers import TOKENIZERS
 
 DEFAULT_TOKENIZER = "char"
-TRAIN_FRACTION = 0.9
+VAL_FRACTION = 0.1
 
 
 def prepare(data: str, *, tokenizer: str | None, block_size: int, cache_dir: Path | None = None) -> TokenFiles:
@@ -57,46 +57,10 @@ def prepare(data: str, *, tokenizer: str | None, block_size: int, cache_dir: Pat
     return files
 
 
-def write_corpus(folder: Path, *, corpus: Corpus, tokenizer: str) -> None:
-    """Tokenize a corpus into a token folder: the first 90 % of its characters to train on, the rest to validate.
-
-    Args:
-        folder: Where to; see `write_token_files`.
-        corpus: The text.
-        tokenizer: A key of `TOKENIZERS`.
-
-    Raises:
-        UserError: The text does not suit the tokenizer, is too short to split, or the folder cannot be written.
-    """
-    built = build_tokenizer(tokenizer, corpus=corpus.content, source=corpus.source)
-    cut = _cut(corpus.content)
-    train, val = corpus.content[:cut], corpus.content[cut:]
-    if not train or not val:
-        raise UserError(f"{corpus.source} is too short to split into training and validation text; give more text")
-    write_token_files(
-        folder,
-        train=built.encode_bytes(train, source=corpus.source),
-        val=built.encode_bytes(val, source=corpus.source),
-        tokenizer=built,
-        vocab_size=built.vocab_size,
-        source=corpus.source,
-        train_bytes=len(train),
-        val_bytes=len(val),
-    )
-
-
-def _cut(content: bytes) -> int:
-    """Byte offset of the split: between characters where the content is text, as nanoGPT splits."""
-    if not content.isascii():
-        with contextlib.suppress(UnicodeDecodeError):
-            text = content.decode("utf-8")
-            return len(text[: int(TRAIN_FRACTION * len(text))].encode("utf-8"))
-    return int(TRAIN_FRACTION * len(content))
-
-
 def _cached(corpus: Corpus, *, name: str, root: Path) -> TokenFiles:
-    digest = hashlib.blake2b(f"{FORMAT_VERSION}\0{TRAIN_FRACTION}\0{name}\0".encode(), digest_size=16)
-    digest.update(corpus.content)
+    digest = hashlib.blake2b(f"{FORMAT_VERSION}\0{VAL_FRACTION}\0{name}\0".encode(), digest_size=16)
+    for block in corpus.joined():
+        digest.update(block.data)
     folder = root / "tokens" / digest.hexdigest()
     # A folder appears whole or not at all, so a hit needs no lock and works in a cache that is read-only.
     if files := _opened(folder, root):
@@ -104,7 +68,7 @@ def _cached(corpus: Corpus, *, name: str, root: Path) -> TokenFiles:
     with _locked(folder.with_suffix(".lock")):
         if files := _opened(folder, root):
             return files
-        write_corpus(folder, corpus=corpus, tokenizer=name)
+        write_corpus(folder, corpus=corpus, plan=Plan(tokenizer=name, val_fraction=VAL_FRACTION))
         return open_token_files(folder, cache_dir=root)
 
 

@@ -1,0 +1,131 @@
+"""Texts that have a name: where they are from, and what they are usually made into."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.request import urlopen
+
+from lightning_gpt.config import UserError
+from lightning_gpt.data.corpora import Corpus, find_corpus
+from lightning_gpt.data.documents import Block, FileDocuments, require
+from lightning_gpt.data.token_files import cache_root
+
+SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+OPENWEBTEXT = "Skylion007/openwebtext"
+_TIMEOUT_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class NamedSet:
+    """A text with a name.
+
+    Attributes:
+        tokenizer: What it is tokenized by, unless the user says otherwise.
+        val_fraction: Share that is for validation, likewise.
+        find: Gets it, from a file or folder of the user's if one is given.
+    """
+
+    tokenizer: str
+    val_fraction: float
+    find: Callable[[str | None, str], Corpus]
+
+
+def _tiny_shakespeare(from_file: str | None, field: str) -> Corpus:
+    path = Path(from_file).expanduser() if from_file else cache_root() / "downloads" / "tinyshakespeare.txt"
+    try:
+        if from_file is None and not path.is_file():
+            _download(path)
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    if hashlib.sha256(content).hexdigest() != SHAKESPEARE_SHA256:
+        raise UserError(
+            f"{path} is not the text of tiny Shakespeare (its SHA-256 differs); to prepare another text, "
+            "give its path in place of the name"
+        )
+    return Corpus(f"tiny Shakespeare ({SHAKESPEARE_URL})", FileDocuments((path,)), is_one_text=True)
+
+
+def _download(path: Path) -> None:
+    try:
+        with urlopen(SHAKESPEARE_URL, timeout=_TIMEOUT_SECONDS) as answer:
+            content = answer.read()
+    except (URLError, OSError) as error:
+        raise UserError(
+            f"tiny Shakespeare cannot be fetched ({error}); put {SHAKESPEARE_URL} into a file and give it by "
+            f"--from FILE, or put it at {path}"
+        ) from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_bytes(content)
+    os.replace(partial, path)
+
+
+@dataclass(frozen=True)
+class HubDocuments:
+    """The rows of a data set of the Hugging Face hub, read as they arrive.
+
+    Attributes:
+        name: The data set.
+        field: The column that holds the text.
+    """
+
+    name: str
+    field: str = "text"
+
+    @property
+    def size(self) -> None:
+        """Unknown."""
+
+    def identity(self) -> list[Any]:
+        """The name and the column."""
+        return [self.name, self.field]
+
+    def blocks(self, first: int = 0, offset: int = 0) -> Iterator[Block]:
+        """The blocks from byte `offset` of row number `first` on; `disk` counts from there.
+
+        Raises:
+            OSError: The connection was lost.
+        """
+        # The branch that the hub makes by itself, which needs none of the data set's own code.
+        rows = require("datasets", self.name).load_dataset(
+            self.name, revision="refs/convert/parquet", split="train", streaming=True
+        )
+        read = 0
+        for number, row in enumerate(rows.skip(first) if first else rows, first):
+            text = row.get(self.field)
+            if not isinstance(text, str):
+                raise UserError(f"{self.name} has no text column {self.field!r} (columns: {', '.join(row)})")
+            data = text.encode("utf-8", "replace")
+            start, read = offset if number == first else 0, read + len(data)
+            yield Block(data[start:], True, f"{self.name}, row {number + 1}", start, read)
+
+
+def _openwebtext(from_file: str | None, field: str) -> Corpus:
+    if from_file:
+        return find_corpus([from_file], field=field, flag="--from ")
+    advice = (
+        f"download the Parquet files of https://huggingface.co/datasets/{OPENWEBTEXT}/tree/refs%2Fconvert%2Fparquet "
+        "into a folder and give it by --from FOLDER"
+    )
+    require("datasets", "openwebtext comes from the Hugging Face hub, which")
+    try:  # datasets itself tries for minutes
+        socket.create_connection(("huggingface.co", 443), timeout=_TIMEOUT_SECONDS).close()
+    except OSError as error:
+        raise UserError(f"huggingface.co cannot be reached ({error}); {advice}") from error
+    return Corpus(OPENWEBTEXT, HubDocuments(OPENWEBTEXT, field))
+
+
+NAMED_SETS: dict[str, NamedSet] = {
+    "shakespeare_char": NamedSet("char", 0.1, _tiny_shakespeare),
+    "shakespeare": NamedSet("gpt2", 0.1, _tiny_shakespeare),
+    "openwebtext": NamedSet("gpt2", 0.0005, _openwebtext),
+}
