@@ -7,13 +7,24 @@ in ``--help``. Nothing here needs more than the standard library, so ``--help`` 
 import ast
 import dataclasses
 import inspect
+import os
 import typing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 
 class UserError(ValueError):
     """Something a user can put right: shown as one line, exit code 2, without a traceback."""
+
+
+def cache_root() -> Path:
+    """The folder for what can be made again: LIGHTNING_GPT_CACHE, or lightning_gpt in the user's cache folder."""
+    if own := os.environ.get("LIGHTNING_GPT_CACHE"):
+        return Path(own).expanduser()
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return Path(shared).expanduser() / "lightning_gpt"
+    return Path("~/.cache/lightning_gpt").expanduser()
 
 
 @dataclass(frozen=True)
@@ -37,7 +48,11 @@ class DataOptions:
     """stdlib (this Python's own standard library), a text file, a folder of text files, or a folder with train.bin and
     val.bin"""
     tokenizer: str | None = None
-    """char, byte or gpt2 (default: char for text; a folder of token files knows its own)"""
+    """char, byte, gpt2, another tiktoken encoding such as cl100k_base, or the path of a Hugging Face tokenizer.json
+    (default: char for text; a folder of token files knows its own)"""
+    tokenizer_file: str | None = None
+    """tables of gpt2 (a folder with vocab.bpe and encoder.json) or of another tiktoken encoding (its .tiktoken file),
+    for use without a network; checked, and kept in the cache for later runs"""
     batch_size: int = 12
     """sequences per device and micro-batch"""
     num_workers: int = 0
@@ -203,6 +218,8 @@ class PrepareOptions:
     """the folder of token files; one that is there is replaced when the new one is whole"""
     tokenizer: str | None = None
     """as for train.py (default: gpt2; char for shakespeare_char)"""
+    tokenizer_file: str | None = None
+    """as for train.py"""
     val_fraction: float | None = None
     """share of the text, or chance of a document, to be for validation (default: 0.1; 0.0005 for openwebtext)"""
     seed: int = 2357

@@ -24,7 +24,7 @@ from lightning_gpt.checkpoint.resume import restore_weights
 from lightning_gpt.config import EvaluateOptions, TrainerOptions, UserError
 from lightning_gpt.data.loading import TokenData
 from lightning_gpt.data.preparation import prepare
-from lightning_gpt.data.token_files import TokenFiles
+from lightning_gpt.data.token_files import TokenFiles, is_token_folder
 from lightning_gpt.models import FORMS
 from lightning_gpt.strategies import find_devices, get_strategy
 
@@ -172,13 +172,9 @@ def _held_out(checkpoint: Checkpoint, options: EvaluateOptions) -> tuple[TokenFi
     if data is None:
         raise UserError(f"{checkpoint.path} does not say what it was trained on; give --data")
     tokenizer = checkpoint.tokenizer
-    block_size = checkpoint.model_config["block_size"]
-    files = prepare(data, tokenizer=tokenizer.name if tokenizer else None, block_size=block_size)
-    if tokenizer and files.tokenizer and files.tokenizer.to_dict() != tokenizer.to_dict():
-        raise UserError(
-            f"--data {data} has another vocabulary than {checkpoint.path} was trained with; give the same text"
-        )
-    return files, data
+    if tokenizer is None and not is_token_folder(Path(data).expanduser()):
+        raise UserError(f"{checkpoint.path} does not know its tokenizer; give --data a folder of its tokens")
+    return prepare(data, tokenizer=tokenizer, block_size=checkpoint.model_config["block_size"]), data
 
 
 def _score(loss: float, checkpoint: Checkpoint, files: TokenFiles, options: EvaluateOptions) -> Score:

@@ -28,6 +28,7 @@ from lightning_gpt.planning import flops_per_token, plan
 from lightning_gpt.strategies import StrategyRow, find_devices, get_strategy
 from lightning_gpt.strategies.devices import Devices
 from lightning_gpt.strategies.saving import WholeFiles
+from lightning_gpt.tokenizers import Tokenizer
 
 DEFAULT_STEPS = 1000
 DEFAULT_PRESET = "gpt-micro"
@@ -60,7 +61,13 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Path | 
     strategy = _strategy(config, where)
     if strategy.form == "deepspeed" and config.trainer.trainer.get("gradient_clip_algorithm") == "value":
         raise UserError("DeepSpeed clips by norm alone; leave --trainer.gradient_clip_algorithm out")
-    files = prepare(config.data.data, tokenizer=config.data.tokenizer, block_size=config.model.block_size)
+    checkpoint = open_checkpoint(Path(run.resume), trust=run.trust_checkpoint) if run.resume else None
+    files = prepare(
+        config.data.data,
+        tokenizer=_tokenizer(config, checkpoint),
+        tokenizer_file=config.data.tokenizer_file,
+        block_size=config.model.block_size,
+    )
     if run.sample_tokens and files.tokenizer:
         # A prompt that cannot be encoded is told now, not after the training.
         encode_prompt(files.tokenizer, run.prompt)
@@ -75,7 +82,6 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Path | 
     )
     samples_per_step = config.data.batch_size * config.optim.accumulate_grad_batches * where.world_size
     max_steps = _budget(config, samples_per_step, data)
-    checkpoint = open_checkpoint(Path(run.resume), trust=run.trust_checkpoint) if run.resume else None
     seed_everything(run.seed, verbose=False)
     # A plain module has its weights at once, which a dry run must not have.
     module = _module(config, strategy, form="fsdp" if run.dry_run else strategy.form, files=files, max_steps=max_steps)
@@ -105,6 +111,14 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Path | 
     return run_dir
 
 
+def _tokenizer(config: TrainConfig, checkpoint: Checkpoint | None) -> str | Tokenizer | None:
+    """The tokenizer that a run is resumed with is its own, whatever the text is now."""
+    own, said = checkpoint.tokenizer if checkpoint else None, config.data.tokenizer
+    if own and said and not own.answers_to(said):
+        raise UserError(f"--tokenizer {said} is not what the run was trained with ({own.name}); leave it out")
+    return own or said
+
+
 def _check_resume(checkpoint: Checkpoint, module: GPTModule, max_steps: int) -> None:
     checkpoint.require_fit(module)
     if not checkpoint.has_optimizer:
@@ -126,7 +140,7 @@ def _fresh_folder() -> Path:
 def _open_folder(run_dir: Path, config: TrainConfig) -> None:
     """Makes the run folder and saves the resolved configuration in it."""
     # What holds for this start alone is no setting of the run.
-    flat = config.flat() | {"out_dir": str(run_dir), "resume": None, "trust_checkpoint": False}
+    flat = config.flat() | {"out_dir": str(run_dir), "resume": None, "trust_checkpoint": False, "tokenizer_file": None}
     try:
         run_dir.mkdir(parents=True, exist_ok=config.run.out_dir is not None)
         (run_dir / "config.yaml").write_text(yaml.safe_dump(flat, sort_keys=False), encoding="utf-8")

@@ -12,7 +12,7 @@ ENTRY_POINTS = sorted(REPO.glob("*.py"))
 MODELS = ("mingpt", "nanogpt")
 LIBRARY = sorted(p for room in ("lightning_gpt", *MODELS) for p in (REPO / room).rglob("*.py"))
 CODE = [*ENTRY_POINTS, *LIBRARY]
-HEAVY = {"deepspeed", "transformers", "tiktoken"}
+HEAVY = {"deepspeed", "transformers", "tiktoken", "tokenizers", "datasets", "pyarrow", "zstandard", "huggingface_hub"}
 
 # Rooms of lightning_gpt, each with those that it may import besides `config` and itself; a folder is one room.
 _FIRST = {"implementations", "compilation", "optim", "strategies", "tokenizers", "models", "checkpoint", "data"}

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lightning_gpt.config import UserError
+from lightning_gpt.config import UserError, cache_root
 from lightning_gpt.data import token_files
 from lightning_gpt.data.preparation import prepare
-from lightning_gpt.data.token_files import cache_root, open_token_files, write_token_files
+from lightning_gpt.data.token_files import open_token_files, write_token_files
 from lightning_gpt.tokenizers import ByteTokenizer, CharTokenizer
 
 TEXT = "The quick brown fox jumps over the lazy dog, caf\u00e9 \U0001f600.\n" * 20

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_gpt.config import UserError
-from lightning_gpt.data.token_files import cache_root
+from lightning_gpt.config import UserError, cache_root
 from lightning_gpt.implementations import get_implementation
 from lightning_gpt.models import GPTModule
 from lightning_gpt.tokenizers import Tokenizer, tokenizer_from_dict

@@ -17,9 +17,9 @@ from lightning_gpt.tokenizers import Tokenizer
 # Text that a thread takes at a time. The tokens do not depend on it.
 UNIT_BYTES = 1 << 19
 # Where so much text has no place to cut it, it is cut all the same, and may have some tokens more.
-LIMIT_BYTES = 16 << 20
+LIMIT_BYTES = 4 << 20
 _FIRST_LOOK = UNIT_BYTES + (1 << 12)
-_IN_FLIGHT_BYTES = 32 << 20
+_IN_FLIGHT_BYTES = 16 << 20
 _MAX_PIECES = 1 << 12
 _WHITE_SPACE = re.compile(rb"\s")
 
@@ -209,13 +209,13 @@ def encode_in_order(
         UserError: The text does not suit the tokenizer.
     """
     waiting: deque[tuple[Unit, Future[dict[Split, bytes]]]] = deque()
-    in_flight = 0
+    in_flight, most = 0, max(_IN_FLIGHT_BYTES, 2 * workers * UNIT_BYTES)
     with ThreadPoolExecutor(workers, thread_name_prefix="encode") as pool:
         try:
             for unit in todo:
                 waiting.append((unit, pool.submit(encode, unit)))
                 in_flight += unit.n_bytes
-                while len(waiting) > 2 * workers or in_flight > _IN_FLIGHT_BYTES:
+                while len(waiting) > 2 * workers or in_flight > most:
                     done, future = waiting.popleft()
                     in_flight -= done.n_bytes
                     yield done, future.result()

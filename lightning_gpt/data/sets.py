@@ -12,14 +12,18 @@ from typing import Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
-from lightning_gpt.config import UserError
+from lightning_gpt.config import UserError, cache_root
 from lightning_gpt.data.corpora import Corpus, find_corpus
 from lightning_gpt.data.documents import Block, FileDocuments, require
-from lightning_gpt.data.token_files import cache_root
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 OPENWEBTEXT = "Skylion007/openwebtext"
+OPENWEBTEXT_ROWS = 8_013_769
+_ADVICE = (
+    f"put its files (https://huggingface.co/datasets/{OPENWEBTEXT}) into a folder, as .parquet, .jsonl or .txt, each "
+    "perhaps .gz or .zst, and give that by --from FOLDER"
+)
 _TIMEOUT_SECONDS = 10.0
 
 
@@ -75,10 +79,12 @@ class HubDocuments:
 
     Attributes:
         name: The data set.
+        n_rows: How many rows it has: fewer, and something is missing.
         field: The column that holds the text.
     """
 
     name: str
+    n_rows: int
     field: str = "text"
 
     @property
@@ -93,13 +99,11 @@ class HubDocuments:
         """The blocks from byte `offset` of row number `first` on; `disk` counts from there.
 
         Raises:
+            UserError: The hub does not give all rows, or they have no text.
             OSError: The connection was lost.
         """
-        # The branch that the hub makes by itself, which needs none of the data set's own code.
-        rows = require("datasets", self.name).load_dataset(
-            self.name, revision="refs/convert/parquet", split="train", streaming=True
-        )
-        read = 0
+        rows = self._rows()
+        read, number = 0, first - 1
         for number, row in enumerate(rows.skip(first) if first else rows, first):
             text = row.get(self.field)
             if not isinstance(text, str):
@@ -107,21 +111,26 @@ class HubDocuments:
             data = text.encode("utf-8", "replace")
             start, read = offset if number == first else 0, read + len(data)
             yield Block(data[start:], True, f"{self.name}, row {number + 1}", start, read)
+        if number + 1 != self.n_rows:
+            raise UserError(f"{self.name} gave {number + 1:,} rows in place of {self.n_rows:,}; {_ADVICE}")
+
+    def _rows(self) -> Any:
+        load = require("datasets", self.name).load_dataset
+        try:
+            return load(self.name, split="train", streaming=True)
+        except (RuntimeError, ValueError):  # it comes with code of its own, which datasets does not run
+            return load(self.name, revision="refs/convert/parquet", split="train", streaming=True)
 
 
 def _openwebtext(from_file: str | None, field: str) -> Corpus:
     if from_file:
         return find_corpus([from_file], field=field, flag="--from ")
-    advice = (
-        f"download the Parquet files of https://huggingface.co/datasets/{OPENWEBTEXT}/tree/refs%2Fconvert%2Fparquet "
-        "into a folder and give it by --from FOLDER"
-    )
     require("datasets", "openwebtext comes from the Hugging Face hub, which")
     try:  # datasets itself tries for minutes
         socket.create_connection(("huggingface.co", 443), timeout=_TIMEOUT_SECONDS).close()
     except OSError as error:
-        raise UserError(f"huggingface.co cannot be reached ({error}); {advice}") from error
-    return Corpus(OPENWEBTEXT, HubDocuments(OPENWEBTEXT, field))
+        raise UserError(f"huggingface.co cannot be reached ({error}); {_ADVICE}") from error
+    return Corpus(OPENWEBTEXT, HubDocuments(OPENWEBTEXT, OPENWEBTEXT_ROWS, field))
 
 
 NAMED_SETS: dict[str, NamedSet] = {

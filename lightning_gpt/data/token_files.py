@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_gpt.config import UserError
+from lightning_gpt.config import UserError, cache_root
 from lightning_gpt.data.writing import SPLITS, Split, TokenWriter
 from lightning_gpt.tokenizers import CharTokenizer, GPT2Tokenizer, Tokenizer, tokenizer_from_dict
 
@@ -74,15 +74,6 @@ class TokenFiles:
     def opener(self, split: Split) -> Callable[[], np.ndarray]:
         """What the streams take: a picklable function that maps a split into memory when it is called."""
         return functools.partial(_memory_map, self.path(split), self.dtype)
-
-
-def cache_root() -> Path:
-    """The folder for what can be made again: LIGHTNING_GPT_CACHE, or lightning_gpt in the user's cache folder."""
-    if own := os.environ.get("LIGHTNING_GPT_CACHE"):
-        return Path(own).expanduser()
-    if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared).expanduser() / "lightning_gpt"
-    return Path("~/.cache/lightning_gpt").expanduser()
 
 
 def is_token_folder(folder: Path) -> bool:

@@ -1,0 +1,162 @@
+"""A Hugging Face `tokenizer.json`, through the package tokenizers."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightning_gpt.config import UserError
+from lightning_gpt.tokenizers.base import Tokenizer, as_text, without_surrogates
+from lightning_gpt.tokenizers.bpe import CUT_BEFORE_NEWLINE, cut_where
+
+_ENDS_OF_TEXT = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """What a `tokenizer.json` says, kept whole, so that the file is not needed again.
+
+    Special tokens written out in a text are plain text, none are added, and what the file says of truncation, padding
+    and dropout is left aside: a text has one sequence of tokens. Whether decoding gives the very text back is up to
+    the file: a normalizer may lose what it was. Tokens that the file adds without calling them special are found in
+    texts, as they are meant to be.
+
+    Args:
+        text: The file's text.
+        vocab_size: One more than its largest id; an id below it may be unused.
+        end_of_text: Id of the special token that ends a text, or None.
+    """
+
+    name = "huggingface"
+
+    def __init__(self, text: str, *, vocab_size: int, end_of_text: int | None) -> None:
+        self.text = text
+        self.vocab_size = vocab_size
+        self.end_of_text = end_of_text
+
+    @classmethod
+    def build(cls, spelling: str, *, corpus: bytes | None, source: str) -> HuggingFaceTokenizer:
+        """Reads the file that ``--tokenizer`` names; needs nothing from the corpus.
+
+        Raises:
+            UserError: The package or the file is missing, or the file is no `tokenizer.json`.
+        """
+        path = Path(spelling).expanduser()
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--tokenizer {spelling}: {error.strerror}; give the path of a tokenizer.json") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"--tokenizer {spelling} is not UTF-8 text, as a tokenizer.json is") from error
+        try:
+            ids = _load(text).get_vocab(with_added_tokens=True).values()
+        except UserError as error:
+            raise UserError(f"--tokenizer {spelling}: {error}") from error
+        if not ids:
+            raise UserError(f"--tokenizer {spelling} has an empty vocabulary")
+        special = {token["content"]: token["id"] for token in _added(text) if token["special"]}
+        end = next((special[content] for content in _ENDS_OF_TEXT if content in special), None)
+        return cls(text, vocab_size=max(ids) + 1, end_of_text=end)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> HuggingFaceTokenizer:
+        """Rebuild the tokenizer from what `to_dict` returned."""
+        text, size, end = (fields.get(key) for key in ("tokenizer_json", "vocab_size", "end_of_text"))
+        if not isinstance(text, str) or type(size) is not int or size < 1 or (end is not None and type(end) is not int):
+            raise UserError("a saved huggingface tokenizer needs 'tokenizer_json', 'vocab_size' and 'end_of_text'")
+        return cls(text, vocab_size=size, end_of_text=end)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids of a text, shape (n_tokens,), int64.
+
+        Raises:
+            UserError: The package tokenizers is not installed.
+        """
+        return np.asarray(self._ids(without_surrogates(text)), dtype=np.int64)
+
+    def encode_bytes(self, data: bytes, *, source: str, offset: int = 0) -> np.ndarray:
+        """Token ids of a piece of UTF-8 text, shape (n_tokens,), uint32.
+
+        Raises:
+            UserError: Not UTF-8, or the package tokenizers is not installed.
+        """
+        return np.asarray(self._ids(as_text(data, source=source, offset=offset)), dtype=np.uint32)
+
+    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
+        """The text of some token ids, special tokens written out.
+
+        Raises:
+            UserError: An id is not in the vocabulary, or the package tokenizers is not installed.
+        """
+        tokenizer = _load(self.text)
+        tokens = self._checked(ids).tolist()
+        for token in tokens:
+            if tokenizer.id_to_token(token) is None:  # a gap in the vocabulary, which the library leaves out
+                raise self._unknown(token)
+        return tokenizer.decode(tokens, skip_special_tokens=False)
+
+    def cut(self, data: bytes, start: int) -> int | None:
+        """As GPT-2's where the file splits as GPT-2 does; otherwise nowhere, and a text is encoded in one piece."""
+        return cut_where(CUT_BEFORE_NEWLINE, data, start) if _splits_as_gpt2(self.text) else None
+
+    def answers_to(self, spelling: str) -> bool:
+        """Whether ``--tokenizer`` may mean this one: a file that says the same, or one that is gone since."""
+        path = Path(spelling).expanduser()
+        return is_path(spelling) and (not path.is_file() or path.read_bytes() == self.text.encode("utf-8"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything needed to rebuild the tokenizer, in JSON's types."""
+        numbers = {"vocab_size": self.vocab_size, "end_of_text": self.end_of_text}
+        return {"name": self.name, "tokenizer_json": self.text, **numbers}
+
+    def _ids(self, text: str) -> list[int]:
+        # Of a batch alone the library lets other threads run.
+        return _load(self.text).encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+
+def is_path(spelling: str) -> bool:
+    """Whether a value of ``--tokenizer`` is the path of a file, not a name."""
+    return spelling.endswith(".json") or "/" in spelling or os.sep in spelling
+
+
+@functools.lru_cache(maxsize=4)
+def _load(text: str) -> Any:
+    try:
+        import tokenizers
+    except ImportError:
+        raise UserError(
+            "a Hugging Face tokenizer needs the package tokenizers: pip install -r requirements/huggingface.txt"
+        ) from None
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises nothing more exact
+        raise UserError(f"not a Hugging Face tokenizer.json that can be read ({error})") from error
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None):
+        tokenizer.model.dropout = None
+    return tokenizer
+
+
+def _added(text: str) -> list[dict[str, Any]]:
+    return json.loads(text).get("added_tokens") or []
+
+
+@functools.lru_cache(maxsize=4)
+def _splits_as_gpt2(text: str) -> bool:
+    """Whether GPT-2's pattern alone makes the pieces, and no added token is found in texts before it."""
+    said = json.loads(text)
+    splitter = said.get("pre_tokenizer") or {}
+    return (
+        said.get("normalizer") is None
+        and splitter.get("type") == "ByteLevel"
+        and splitter.get("use_regex", True)
+        and not splitter.get("add_prefix_space", True)
+        and all(token["special"] for token in _added(text))
+    )

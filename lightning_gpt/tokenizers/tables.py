@@ -1,0 +1,193 @@
+"""tiktoken's tables: where they are looked for, and that they are the right ones.
+
+tiktoken's own reader deletes a cached file that has a wrong hash and fetches it again without a word, whoever put it
+there, and waits for a network without an end. So ours stands in its place while an encoding is made: it never deletes,
+and it says which file is wrong. The addresses and the hashes are tiktoken's, also those of its plugins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lightning_gpt.config import UserError, cache_root
+
+_LOCK = threading.RLock()
+_TIMEOUT = (5, 60)  # seconds to connect, and to wait for the next bytes
+
+
+def encoding_names() -> list[str]:
+    """The encodings that tiktoken and its plugins know; empty where it is not installed."""
+    try:
+        import tiktoken
+    except ImportError:
+        return []
+    return tiktoken.list_encoding_names()
+
+
+@functools.cache
+def load_encoding(name: str) -> Any:
+    """A ``tiktoken.Encoding`` by its name.
+
+    Its tables are looked for in TIKTOKEN_CACHE_DIR, in our own cache (see `keep_tables`) and in tiktoken's default
+    folder, then downloaded into our cache.
+
+    Raises:
+        UserError: tiktoken is not installed, a file is not what tiktoken expects, or a table cannot be had.
+    """
+    named = (os.environ.get(variable) for variable in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"))
+    folders = [Path(folder) for folder in named if folder]
+    folders += [_own_folder(), Path(tempfile.gettempdir(), "data-gym-cache")]
+    failures: list[Exception] = []
+
+    def read(url: str, expected: str | None) -> bytes | None:
+        for folder in folders:
+            if file := _in_folder(folder, url):
+                return _verified(file, url, expected, encoding=name)
+        if failures:  # one wait for a network is enough
+            return None
+        try:
+            content = _download(url, expected)
+        except (OSError, ImportError) as error:  # requests' errors are OSErrors
+            failures.append(error)
+            return None
+        with contextlib.suppress(OSError):
+            _store(url, content)
+        return content
+
+    fields, missing = _construct(name, read)
+    if missing:
+        raise UserError(
+            f"the tables of {name} are not on this machine and cannot be fetched ({type(failures[0]).__name__}); put "
+            f"{' and '.join(missing)} into a folder and name it in TIKTOKEN_CACHE_DIR, or by train.py --tokenizer_file,"
+            " or use --tokenizer char"
+        )
+    import tiktoken
+
+    return tiktoken.Encoding(**fields)
+
+
+def keep_tables(name: str, path: str) -> None:
+    """Checks the tables of an encoding and copies them into our cache, where `load_encoding` finds them.
+
+    Args:
+        name: The encoding.
+        path: A folder that holds its files, under the names they have at their source (``vocab.bpe`` and
+            ``encoder.json`` for gpt2, ``r50k_base.tiktoken`` and so on) or in tiktoken's cache; or the file itself.
+
+    Raises:
+        UserError: A file is missing or is not what tiktoken expects; nothing is copied then.
+    """
+    given = Path(path).expanduser()
+    if not given.exists():
+        raise UserError(f"--tokenizer_file {path}: no such file or folder")
+    found: dict[str, bytes] = {}
+
+    def read(url: str, expected: str | None) -> bytes | None:
+        file = _in_folder(given, url) if given.is_dir() else given
+        if file:
+            found[url] = _verified(file, url, expected, encoding=name)
+        return found.get(url)
+
+    _, missing = _construct(name, read)
+    if missing:
+        files = " and no ".join(_file_name(url) for url in missing)
+        raise UserError(f"--tokenizer_file {path} has no {files}, which {name} needs; see {missing[0]}")
+    try:
+        for url, content in found.items():
+            _store(url, content)
+    except OSError as error:
+        raise UserError(
+            f"the cache folder {_own_folder()} cannot be written ({error.strerror}); "
+            "set LIGHTNING_GPT_CACHE to a folder that can"
+        ) from error
+
+
+def _construct(name: str, read: Callable[[str, str | None], bytes | None]) -> tuple[dict[str, Any], list[str]]:
+    """What ``tiktoken.Encoding`` takes, with the tables that `read` gives, and the addresses of those it has not."""
+    try:
+        import tiktoken.load
+        import tiktoken.registry
+    except ImportError:
+        raise UserError(
+            f"--tokenizer {name} needs the package tiktoken: pip install -r requirements/nanogpt.txt"
+        ) from None
+    if name not in tiktoken.list_encoding_names():
+        raise UserError(f"this tiktoken ({tiktoken.__version__}) has no encoding {name}; install a newer one")
+    missing: list[str] = []
+
+    def reader(blobpath: str, expected_hash: str | None = None) -> bytes:
+        content = read(blobpath, expected_hash)
+        if content is None:
+            missing.append(blobpath)
+        return content or b""
+
+    with _LOCK:
+        tiktoken_reader = tiktoken.load.read_file_cached
+        tiktoken.load.read_file_cached = reader
+        try:
+            return tiktoken.registry.ENCODING_CONSTRUCTORS[name](), missing
+        except (ValueError, AssertionError, LookupError):
+            if not missing:
+                raise
+            return {}, missing  # tables that are not there are empty, which tiktoken need not bear
+        finally:
+            tiktoken.load.read_file_cached = tiktoken_reader
+
+
+def _own_folder() -> Path:
+    return cache_root() / "tiktoken"
+
+
+def _file_name(url: str) -> str:
+    return url.rpartition("/")[2]
+
+
+def _cache_name(url: str) -> str:
+    return hashlib.sha1(url.encode(), usedforsecurity=False).hexdigest()  # as tiktoken names it
+
+
+def _in_folder(folder: Path, url: str) -> Path | None:
+    return next((f for f in (folder / _cache_name(url), folder / _file_name(url)) if f.is_file()), None)
+
+
+def _verified(file: Path, url: str, expected: str | None, *, encoding: str) -> bytes:
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}, a table of {encoding}, cannot be read: {error.strerror}") from error
+    actual = hashlib.sha256(content).hexdigest()
+    if expected not in (None, actual):
+        raise UserError(
+            f"{file} is not {encoding}'s {_file_name(url)}: its sha256 begins with {actual[:12]}, not {expected[:12]}; "
+            f"put {url} in its place"
+        )
+    return content
+
+
+def _download(url: str, expected: str | None) -> bytes:
+    import requests
+
+    answer = requests.get(url, timeout=_TIMEOUT)
+    answer.raise_for_status()
+    actual = hashlib.sha256(answer.content).hexdigest()
+    if expected not in (None, actual):
+        raise UserError(f"{url} gave a file whose sha256 begins with {actual[:12]}, not {expected[:12]}; try again")
+    return answer.content
+
+
+def _store(url: str, content: bytes) -> None:
+    folder = _own_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    # Another process may be reading or writing the same table: it appears whole.
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        new = Path(temporary, "table")
+        new.write_bytes(content)
+        os.replace(new, folder / _cache_name(url))
