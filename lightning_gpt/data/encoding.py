@@ -18,7 +18,7 @@ from lightning_gpt.tokenizers import Tokenizer
 UNIT_BYTES = 1 << 19
 # Where so much text has no place to cut it, it is cut all the same, and may have some tokens more.
 LIMIT_BYTES = 4 << 20
-_FIRST_LOOK = UNIT_BYTES + (1 << 12)
+_AHEAD_BYTES = 1 << 12
 _IN_FLIGHT_BYTES = 16 << 20
 _MAX_PIECES = 1 << 12
 _WHITE_SPACE = re.compile(rb"\s")
@@ -101,7 +101,7 @@ def pieces(spans: Iterable[Span], *, tokenizer: Tokenizer, start: Position) -> I
     taken = read = 0  # bytes in pieces, and bytes of spans
     buffer = bytearray()
     ends: deque[int] = deque()
-    look = _FIRST_LOOK
+    look = UNIT_BYTES + _AHEAD_BYTES
     where, offset = "", 0
     for span in spans:
         if not buffer:
@@ -128,7 +128,7 @@ def pieces(spans: Iterable[Span], *, tokenizer: Tokenizer, start: Position) -> I
             yield Piece(bytes(buffer[:size]), span.split, last, rough, where, offset, after, span.disk)
             del buffer[:size]
             offset += size
-            look = _FIRST_LOOK
+            look = UNIT_BYTES + _AHEAD_BYTES
             if last:
                 break
 

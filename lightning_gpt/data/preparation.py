@@ -140,10 +140,8 @@ def _summary(meta: dict[str, Any], folder: Path, seconds: float) -> Iterator[str
             f"{drawn['val_fraction']:g}, seed {drawn['seed']}"
         )
     if meta["rough_cuts"]:
-        yield (
-            f"{meta['rough_cuts']:,} cuts at arbitrary places, where {LIMIT_BYTES >> 20} MiB of text had none that keeps "
-            "the tokens"
-        )
+        limit = f"{LIMIT_BYTES >> 20} MiB of text"
+        yield f"{meta['rough_cuts']:,} cuts where {limit} had no place for one that surely keeps the tokens"
     yield f"{(meta['train_bytes'] + meta['val_bytes']) / 1e6:,.1f} MB of text in {seconds:,.1f} s"
 
 
