@@ -32,6 +32,25 @@ def text_file(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def byte_level_file(tmp_path_factory, text_file) -> Path:
+    """A Hugging Face tokenizer.json of 300 tokens, learnt on ``text_file`` and on white space, with <|endoftext|>."""
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([text_file.read_text(), "\n\n \n\n\n  \n" * 99, " \t\n\n" * 99], trainer)
+    file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    tokenizer.save(str(file))
+    return file
+
+
+@pytest.fixture(scope="session")
 def tiny_flags() -> list[str]:
     """Flags of a run of four steps of a tiny model on the CPU; what is given after them counts."""
     return _TINY.split()

@@ -1,21 +1,27 @@
-"""Tokenizers: round trips on any text, saved form, and the one-line errors."""
+"""Tokenizers: round trips on any text, where a text may be cut, saved form, and the one-line errors."""
 
+import functools
 import json
 import pickle
-import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lightning_gpt.config import UserError
+from lightning_gpt.data.encoding import encode_corpus
 from lightning_gpt.tokenizers import (
     TOKENIZERS,
     ByteTokenizer,
     CharTokenizer,
     GPT2Tokenizer,
+    HuggingFaceTokenizer,
+    TiktokenTokenizer,
+    Tokenizer,
     build_tokenizer,
+    tables,
     tokenizer_from_dict,
 )
 
@@ -28,6 +34,15 @@ def gpt2() -> GPT2Tokenizer:
     except UserError as error:
         pytest.skip(f"GPT-2's tables cannot be loaded here: {error}")
     return tokenizer
+
+
+@pytest.fixture(scope="module")
+def byte_level(byte_level_file: Path) -> HuggingFaceTokenizer:
+    return build_tokenizer(str(byte_level_file), corpus=None, source="x")
+
+
+# What patterns look at: kinds of white space, letters, contractions, digits, punctuation, and more than ASCII.
+TRICKY = st.text(alphabet=" \t\r\n\x1c\u2003\u00a0ab'sB1.!/\u00e9\u0301\u65e5\U0001f600", max_size=60)
 
 
 @given(st.text())
@@ -57,14 +72,134 @@ def test_char_round_trip(text: str) -> None:
 def test_gpt2_round_trip(gpt2: GPT2Tokenizer, text: str) -> None:
     ids = gpt2.encode(text)
     assert ids.dtype == np.int64
+    assert np.array_equal(gpt2.encode_bytes(text.encode(), source="x"), ids)
     assert gpt2.decode(ids) == text
 
 
-@given(st.text(alphabet=" \t\r\n\x1c\u2003ab'sB1.!\u00e9\u65e5\U0001f600", max_size=80), st.integers(1, 20))
+@given(st.lists(st.sampled_from(["<|endoftext|>", "<|", "|>", "endoftext", " ", "\n", "a\u00e9"])).map("".join))
+@settings(deadline=None)
+def test_gpt2_is_tiktokens_own(gpt2: GPT2Tokenizer, text: str) -> None:
+    import tiktoken
+
+    expected = tiktoken.get_encoding("gpt2").encode_ordinary(text)
+    assert gpt2.encode(text).tolist() == expected
+    assert gpt2.encode_bytes(text.encode(), source="x").tolist() == expected
+    assert gpt2.decode(expected) == text
+    assert gpt2.end_of_text == tiktoken.get_encoding("gpt2").eot_token
+
+
+@given(st.text(max_size=200) | st.lists(st.sampled_from(["<|endoftext|>", "the", " ", "\n"])).map("".join))
+@settings(deadline=None)
+def test_hugging_face_byte_level_round_trip(byte_level: HuggingFaceTokenizer, text: str) -> None:
+    ids = byte_level.encode(text)
+    assert ids.dtype == np.int64
+    assert np.array_equal(byte_level.encode_bytes(text.encode(), source="x"), ids)
+    assert byte_level.decode(ids) == text
+    assert byte_level.end_of_text not in ids
+
+
+def test_hugging_face_is_the_librarys_own(byte_level: HuggingFaceTokenizer, text_file: Path) -> None:
+    import tokenizers
+
+    library = tokenizers.Tokenizer.from_str(byte_level.text)
+    text = text_file.read_text() + "caf\u00e9 \U0001f600\n\n  's"
+    assert byte_level.encode(text).tolist() == library.encode(text, add_special_tokens=False).ids
+    assert len(byte_level.encode(text)) < len(text) / 2
+    end = library.token_to_id("<|endoftext|>")
+    assert (byte_level.end_of_text, byte_level.vocab_size) == (end, library.get_vocab_size())
+    # Left to itself the library takes it for the special token.
+    assert end in library.encode("a<|endoftext|>").ids
+    assert byte_level.decode([end]) == "<|endoftext|>"
+
+
+def _cuts(tokenizer: Tokenizer, data: bytes) -> list[int]:
+    """All places where a tokenizer would cut, which `cut` must name whatever it starts from."""
+    places = sorted({at for start in range(len(data) + 2) if (at := tokenizer.cut(data, start)) is not None})
+    for start in range(len(data) + 2):
+        assert tokenizer.cut(data, start) == next((at for at in places if at >= start), None)
+    return places
+
+
+@given(TRICKY)
+def test_cuts_of_char_and_byte(text: str) -> None:
+    data = text.encode()
+    assert _cuts(ByteTokenizer(), data) == list(range(1, len(data)))
+    tokenizer = CharTokenizer("".join(sorted(set(text) | {"x"})))
+    assert _cuts(tokenizer, data) == [len(text[:n].encode()) for n in range(1, len(text))]
+
+
+@given(TRICKY)
 @settings(deadline=None, max_examples=300)
-def test_gpt2_chunks_do_not_change_the_tokens(gpt2: GPT2Tokenizer, text: str, size: int) -> None:
-    chunked = gpt2.encode_bytes(text.encode(), source="x", chunk_characters=size)
-    assert np.array_equal(chunked, gpt2.encode(text))
+def test_cuts_keep_the_tokens_of_gpt2(gpt2: GPT2Tokenizer, text: str) -> None:
+    _cuts_keep_the_tokens(gpt2, text)
+    assert len(_cuts(gpt2, ("\na" + text + "\na").encode())) >= 1
+
+
+@given(TRICKY)
+@settings(deadline=None, max_examples=300)
+def test_cuts_keep_the_tokens_of_hugging_face(byte_level: HuggingFaceTokenizer, text: str) -> None:
+    _cuts_keep_the_tokens(byte_level, text)
+    assert len(_cuts(byte_level, ("\na" + text + "\na").encode())) >= 1
+
+
+def _cuts_keep_the_tokens(tokenizer: Tokenizer, text: str) -> None:
+    data = text.encode()
+    whole = tokenizer.encode(text).tolist()
+    for at in _cuts(tokenizer, data):
+        assert tokenizer.encode(data[:at].decode()).tolist() + tokenizer.encode(data[at:].decode()).tolist() == whole
+
+
+@pytest.mark.parametrize("name", ["r50k_base", "p50k_base", "p50k_edit", "cl100k_base", "o200k_base", "o200k_harmony"])
+@given(text=TRICKY)
+@example(text="!\n/")
+@settings(deadline=None, max_examples=200)
+def test_cuts_keep_the_pieces(name: str, text: str) -> None:
+    pattern = _pattern(name)
+    tokenizer = TiktokenTokenizer(name, vocab_size=1, end_of_text=None)
+    data = text.encode()
+    whole = pattern.findall(text)
+    assert "".join(whole) == text
+    for at in _cuts(tokenizer, data):
+        assert pattern.findall(data[:at].decode()) + pattern.findall(data[at:].decode()) == whole
+    assert len(_cuts(tokenizer, b"a\nb\n\n  \n!\r\n/")) >= 2
+
+
+@functools.cache
+def _pattern(name: str):
+    """An encoding's published pattern, for the package regex, whose $ would also match before a last newline."""
+    pytest.importorskip("tiktoken")
+    import regex
+
+    fields, _ = tables._construct(name, lambda url, expected: None)
+    return regex.compile(fields["pat_str"].replace("$", r"\Z"))
+
+
+def test_no_cut_where_no_rule_is_proven(byte_level: HuggingFaceTokenizer) -> None:
+    other = json.loads(byte_level.text)
+    for change in (
+        {"normalizer": {"type": "Lowercase"}},
+        {"pre_tokenizer": other["pre_tokenizer"] | {"add_prefix_space": True}},
+        {"pre_tokenizer": other["pre_tokenizer"] | {"use_regex": False}},
+        {"pre_tokenizer": None},
+        {"added_tokens": [other["added_tokens"][0] | {"special": False}]},
+    ):
+        changed = HuggingFaceTokenizer(json.dumps(other | change), vocab_size=1, end_of_text=None)
+        assert changed.cut(b"a\nb\nc", 0) is None
+    assert TiktokenTokenizer("mine", vocab_size=1, end_of_text=None).cut(b"a\nb\nc", 0) is None
+    assert byte_level.cut(b"a\nb\nc", 2) == 3
+
+
+@given(TRICKY, st.integers(1, 20))
+@settings(deadline=None, max_examples=50)
+def test_a_corpus_in_pieces_has_the_tokens_of_the_whole(byte_level: HuggingFaceTokenizer, text: str, size: int) -> None:
+    for tokenizer in (byte_level, ByteTokenizer(), CharTokenizer("".join(sorted(set(text) | {"x"})))):
+        tokens = encode_corpus(tokenizer, text.encode(), source="x", piece_bytes=size)
+        assert np.array_equal(tokens, tokenizer.encode(text))
+
+
+def test_the_place_of_what_is_not_utf8_is_counted_from_the_start() -> None:
+    with pytest.raises(UserError, match=r"in\.txt is not UTF-8 text \(byte 9 is 0xFF\)"):
+        encode_corpus(CharTokenizer("ab"), b"abababab" + b"a\xff", source="in.txt", piece_bytes=3)
 
 
 def test_gpt2_special_tokens_in_a_text_are_plain_text(gpt2: GPT2Tokenizer) -> None:
@@ -77,40 +212,23 @@ def test_gpt2_needs_tables_only_to_encode() -> None:
     assert (tokenizer.name, tokenizer.vocab_size) == ("gpt2", 50257)
 
 
-@pytest.fixture
-def fresh_gpt2(monkeypatch: pytest.MonkeyPatch):
-    from lightning_gpt import tokenizers
-
-    tokenizers._gpt2_encoding.cache_clear()
-    yield monkeypatch
-    tokenizers._gpt2_encoding.cache_clear()
-
-
-def test_gpt2_without_tiktoken(fresh_gpt2: pytest.MonkeyPatch) -> None:
-    fresh_gpt2.setitem(sys.modules, "tiktoken", None)
-    with pytest.raises(UserError, match=r"pip install -r requirements/nanogpt\.txt"):
-        GPT2Tokenizer().encode("a")
-
-
-def test_gpt2_without_tables(fresh_gpt2: pytest.MonkeyPatch) -> None:
-    tiktoken = pytest.importorskip("tiktoken")
-
-    def offline(name: str) -> None:
-        raise ConnectionError("no network")
-
-    fresh_gpt2.setattr(tiktoken, "get_encoding", offline)
-    with pytest.raises(UserError, match="TIKTOKEN_CACHE_DIR.*--tokenizer char"):
-        GPT2Tokenizer().encode("a")
-
-
 @pytest.mark.parametrize(
-    "tokenizer", [CharTokenizer("ba\u00e9\U0001f600\n"), ByteTokenizer(), GPT2Tokenizer()], ids=lambda t: t.name
+    "tokenizer",
+    [
+        CharTokenizer("ba\u00e9\U0001f600\n"),
+        ByteTokenizer(),
+        GPT2Tokenizer(),
+        TiktokenTokenizer("cl100k_base", vocab_size=100277, end_of_text=100257),
+        HuggingFaceTokenizer("{}", vocab_size=7, end_of_text=None),
+    ],
+    ids=lambda t: t.name,
 )
 def test_saved_form(tokenizer) -> None:
     again = tokenizer_from_dict(json.loads(json.dumps(tokenizer.to_dict())))
     assert type(again) is type(tokenizer)
     assert again.to_dict() == tokenizer.to_dict()
-    assert again.vocab_size == tokenizer.vocab_size
+    assert (again.name, again.vocab_size) == (tokenizer.name, tokenizer.vocab_size)
+    assert again.end_of_text == tokenizer.end_of_text
 
 
 @pytest.mark.parametrize("text", ["abX", "ab\U0001f600", "a\nb"])
@@ -151,10 +269,21 @@ def test_not_utf8() -> None:
 def test_unknown_name() -> None:
     with pytest.raises(UserError, match="choose from char, byte, gpt2"):
         build_tokenizer("word", corpus=b"a", source="x")
-    assert list(TOKENIZERS) == ["char", "byte", "gpt2"]
+    assert list(TOKENIZERS) == ["char", "byte", "gpt2", "tiktoken", "huggingface"]
 
 
-@pytest.mark.parametrize("fields", [None, {}, {"name": "char"}, {"name": "char", "chars": "aa"}, {"name": "word"}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        None,
+        {},
+        {"name": "char"},
+        {"name": "char", "chars": "aa"},
+        {"name": "word"},
+        {"name": "tiktoken", "encoding": "cl100k_base", "vocab_size": "many"},
+        {"name": "huggingface", "tokenizer_json": {}, "vocab_size": 3},
+    ],
+)
 def test_damaged_saved_form(fields) -> None:
     with pytest.raises(UserError):
         tokenizer_from_dict(fields)

@@ -1,0 +1,370 @@
+"""Tokenizers that need files: tiktoken's tables, a Hugging Face tokenizer.json, and runs that outlive them."""
+
+import base64
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import evaluate
+import sample
+import train
+from lightning_gpt.checkpoint import open_checkpoint
+from lightning_gpt.config import UserError, cache_root
+from lightning_gpt.data.preparation import prepare
+from lightning_gpt.data.token_files import write_token_files
+from lightning_gpt.tokenizers import (
+    ByteTokenizer,
+    CharTokenizer,
+    GPT2Tokenizer,
+    build_tokenizer,
+    huggingface,
+    keep_tables,
+    tables,
+    tokenizer_from_dict,
+)
+
+URL = "https://example.invalid/encodings/toy.tiktoken"
+_TOKENS = [*(bytes([b]) for b in range(256)), b"th", b"the", b" the", b"at", b"cat", b" on"]
+TABLE = b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(_TOKENS))
+END = 270  # a gap of eight ids lies before it
+GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+GPT2_TABLES = Path(os.environ.get("TIKTOKEN_CACHE_DIR", "nowhere"))
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch) -> Path:
+    """Empty folders for all places where tables are looked for, and no network."""
+    requests = pytest.importorskip("requests")
+
+    def offline(url, **_):
+        raise requests.ConnectionError("no network")
+
+    monkeypatch.setattr(requests, "get", offline)
+    monkeypatch.setenv("LIGHTNING_GPT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "tiktoken"))
+    monkeypatch.delenv("DATA_GYM_CACHE_DIR", raising=False)
+    monkeypatch.setattr(tables.tempfile, "tempdir", str(tmp_path / "tmp"))
+    for name in ("cache", "tiktoken", "tmp", "given"):
+        (tmp_path / name).mkdir()
+    tables.load_encoding.cache_clear()
+    yield tmp_path
+    tables.load_encoding.cache_clear()
+
+
+@pytest.fixture
+def toy(places, monkeypatch) -> Path:
+    """The table of an encoding ``toy`` that tiktoken knows by its address and hash, outside of all those places."""
+    tiktoken = pytest.importorskip("tiktoken")
+    tiktoken.list_encoding_names()
+
+    def constructor() -> dict:
+        import tiktoken.load
+
+        ranks = tiktoken.load.load_tiktoken_bpe(URL, expected_hash=hashlib.sha256(TABLE).hexdigest())
+        return {
+            "name": "toy",
+            "pat_str": r" ?\p{L}+|\s|\p{N}|[^\s\p{L}\p{N}]+",
+            "mergeable_ranks": ranks,
+            "special_tokens": {"<|endoftext|>": END},
+        }
+
+    monkeypatch.setitem(tiktoken.registry.ENCODING_CONSTRUCTORS, "toy", constructor)
+    file = places / "given" / "toy.tiktoken"
+    file.write_bytes(TABLE)
+    return file
+
+
+def _toy():
+    return build_tokenizer("toy", corpus=None, source="x")
+
+
+def _snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_any_encoding_by_its_name(toy: Path) -> None:
+    keep_tables("toy", str(toy))
+    tokenizer = _toy()
+    assert (tokenizer.name, tokenizer.vocab_size, tokenizer.end_of_text) == ("toy", END + 1, END)
+    assert tokenizer.encode("the cat").tolist() == [257, 32, 260]
+    assert tokenizer.decode([257, END]) == "the<|endoftext|>"
+    assert END not in tokenizer.encode_bytes(b"<|endoftext|>", source="x")
+    with pytest.raises(UserError, match="token 265 is not in the toy tokenizer's vocabulary of 271"):
+        tokenizer.decode([257, 265])
+    again = tokenizer_from_dict(json.loads(json.dumps(tokenizer.to_dict())))
+    assert again.to_dict() == tokenizer.to_dict()
+    shutil.rmtree(cache_root())
+    tables.load_encoding.cache_clear()
+    again = tokenizer_from_dict(tokenizer.to_dict())  # its numbers need no tables
+    assert (again.name, again.vocab_size, again.end_of_text) == ("toy", END + 1, END)
+
+
+@pytest.mark.parametrize("name", ["toy.tiktoken", hashlib.sha1(URL.encode()).hexdigest()])
+def test_tables_in_a_folder(toy: Path, monkeypatch, name: str) -> None:
+    folder = toy.parent
+    toy.rename(folder / name)
+    keep_tables("toy", str(folder))
+    assert _toy().vocab_size == END + 1
+    monkeypatch.setenv("LIGHTNING_GPT_CACHE", str(folder / "empty"))
+    tables.load_encoding.cache_clear()
+    with pytest.raises(UserError, match="toy"):
+        _toy()
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(folder))
+    assert _toy().vocab_size == END + 1
+
+
+def test_without_network_and_tables(toy: Path) -> None:
+    begin = time.monotonic()
+    with pytest.raises(UserError) as caught:
+        _toy()
+    assert time.monotonic() - begin < 5
+    for mention in (URL, "TIKTOKEN_CACHE_DIR", "--tokenizer_file", "--tokenizer char", "ConnectionError"):
+        assert mention in str(caught.value)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"vocab\.bpe and .*encoder\.json into a folder"):
+        GPT2Tokenizer().encode("a")
+
+
+def test_a_wrong_table_is_named_and_left_alone(toy: Path, places: Path, monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(tables, "_download", lambda url, expected: asked.append(url) or TABLE)
+    wrong = places / "tiktoken" / hashlib.sha1(URL.encode()).hexdigest()
+    wrong.write_bytes(TABLE + b"\n")
+    with pytest.raises(UserError, match=f"{wrong} is not toy's toy.tiktoken: its sha256 begins with"):
+        _toy()
+    toy.write_bytes(TABLE[:-1])
+    before = _snapshot(places)
+    for path in (toy, toy.parent):
+        with pytest.raises(UserError, match=f"{toy} is not toy's toy.tiktoken: its sha256 begins with"):
+            keep_tables("toy", str(path))
+    assert _snapshot(places) == before
+    assert not asked
+    wrong.unlink()
+    assert _toy().vocab_size == END + 1 and asked == [URL]
+    tables.load_encoding.cache_clear()
+    assert _toy().vocab_size == END + 1 and asked == [URL]  # the download is kept
+
+
+def test_a_wrong_download_is_not_kept(toy: Path, places: Path, monkeypatch) -> None:
+    import requests
+
+    answer = requests.Response()
+    answer.status_code, answer._content = 200, b"<html>please log in</html>"
+    monkeypatch.setattr(requests, "get", lambda url, **_: answer)
+    before = _snapshot(places)
+    with pytest.raises(UserError, match=f"{URL} gave a file whose sha256"):
+        _toy()
+    assert _snapshot(places) == before
+
+
+def test_what_tokenizer_file_cannot_be(toy: Path, places: Path) -> None:
+    with pytest.raises(UserError, match="--tokenizer_file .*nowhere: no such file or folder"):
+        keep_tables("toy", str(places / "nowhere"))
+    with pytest.raises(UserError, match="has no toy.tiktoken, which toy needs"):
+        keep_tables("toy", str(places / "tmp"))
+    with pytest.raises(UserError, match=r"has no vocab\.bpe and no encoder\.json, which gpt2 needs"):
+        keep_tables("gpt2", str(places / "given"))
+    for name in ("char", "byte", "x/tokenizer.json"):
+        with pytest.raises(UserError, match=f"--tokenizer_file holds .* --tokenizer is {name}; leave it out"):
+            keep_tables(name, str(toy))
+    with pytest.raises(UserError, match="--tokenizer_file holds .* --tokenizer is byte"):
+        keep_tables(ByteTokenizer(), str(toy))
+
+
+def test_gpt2_from_its_two_files(places: Path) -> None:
+    for name in ("vocab.bpe", "encoder.json"):
+        table = GPT2_TABLES / hashlib.sha1((GPT2_URL + name).encode()).hexdigest()
+        if not table.is_file():
+            pytest.skip("needs TIKTOKEN_CACHE_DIR with GPT-2's tables")
+        shutil.copyfile(table, places / "given" / name)
+    keep_tables("gpt2", str(places / "given"))
+    assert GPT2Tokenizer().encode("Hello world").tolist() == [15496, 995]
+    with open(places / "given" / "encoder.json", "ab") as file:
+        file.write(b" ")
+    with pytest.raises(UserError, match=r"encoder\.json is not gpt2's encoder\.json"):
+        keep_tables("gpt2", str(places / "given"))
+
+
+def test_missing_packages(byte_level_file: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    tables.load_encoding.cache_clear()
+    huggingface._load.cache_clear()
+    with pytest.raises(UserError, match=r"pip install -r requirements/huggingface\.txt"):
+        build_tokenizer(str(byte_level_file), corpus=None, source="x")
+    with pytest.raises(UserError, match=r"pip install -r requirements/nanogpt\.txt"):
+        GPT2Tokenizer().encode("a")
+    with pytest.raises(UserError, match="cl100k_base is not known; choose from char, byte, gpt2, .*tiktoken"):
+        build_tokenizer("cl100k_base", corpus=None, source="x")
+    # Their size and their saved form need no package.
+    saved = {"name": "huggingface", "tokenizer_json": "{}", "vocab_size": 9, "end_of_text": 3}
+    assert tokenizer_from_dict(saved).vocab_size == 9
+    assert tokenizer_from_dict({"name": "gpt2"}).vocab_size == 50257
+
+
+BROKEN = {
+    "nothing": b"",
+    "half": b'{"version": "1.0", "model": {"type": "BPE"',
+    "other JSON": b'{"name": "gpt2"}',
+    "a list": b"[]",
+    "not UTF-8": b"\xff\xfe{}",
+    "no vocabulary": b'{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}',
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_is_no_tokenizer_json(case: str, tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
+    file = tmp_path / "tokenizer.json"
+    file.write_bytes(BROKEN[case])
+    with pytest.raises(UserError, match=f"--tokenizer {file}") as caught:
+        build_tokenizer(str(file), corpus=None, source="x")
+    assert "\n" not in str(caught.value)
+
+
+def test_no_tokenizer_json_there(tmp_path: Path) -> None:
+    for path in (tmp_path / "tokenizer.json", tmp_path):
+        with pytest.raises(UserError, match=f"--tokenizer {path}: .*give the path of a tokenizer.json"):
+            build_tokenizer(str(path), corpus=None, source="x")
+
+
+def test_only_text_decides_the_tokens(byte_level_file: Path, tmp_path: Path) -> None:
+    """Truncation, padding, dropout and a template for special tokens are for other uses."""
+    import tokenizers
+
+    plain = build_tokenizer(str(byte_level_file), corpus=None, source="x")
+    library = tokenizers.Tokenizer.from_file(str(byte_level_file))
+    library.enable_truncation(4)
+    library.enable_padding(length=64)
+    library.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    library.model.dropout = 0.9
+    library.save(str(tmp_path / "tokenizer.json"))
+    other = build_tokenizer(str(tmp_path / "tokenizer.json"), corpus=None, source="x")
+    text = "the cat sat on a mat and saw one dog run by"
+    assert other.encode(text).tolist() == plain.encode(text).tolist()
+    with pytest.raises(UserError, match="token 300 is not in the huggingface tokenizer's vocabulary of 300"):
+        plain.decode([300])
+
+
+def test_a_gap_in_the_vocabulary(byte_level_file: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
+    said = json.loads(byte_level_file.read_text(encoding="utf-8"))
+    said["model"]["vocab"] = {t: i if i < 299 else 310 for t, i in said["model"]["vocab"].items()}
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(said), encoding="utf-8")
+    tokenizer = build_tokenizer(str(file), corpus=None, source="x")
+    assert tokenizer.vocab_size == 311
+    with pytest.raises(UserError, match="token 305 is not in the huggingface tokenizer's vocabulary of 311"):
+        tokenizer.decode([1, 305])
+
+
+def _outlives(file: Path, out_dir: Path, other: Path, capsys) -> None:
+    """A run is sampled, scored and resumed after the file that its tokenizer came from is gone."""
+    file.unlink()
+    tables.load_encoding.cache_clear()
+    checkpoint = f"--checkpoint={out_dir}"
+    capsys.readouterr()
+    sample.main([checkpoint, "--prompt=the cat<|endoftext|>", "--max_new_tokens=5", "--accelerator=cpu"])
+    assert "the cat<|endoftext|>" in capsys.readouterr().out
+    evaluate.main([checkpoint, "--accelerator=cpu", f"--json={out_dir}/own.json"])
+    evaluate.main([checkpoint, "--accelerator=cpu", f"--data={other}", f"--json={out_dir}/other.json"])
+    own, others = (json.loads((out_dir / f"{name}.json").read_text()) for name in ("own", "other"))
+    assert own["tokens"] != others["tokens"] and own["bits_per_byte"] and others["bits_per_byte"]
+    evaluate.main([checkpoint, "--convert_only"])
+    canonical = next(out_dir.rglob("lightning_gpt_tokenizer.json")).parent
+    evaluate.main([f"--checkpoint={canonical}", "--accelerator=cpu", f"--json={out_dir}/canonical.json"])
+    assert json.loads((out_dir / "canonical.json").read_text())["loss"] == pytest.approx(own["loss"])
+    train.main([f"--resume={out_dir}", "--max_steps=5"])
+    assert open_checkpoint(out_dir / "checkpoints" / "last.ckpt", trust=False).step == 5
+
+
+@pytest.fixture
+def other_text(tmp_path) -> Path:
+    file = tmp_path / "other.txt"
+    file.write_text("Two dogs, 3 caf\u00e9s.\n" * 60, encoding="utf-8")
+    return file
+
+
+def test_a_run_outlives_its_tokenizer_json(
+    byte_level_file, text_file, tiny_flags, other_text, tmp_path, capsys
+) -> None:
+    file, out_dir = tmp_path / "tokenizer.json", tmp_path / "run"
+    shutil.copyfile(byte_level_file, file)
+    train.main([*tiny_flags, f"--data={text_file}", f"--tokenizer={file}", f"--out_dir={out_dir}"])
+    _outlives(file, out_dir, other_text, capsys)
+
+
+def test_a_run_outlives_its_tables(toy: Path, text_file, tiny_flags, other_text, tmp_path, capsys) -> None:
+    out_dir = tmp_path / "run"
+    flags = ["--tokenizer=toy", f"--tokenizer_file={toy}"]
+    train.main([*tiny_flags, f"--data={text_file}", *flags, f"--out_dir={out_dir}"])
+    _outlives(toy, out_dir, other_text, capsys)
+
+
+def test_tokenizer_file_is_checked_before_anything_else(tiny_flags, text_file, tmp_path, capsys) -> None:
+    out_dir = tmp_path / "run"
+    with pytest.raises(SystemExit) as exit_:
+        train.main([*tiny_flags, f"--data={text_file}", f"--tokenizer_file={tmp_path}", f"--out_dir={out_dir}"])
+    assert exit_.value.code == 2 and not out_dir.exists()
+    assert "--tokenizer is char; leave it out" in capsys.readouterr().err
+
+
+def test_another_text_is_scored_with_the_runs_own_tokenizer(tiny_run, tmp_path, capsys) -> None:
+    own = open_checkpoint(tiny_run / "checkpoints" / "best.ckpt", trust=False).tokenizer
+    text = "a moon under the dog\nsaw\n" * 40
+    known, unknown = tmp_path / "known.txt", tmp_path / "unknown.txt"
+    known.write_text(text)
+    unknown.write_text(text + "Q")
+    assert len(set(text)) < own.vocab_size
+    files = prepare(str(known), tokenizer=own, block_size=8)
+    assert files.tokenizer.to_dict() == own.to_dict()
+    assert own.decode(files.tokens("val")) == text[int(0.9 * len(text)) :]
+    assert prepare(str(known), tokenizer=own, block_size=8).folder == files.folder
+    assert prepare(str(known), tokenizer="char", block_size=8).folder != files.folder
+    evaluate.main([f"--checkpoint={tiny_run}", f"--data={known}", "--accelerator=cpu"])
+    assert "perplexity" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as exit_:
+        evaluate.main([f"--checkpoint={tiny_run}", f"--data={unknown}", "--accelerator=cpu"])
+    assert exit_.value.code == 2
+    assert "character 'Q' (U+0051) is not in this tokenizer's vocabulary" in capsys.readouterr().err
+
+
+def test_a_runs_own_text_is_not_encoded_again(text_file) -> None:
+    files = prepare(str(text_file), tokenizer="char", block_size=8)
+    assert prepare(str(text_file), tokenizer=files.tokenizer, block_size=8).folder == files.folder
+
+
+def test_tokens_of_another_tokenizer_are_refused(byte_level_file, tmp_path: Path) -> None:
+    def folder(name: str, tokenizer) -> str:
+        ids = np.arange(40) % 3
+        size = tokenizer.vocab_size if tokenizer else 3
+        write_token_files(tmp_path / name, train=ids, val=ids, tokenizer=tokenizer, vocab_size=size, source="x")
+        return str(tmp_path / name)
+
+    file = build_tokenizer(str(byte_level_file), corpus=None, source="x")
+    ours, others = CharTokenizer("abc"), CharTokenizer("abd")
+    for name, made_by, asked in [("1", others, ours), ("2", None, ours), ("3", ours, file), ("4", file, ours)]:
+        data = folder(name, made_by)
+        with pytest.raises(UserError, match=f"the tokens of {data} were made by another tokenizer .*{asked.name}"):
+            prepare(data, tokenizer=asked, block_size=8)
+    assert (
+        prepare(folder("5", file), tokenizer=str(byte_level_file), block_size=8).tokenizer.to_dict() == file.to_dict()
+    )
+    with pytest.raises(UserError, match="--tokenizer_file: .* does not say what its tokenizer is"):
+        prepare(folder("6", None), tokenizer=None, tokenizer_file="x", block_size=8)
+
+
+def test_resuming_with_another_tokenizer(tiny_run, tmp_path, capsys) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        train.main([f"--resume={tiny_run}", "--tokenizer=byte", f"--out_dir={tmp_path}/new", "--max_steps=5"])
+    assert exit_.value.code == 2
+    assert "--tokenizer byte is not what the run was trained with (char)" in capsys.readouterr().err
