@@ -265,6 +265,22 @@ class ParityOptions:
 
 
 @dataclass(frozen=True)
+class PrepareSpeedOptions:
+    """Which text is tokenized, how often, and by how many threads."""
+
+    rounds: int = 5
+    """how often each path is measured, in turns"""
+    megabytes: int = 32
+    """length of the text, in millions of bytes"""
+    workers: int | None = None
+    """threads that tokenize (default: one per processor core)"""
+    data: str | None = None
+    """a text file, repeated up to that length (default: made-up words in lines)"""
+    json: str | None = None
+    """also write the result to this file"""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One resolved training run: the option groups, and the model's own config fields by name."""
 
