@@ -46,7 +46,7 @@ class DataOptions:
 
     data: str = "stdlib"
     """stdlib (this Python's own standard library), a text file, a folder of text files, or a folder with train.bin and
-    val.bin"""
+    val.bin, such as prepare.py makes; texts may be JSON lines or Parquet with a field text, and .gz or .zst"""
     tokenizer: str | None = None
     """char, byte, gpt2, another tiktoken encoding such as cl100k_base, or the path of a Hugging Face tokenizer.json
     (default: char for text; a folder of token files knows its own)"""

@@ -295,6 +295,16 @@ class _Streamed(list):
         return _Streamed(self[count:])
 
 
+class _Lost(_Streamed):
+    """One that breaks off."""
+
+    def __iter__(self):
+        for number, row in enumerate(super().__iter__()):
+            if number == 110:
+                raise RuntimeError("the line is dead")
+            yield row
+
+
 def test_openwebtext(tmp_path, monkeypatch, small_units, capsys):
     hub = types.ModuleType("datasets")
     hub.load_dataset = lambda name, split, streaming: _Streamed({"text": text} for text in TEXTS)
@@ -306,18 +316,13 @@ def test_openwebtext(tmp_path, monkeypatch, small_units, capsys):
     monkeypatch.setattr(sets, "OPENWEBTEXT_ROWS", len(TEXTS))
     rows = _prepare(tmp_path, _write(tmp_path / "a.jsonl", _rows(TEXTS)), flags=flags)
     assert _prepare(tmp_path, "openwebtext", "--from", tmp_path / "a.jsonl", flags=flags) == rows
-    commit, commits = writing.TokenWriter.commit, []
-
-    def failing(writer, state):
-        commit(writer, state)
-        commits.append(state)
-        if len(commits) == 3:
-            raise _Stopped
-
-    monkeypatch.setattr(writing.TokenWriter, "commit", failing)
-    with pytest.raises(_Stopped):
-        _prepare(tmp_path, "openwebtext", flags=flags)
+    hub.load_dataset = lambda name, split, streaming: _Lost({"text": text} for text in TEXTS)
+    error = _refused(capsys, "openwebtext", f"--out={tmp_path / 'out'}", "--tokenizer=byte", *flags)
+    assert "the line is dead" in error and "goes on" in error
+    hub.load_dataset = lambda name, split, streaming: _Streamed({"text": text} for text in TEXTS)
+    capsys.readouterr()
     assert _prepare(tmp_path, "openwebtext", flags=flags) == rows
+    assert "going on where" in capsys.readouterr().err
 
 
 def test_data_of_training_takes_the_same_forms(tmp_path, small_units, monkeypatch):

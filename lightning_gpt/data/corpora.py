@@ -89,7 +89,7 @@ def find_corpus(paths: Sequence[str], *, field: str = "text", flag: str = "") ->
         else:
             raise UserError(f"{flag}{name}: no such file or folder; give a text file, or a folder of text files")
     source = ", ".join(str(Path(name).expanduser()) for name in paths)
-    one = len(files) == 1 and is_plain_text(files[0]) and Path(paths[0]).expanduser() == files[0]
+    one = len(files) == 1 and is_plain_text(files[0])
     return _corpus(source, FileDocuments(tuple(files), field), one, flag)
 
 

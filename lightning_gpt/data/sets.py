@@ -102,9 +102,8 @@ class HubDocuments:
             UserError: The hub does not give all rows, or they have no text.
             OSError: The connection was lost.
         """
-        rows = self._rows()
         read, number = 0, first - 1
-        for number, row in enumerate(rows.skip(first) if first else rows, first):
+        for number, row in enumerate(self._rows(first), first):
             text = row.get(self.field)
             if not isinstance(text, str):
                 raise UserError(f"{self.name} has no text column {self.field!r} (columns: {', '.join(row)})")
@@ -114,12 +113,16 @@ class HubDocuments:
         if number + 1 != self.n_rows:
             raise UserError(f"{self.name} gave {number + 1:,} rows in place of {self.n_rows:,}; {_ADVICE}")
 
-    def _rows(self) -> Any:
+    def _rows(self, first: int) -> Iterator[dict[str, Any]]:
         load = require("datasets", self.name).load_dataset
         try:
-            return load(self.name, split="train", streaming=True)
-        except (RuntimeError, ValueError):  # it comes with code of its own, which datasets does not run
-            return load(self.name, revision="refs/convert/parquet", split="train", streaming=True)
+            try:
+                rows = load(self.name, split="train", streaming=True)
+            except (RuntimeError, ValueError):  # it comes with code of its own, which datasets does not run
+                rows = load(self.name, revision="refs/convert/parquet", split="train", streaming=True)
+            yield from rows.skip(first) if first else rows
+        except Exception as error:  # whatever the HTTP client of the day raises
+            raise ConnectionError(f"{self.name} cannot be read further ({error})") from error
 
 
 def _openwebtext(from_file: str | None, field: str) -> Corpus:

@@ -50,7 +50,13 @@ class Plan:
         tokenizer = self.tokenizer
         if isinstance(tokenizer, Tokenizer):
             tokenizer = hashlib.sha256(json.dumps(tokenizer.to_dict(), sort_keys=True).encode()).hexdigest()
-        return asdict(self) | {"tokenizer": tokenizer, "workers": None, "pieces": [UNIT_BYTES, LIMIT_BYTES]}
+        return {
+            "tokenizer": tokenizer,
+            "split": self.split,
+            "val_fraction": self.val_fraction,
+            "seed": self.seed,
+            "pieces": [UNIT_BYTES, LIMIT_BYTES],
+        }
 
 
 @dataclass
@@ -72,7 +78,9 @@ class _State:
         self.position, self.disk = unit.pieces[-1].after, unit.pieces[-1].disk
 
 
-def write_corpus(folder: Path, *, corpus: Corpus, plan: Plan, say: Callable[[str], object] = str) -> dict[str, Any]:
+def write_corpus(
+    folder: Path, *, corpus: Corpus, plan: Plan, say: Callable[[str], object] = lambda line: None
+) -> dict[str, Any]:
     """Tokenize a corpus into a token folder, which appears when it is whole.
 
     Work that was stopped at any point, by a full disk or a lost machine, goes on when the same is asked for again; the
