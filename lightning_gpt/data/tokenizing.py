@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -118,28 +119,23 @@ def _write(writer: TokenWriter, corpus: Corpus, plan: Plan, say: Callable[[str],
     state = _State(**writer.state)
     if writer.resumed and state.disk:
         say(f"going on where an earlier start was stopped: {state.disk / 1e6:,.0f} MB are done")
-    chars = plan.tokenizer == CharTokenizer.name
-    read = corpus.joined if plan.split == "tail" else _ended(corpus)
-    found = Survey(**state.survey) if state.survey else None
-    if found is None and (chars or plan.split == "tail"):
-        with _progress(corpus, "reading", 0) as bar:
-            found = survey(
-                read,
-                val_fraction=plan.val_fraction,
-                alphabet=chars,
-                progress=lambda disk: bar.update(disk - bar.n),
-                not_utf8=lambda block, wrong: _require_bytes(plan.tokenizer, block, wrong),
-            )
-        state.survey = asdict(found)
+    tokenizer, is_char = plan.tokenizer, plan.tokenizer == CharTokenizer.name
+    if isinstance(tokenizer, str):
+        tokenizer = CharTokenizer("a") if is_char else build_tokenizer(tokenizer, corpus=None, source=corpus.source)
+    tokenizer.encode("a")  # missing tables are told now, not after a long text was read
+    read: Reader = corpus.documents.blocks
+    if plan.split == "tail":
+        read = corpus.joined
+    elif tokenizer.end_of_text is None:
+        read = functools.partial(ending_in_newline, corpus.documents)
+    if state.survey is None and (is_char or plan.split == "tail"):
+        state.survey = asdict(_survey(corpus, read, plan, tokenizer, alphabet=is_char))
         writer.commit(asdict(state))
+    found = Survey(**state.survey) if state.survey else None
     if found and found.n_bytes == 0:
         raise UserError(f"{corpus.source}: there is no text in it")
-    tokenizer = plan.tokenizer
-    if isinstance(tokenizer, str):
-        alphabet = found.alphabet.encode() if found and chars else None
-        tokenizer = build_tokenizer(tokenizer, corpus=alphabet, source=corpus.source)
-    if plan.split == "document" and tokenizer.end_of_text is not None:
-        read = corpus.documents.blocks
+    if found and is_char:
+        tokenizer = CharTokenizer(found.alphabet)
     start = Position(*state.position)
     if plan.split == "tail":
         assert found is not None
@@ -152,15 +148,20 @@ def _write(writer: TokenWriter, corpus: Corpus, plan: Plan, say: Callable[[str],
     return _finish(writer, state, tokenizer, plan, corpus)
 
 
-def _ended(corpus: Corpus) -> Reader:
-    return lambda first=0, offset=0: ending_in_newline(corpus.documents, first, offset)
+def _survey(corpus: Corpus, read: Reader, plan: Plan, tokenizer: Tokenizer, *, alphabet: bool) -> Survey:
+    def not_utf8(block: Block, wrong: bytes) -> None:
+        # A tokenizer that needs text complains.
+        at = block.offset + max(0, block.data.find(wrong))
+        tokenizer.encode_bytes(wrong, source=block.where, offset=at)
 
-
-def _require_bytes(tokenizer: str | Tokenizer, block: Block, wrong: bytes) -> None:
-    """Lets a tokenizer that needs text complain of bytes that are none."""
-    at = block.offset + max(0, block.data.find(wrong))
-    built = tokenizer if isinstance(tokenizer, Tokenizer) else build_tokenizer(tokenizer, corpus=b"a", source="")
-    built.encode_bytes(wrong, source=block.where, offset=at)
+    with _progress(corpus, "reading", 0) as bar:
+        return survey(
+            read,
+            val_fraction=plan.val_fraction,
+            alphabet=alphabet,
+            progress=lambda disk: bar.update(disk - bar.n),
+            not_utf8=not_utf8,
+        )
 
 
 def _encode(
