@@ -148,7 +148,7 @@ def test_documents_end_in_the_end_of_text_and_are_drawn(tmp_path, byte_level_fil
             "train_documents": drawn.count("train.bin"),
             "val_documents": drawn.count("val.bin"),
         }
-    assert found[1] != found[2]
+    assert found[1]["val.bin"] != found[2]["val.bin"]
     assert files.tokenizer.to_dict() == tokenizer.to_dict()
 
 
@@ -195,7 +195,7 @@ def test_a_text_without_a_place_to_cut_is_cut_all_the_same_and_it_is_said(
     prepare.main([str(tmp_path / "line.txt"), f"--out={tmp_path / 'out'}", f"--tokenizer={byte_level_file}"])
     files = open_token_files(tmp_path / "out")
     cuts = json.loads((tmp_path / "out" / "meta.json").read_text())["rough_cuts"]
-    assert 7 <= cuts <= 20
+    assert 7 <= cuts <= 10
     assert f"{cuts} cuts where" in capsys.readouterr().out
     ids = np.concatenate([files.tokens("train"), files.tokens("val")])
     assert files.tokenizer.decode(ids) == text

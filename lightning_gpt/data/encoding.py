@@ -21,7 +21,7 @@ LIMIT_BYTES = 4 << 20
 _AHEAD_BYTES = 1 << 12
 _IN_FLIGHT_BYTES = 16 << 20
 _MAX_PIECES = 1 << 12
-_WHITE_SPACE = re.compile(rb"\s")
+_WORD = re.compile(rb"(?<=[!-~]) (?=[A-Za-z])")
 
 
 class Span(NamedTuple):
@@ -141,9 +141,10 @@ def _next_cut(buffer: bytearray, look: int, tokenizer: Tokenizer) -> int | None:
 
 
 def _rough_cut(buffer: bytearray) -> int:
-    """Before the first white space of the second half; else between two characters."""
-    if found := _WHITE_SPACE.search(buffer, LIMIT_BYTES // 2, LIMIT_BYTES):
-        return found.start()
+    """Before the last word after a single space, where most tokenizers keep the tokens; else between two characters."""
+    words = [found.start() for found in _WORD.finditer(buffer, LIMIT_BYTES // 2, LIMIT_BYTES)]
+    if words:
+        return words[-1]
     size = LIMIT_BYTES - 1
     while size > LIMIT_BYTES - 4 and buffer[size] & 0xC0 == 0x80:
         size -= 1
