@@ -215,6 +215,7 @@ BROKEN = {
     "other JSON": b'{"name": "gpt2"}',
     "a list": b"[]",
     "not UTF-8": b"\xff\xfe{}",
+    "merges of nothing": b'{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": ["a b"]}}',
     "no vocabulary": b'{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}',
 }
 
@@ -265,6 +266,16 @@ def test_a_gap_in_the_vocabulary(byte_level_file: Path, tmp_path: Path) -> None:
     assert tokenizer.vocab_size == 311
     with pytest.raises(UserError, match="token 305 is not in the huggingface tokenizer's vocabulary of 311"):
         tokenizer.decode([1, 305])
+
+
+def test_a_text_that_has_no_tokens(tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    file = tmp_path / "tokenizer.json"
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="?")).save(str(file))
+    tokenizer = build_tokenizer(str(file), corpus=None, source="x")
+    assert tokenizer.encode("a").tolist() == [0] and tokenizer.end_of_text is None
+    with pytest.raises(UserError, match=r"has no tokens for in\.txt"):
+        tokenizer.encode_bytes(b"b", source="in.txt")
 
 
 def _outlives(file: Path, out_dir: Path, other: Path, capsys) -> None:
@@ -335,7 +346,7 @@ def test_another_text_is_scored_with_the_runs_own_tokenizer(tiny_run, tmp_path, 
     with pytest.raises(SystemExit) as exit_:
         evaluate.main([f"--checkpoint={tiny_run}", f"--data={unknown}", "--accelerator=cpu"])
     assert exit_.value.code == 2
-    assert "character 'Q' (U+0051) is not in this tokenizer's vocabulary" in capsys.readouterr().err
+    assert f"{unknown}: character 'Q' (U+0051) is not in this tokenizer's vocabulary" in capsys.readouterr().err
 
 
 def test_a_runs_own_text_is_not_encoded_again(text_file) -> None:

@@ -75,17 +75,17 @@ class HuggingFaceTokenizer(Tokenizer):
         """Token ids of a text, shape (n_tokens,), int64.
 
         Raises:
-            UserError: The package tokenizers is not installed.
+            UserError: The vocabulary lacks something, or the package tokenizers is not installed.
         """
-        return np.asarray(self._ids(without_surrogates(text)), dtype=np.int64)
+        return np.asarray(self._ids(without_surrogates(text), source="the text"), dtype=np.int64)
 
     def encode_bytes(self, data: bytes, *, source: str, offset: int = 0) -> np.ndarray:
         """Token ids of a piece of UTF-8 text, shape (n_tokens,), uint32.
 
         Raises:
-            UserError: Not UTF-8, or the package tokenizers is not installed.
+            UserError: Not UTF-8, or the vocabulary lacks something, or the package tokenizers is not installed.
         """
-        return np.asarray(self._ids(as_text(data, source=source, offset=offset)), dtype=np.uint32)
+        return np.asarray(self._ids(as_text(data, source=source, offset=offset), source=source), dtype=np.uint32)
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         """The text of some token ids, special tokens written out.
@@ -114,9 +114,13 @@ class HuggingFaceTokenizer(Tokenizer):
         numbers = {"vocab_size": self.vocab_size, "end_of_text": self.end_of_text}
         return {"name": self.name, "tokenizer_json": self.text, **numbers}
 
-    def _ids(self, text: str) -> list[int]:
-        # Of a batch alone the library lets other threads run.
-        return _load(self.text).encode_batch_fast([text], add_special_tokens=False)[0].ids
+    def _ids(self, text: str, *, source: str) -> list[int]:
+        tokenizer = _load(self.text)
+        try:
+            # Of a batch alone the library lets other threads run.
+            return tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        except Exception as error:  # the library raises nothing more exact
+            raise UserError(f"the tokenizer.json has no tokens for {source} ({error})") from error
 
 
 def is_path(spelling: str) -> bool:
@@ -134,7 +138,9 @@ def _load(text: str) -> Any:
         ) from None
     try:
         tokenizer = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises nothing more exact
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises nothing more exact, and its panics are no Exceptions
         raise UserError(f"not a Hugging Face tokenizer.json that can be read ({error})") from error
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()

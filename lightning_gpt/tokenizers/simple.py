@@ -59,7 +59,11 @@ class CharTokenizer(Tokenizer):
 
     def encode_bytes(self, data: bytes, *, source: str, offset: int = 0) -> np.ndarray:
         """Token ids of a UTF-8 corpus, shape (n_characters,), uint32."""
-        return self._lookup(as_text(data, source=source, offset=offset)).astype(np.uint32)
+        text = as_text(data, source=source, offset=offset)
+        try:
+            return self._lookup(text).astype(np.uint32)
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from None
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         """The text of some token ids, one character each."""
