@@ -222,7 +222,8 @@ def _parquet_rows(path: Path, field: str, skip: int, before: int) -> Iterator[Bl
 
     size, number = path.stat().st_size, 0
     try:
-        with parquet.ParquetFile(path, buffer_size=BLOCK_BYTES) as file:
+        # Without buffering ahead: that would hold a whole row group.
+        with parquet.ParquetFile(path, buffer_size=BLOCK_BYTES, pre_buffer=False) as file:
             _check_column(path, file.schema_arrow, field)
             groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
             for i, group in enumerate(groups):
