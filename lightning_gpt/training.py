@@ -146,7 +146,7 @@ def _tokenizer(config: TrainConfig, start: Checkpoint | None) -> str | Tokenizer
 def _check_resume(checkpoint: Checkpoint, module: GPTModule, max_steps: int) -> None:
     checkpoint.require_fit(module)
     if not checkpoint.has_optimizer:
-        raise UserError(f"{checkpoint.path} holds weights alone; resume from the checkpoint that it was made from")
+        raise UserError(f"{checkpoint.path} holds weights alone; start from it with --init_from")
     for name, parameter in module.model.named_parameters():
         if parameter.requires_grad and not checkpoint.was_trained(name):
             raise UserError(f"{checkpoint.path} did not train {name}; resume it with --freeze_embeddings")

@@ -36,6 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "parity": _FIRST | {"benchmarks", "cli", "training"},
     "training": _FIRST | {"callbacks", "generation", "evaluation", "planning"},
     "benchmarks": _FIRST | {"cli", "training"},
+    "throughput": {"benchmarks", "data", "tokenizers"},
 }
 
 

@@ -16,11 +16,10 @@ import torch
 import yaml
 
 import evaluate
+import prepare as prepare_entry
 import sample
 import train
 from lightning_gpt.checkpoint import find_checkpoint, open_checkpoint
-from lightning_gpt.checkpoint.embeddings import extract_embeddings
-from lightning_gpt.config import EmbeddingsOptions
 from lightning_gpt.data.preparation import prepare
 
 REPO = Path(__file__).parent.parent
@@ -183,8 +182,12 @@ def test_embeddings_from_a_file(tmp_path, text_file, matrix, capsys, implementat
 
 def test_embeddings_of_a_gpt2_by_every_way(folder, tmp_path, text_file, capsys):
     expected = open_checkpoint(folder).weight(WTE)
+    for wrong in ([], ["--out=a.txt"], ["other", "--out=a.npy"]):
+        with pytest.raises(SystemExit):
+            prepare_entry.main(["embeddings", str(folder), *wrong])
+        assert capsys.readouterr().err.count("\n") == 1
     for suffix in (".npy", ".safetensors"):
-        extract_embeddings(EmbeddingsOptions(checkpoint=str(folder), out=str(tmp_path / f"wte{suffix}")))
+        prepare_entry.main(["embeddings", str(folder), f"--out={tmp_path / f'wte{suffix}'}"])
     assert np.array_equal(np.load(tmp_path / "wte.npy"), expected.numpy())
     weights = safetensors.torch.load_file(tmp_path / "wte.safetensors")
     assert [torch.equal(tensor, expected) for tensor in weights.values()] == [True]
