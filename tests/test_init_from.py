@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -109,6 +110,12 @@ def test_a_run_from_weights_is_resumed_as_if_never_stopped(folder, tmp_path, tex
     assert (whole.model_config["vocab_size"], whole.model_config.get("vocab_padding", 0)) == rows
     assert whole.weight(WTE).shape[0] == rows[0]
     if pad:
+        bare = shutil.copy(tmp_path / "whole" / "checkpoints" / "last.ckpt", tmp_path)  # without the run's settings
+        sizes = "--implementation=nanogpt --n_layer=1 --n_head=2 --n_embd=34 --block_size=16 --gelu=tanh".split()
+        train.main(
+            [*RUN, *sizes, f"--resume={bare}", f"--data={text_file}", f"--out_dir={tmp_path / 'b'}", "--max_steps=5"]
+        )
+        assert trained(tmp_path / "b").model_config["vocab_padding"] == 44
         sample.main([f"--checkpoint={tmp_path / 'whole'}", "--accelerator=cpu", "--temperature=99", "--prompt=the"])
         train.main([*flags, f"--init_from={tmp_path / 'whole'}", f"--out_dir={tmp_path / 'again'}", "--max_steps=1"])
         cut = [*RUN, f"--init_from={tmp_path / 'whole'}", "--pad_vocab=false", f"--data={text_file}"]
