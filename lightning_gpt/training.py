@@ -146,6 +146,11 @@ def _tokenizer(config: TrainConfig, start: Checkpoint | None) -> str | Tokenizer
 
 def _check_resume(checkpoint: Checkpoint, module: GPTModule, max_steps: int) -> None:
     checkpoint.require_fit(module)
+    row, have, want = module.implementation, checkpoint.model_config, module.model_config
+    for name in ("n_head", "gelu") if row.gpt2 else ():  # which no shape shows
+        said, theirs = want.get(name), have.get(name, getattr(row.load(row.config), name, None))
+        if said is not None and theirs is not None and said != theirs:
+            raise UserError(f"--{name} {said} contradicts {checkpoint.path}, whose {name} is {theirs}; say the same")
     if not checkpoint.has_optimizer:
         raise UserError(f"{checkpoint.path} holds weights alone; start from it with --init_from")
     for name, parameter in module.model.named_parameters():

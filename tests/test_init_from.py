@@ -116,6 +116,8 @@ def test_a_run_from_weights_is_resumed_as_if_never_stopped(folder, tmp_path, tex
             [*RUN, *sizes, f"--resume={bare}", f"--data={text_file}", f"--out_dir={tmp_path / 'b'}", "--max_steps=5"]
         )
         assert trained(tmp_path / "b").model_config["vocab_padding"] == 44
+        others = [*sizes[:-1], "--gelu=exact", f"--resume={bare}", f"--data={text_file}", "--max_steps=6"]
+        assert "whose gelu is tanh" in refused(capsys, *others)
         sample.main([f"--checkpoint={tmp_path / 'whole'}", "--accelerator=cpu", "--temperature=99", "--prompt=the"])
         train.main([*flags, f"--init_from={tmp_path / 'whole'}", f"--out_dir={tmp_path / 'again'}", "--max_steps=1"])
         cut = [*RUN, f"--init_from={tmp_path / 'whole'}", "--pad_vocab=false", f"--data={text_file}"]
