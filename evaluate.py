@@ -3,7 +3,6 @@
 import contextlib
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 
 from lightning_gpt.cli import parse_evaluate, reporting_errors
 
@@ -20,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         score = None if rewrites else evaluate(options)
     if folder:
         print(f"{'exported' if options.export else 'converted':14}{folder}")
-    for name, value in asdict(score).items() if score else ():
+    for name, value in score.found().items() if score else ():
         print(f"{name:14}{value:.4f}" if isinstance(value, float) else f"{name:14}{value}")
 
 

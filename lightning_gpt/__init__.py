@@ -13,6 +13,7 @@ _HOMES = {
     "GPTModule": "lightning_gpt.models",
     "MinGPT": "lightning_gpt.models",
     "NanoGPT": "lightning_gpt.models",
+    "Task": "lightning_gpt.data.tasks.base",
     "TokenData": "lightning_gpt.data.loading",
     "UserError": "lightning_gpt.config",
     "prepare": "lightning_gpt.data.preparation",

@@ -162,13 +162,12 @@ class RunMetrics(Callback):
             pl_module.log("step", float(trainer.global_step), sync_dist=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prints the validation loss, also that of weights a run starts from, and starts the clock again."""
+        """Prints what a validation found, also of weights a run starts from, and starts the clock again."""
         bar = trainer.progress_bar_callback
         if bar is not None and trainer.is_global_zero:
-            losses = {
-                k: trainer.callback_metrics[k] for k in ("train_loss", "val_loss") if k in trainer.callback_metrics
-            }
-            shown = ", ".join(f"{name} {float(value):.4f}" for name, value in losses.items())
+            known = trainer.callback_metrics
+            names = [name for name in ("train_loss", "val_loss", "val_accuracy") if name in known]
+            shown = ", ".join(f"{name} {float(known[name]):.4f}" for name in names)
             say = print if trainer.sanity_checking else bar.print  # the bar is not there yet
             say(f"step {trainer.global_step}: {shown}")
         self._since = (trainer.global_step, time.perf_counter())
@@ -185,11 +184,14 @@ def _peak_memory(device: torch.device) -> int:
 class FinalSample(Callback):
     """Prints what the trained model writes."""
 
-    def __init__(self, tokenizer: Tokenizer, *, prompt: str, max_new_tokens: int, seed: int) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, *, prompt: str, max_new_tokens: int, seed: int, top_k: int | None = None
+    ) -> None:
         self.tokenizer = tokenizer
         self.prompt = prompt
         self.max_new_tokens = max_new_tokens
         self.seed = seed
+        self.top_k = top_k
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Samples while the model is still on its devices; on all ranks, since each may hold a share of the weights."""
@@ -202,6 +204,7 @@ class FinalSample(Callback):
             prompt=self.prompt,
             max_new_tokens=self.max_new_tokens,
             seed=self.seed,
+            top_k=self.top_k,
         )
         if trainer.is_global_zero:
             print(f"--- sample ---\n{text}\n--------------")

@@ -32,6 +32,7 @@ from lightning_gpt.config import (
     UserError,
     options_of,
 )
+from lightning_gpt.data.tasks import find_task
 from lightning_gpt.implementations import flag_options, get_implementation
 
 GROUPS: dict[str, type] = {
@@ -161,6 +162,7 @@ def _first_pass(argv: Sequence[str]) -> tuple[dict[str, Any], Any]:
     scout = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     scout.add_argument("--config", action="append", default=[])
     scout.add_argument("--implementation")
+    scout.add_argument("--data")
     scout.add_argument("--resume")
     scout.add_argument("--init_from")
     scout.add_argument("--pretrained_embeddings")
@@ -253,17 +255,24 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
             saved = {k: v for k, v in saved.items() if k not in SIZES}  # the preset's are then compared with them
     row = get_implementation(str(implementation or ModelOptions.implementation))
     model_options = flag_options(row)
+    data = str(known.data or from_files.get("data") or saved.get("data") or DataOptions.data)
+    task = find_task(data)
+    task_options = options_of(task) if task else []
     parser = _parser("Train a GPT. Every option is a flag, or a line of a YAML file.")
     for title, cls in GROUPS.items():
         _add(parser, options_of(cls), title)
         if title == "model":
             _add(parser, model_options, f"model: fields of {row.name}'s own config")
-    argv = _complete(argv, model_options)
+        if title == "data" and task:
+            _add(parser, task_options, f"data: fields of the task {data}")
+    argv = _complete(argv, [*model_options, *task_options])
     flags = [o for action in parser._actions for o in action.option_strings]
     for key in from_files:
         if f"--{key}" not in flags:
             raise UserError(f"--config {', '.join(known.config)}: unknown option {key}{_nearest('--' + key, flags)}")
     parser.set_defaults({k: v for k, v in saved.items() if f"--{k}" in flags})
+    if task:  # it decides the block size, so that a default must not look like one that was given
+        parser.set_defaults(block_size=None)
     values = parser.parse_args(_configs_first(argv))
     _check_numbers(values)
     if resume:
@@ -271,9 +280,31 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
     for o in options:
         if o.name in displaced:  # a flag takes the place of a file's
             values[o.name] = o.default
-    return TrainConfig(
-        *(_fill(cls, values) for cls in GROUPS.values()), {o.name: values[o.name] for o in model_options}
-    )
+    task_fields = {o.name: values[o.name] for o in task_options}
+    if task:
+        _fit_task(task, task_fields, values)
+    model_fields = {o.name: values[o.name] for o in model_options}
+    return TrainConfig(*(_fill(cls, values) for cls in GROUPS.values()), model_fields, task_fields)
+
+
+def _fit_task(task: type, fields: dict[str, Any], values: Namespace) -> None:
+    """Lets a task decide what it decides, and refuses what was given otherwise."""
+    for o in options_of(task):
+        if fields[o.name] is None and o.default is not None:
+            raise UserError(f"--{o.name} needs a value; leave it out for its default")
+    made = task(**fields)
+    block_size = made.block_size
+    if values.block_size not in (None, block_size):
+        raise UserError(
+            f"--block_size {values.block_size} does not fit --data {values.data}, whose rows have {block_size} inputs;"
+            " leave it out"
+        )
+    for name in ("tokenizer", "tokenizer_file"):
+        if values[name] is not None:
+            raise UserError(f"--{name} {values[name]}: --data {values.data} has its own tokenizer; leave it out")
+    values.block_size = block_size
+    if values.prompt == RunOptions.prompt:
+        values.prompt = made.prompt()
 
 
 def _is_true(value: Any) -> bool:

@@ -48,7 +48,9 @@ class DataOptions:
 
     data: str = "stdlib"
     """stdlib (this Python's own standard library), a text file, a folder of text files, or a folder with train.bin and
-    val.bin, such as prepare.py makes; texts may be JSON lines or Parquet with a field text, and .gz or .zst"""
+    val.bin, such as prepare.py makes (texts may be JSON lines or Parquet with a field text, and .gz or .zst);
+    chargpt:FILE, a text by characters; or a task: adder, sort, or package.module:Class for one of your own, whose
+    fields become further flags"""
     tokenizer: str | None = None
     """char, byte, gpt2, another tiktoken encoding such as cl100k_base, or the path of a Hugging Face tokenizer.json
     (default: that of --init_from, else char for text; a folder of token files knows its own)"""
@@ -151,9 +153,9 @@ class RunOptions:
     logger: str = "tensorboard"
     """tensorboard, csv, wandb or none"""
     prompt: str = "\n"
-    """what the sample at the end continues"""
-    sample_tokens: int = 200
-    """length of that sample in tokens; 0 for none"""
+    """what the sample at the end continues (default: a newline; for a task, a question of its validation split)"""
+    sample_tokens: int | None = None
+    """length of that sample in tokens; 0 for none (default: 200; for a task, its answer)"""
     dry_run: bool = False
     """check everything, say what the run would need in memory and compute, and stop; the devices need not be here"""
 
@@ -312,7 +314,7 @@ class PrepareSpeedOptions:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One resolved training run: the option groups, and the model's own config fields by name."""
+    """One resolved training run: the option groups, and the fields of the model's own config and of the task."""
 
     model: ModelOptions
     data: DataOptions
@@ -320,11 +322,16 @@ class TrainConfig:
     trainer: TrainerOptions
     run: RunOptions
     model_fields: dict[str, Any]
+    task_fields: dict[str, Any] = field(default_factory=dict)
 
     def flat(self) -> dict[str, Any]:
         """The run as one flat mapping, the form of ``config.yaml``."""
         groups = (self.model, self.data, self.optim, self.trainer, self.run)
-        return {k: v for group in groups for k, v in dataclasses.asdict(group).items()} | self.model_fields
+        return (
+            {k: v for group in groups for k, v in dataclasses.asdict(group).items()}
+            | self.model_fields
+            | self.task_fields
+        )
 
 
 # Of each group, which fixes one thing, at most one may be given; it takes the place of an earlier layer's.

@@ -4,8 +4,10 @@ import json
 import math
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -24,8 +26,9 @@ from lightning_gpt.checkpoint.export import FORMATS, export
 from lightning_gpt.checkpoint.initial import fitted_vocabulary
 from lightning_gpt.checkpoint.resume import restore_weights
 from lightning_gpt.config import EvaluateOptions, TrainerOptions, UserError
-from lightning_gpt.data.loading import TokenData
+from lightning_gpt.data.loading import Source, TokenData
 from lightning_gpt.data.preparation import prepare
+from lightning_gpt.data.tasks import find_task
 from lightning_gpt.data.token_files import TokenFiles, is_token_folder
 from lightning_gpt.models import FORMS
 from lightning_gpt.strategies import find_devices, get_strategy
@@ -45,6 +48,7 @@ class Score:
         perplexity: exp(loss); infinite, and null in JSON, where that is beyond a float.
         bits_per_byte: Cross-entropy in bits over the text's UTF-8 bytes; None where the bytes are not known.
         tokens: Tokens scored.
+        accuracy: The share of answers that greedy generation gets right as a whole; None where the data is no task.
     """
 
     checkpoint: str
@@ -54,6 +58,11 @@ class Score:
     perplexity: float
     bits_per_byte: float | None
     tokens: int
+    accuracy: float | None = None
+
+    def found(self) -> dict[str, Any]:
+        """The numbers by name, without those that the data has no use for."""
+        return {k: v for k, v in asdict(self).items() if k != "accuracy" or v is not None}
 
 
 def rewrite(options: EvaluateOptions) -> Path | None:
@@ -131,10 +140,10 @@ def evaluate(options: EvaluateOptions) -> Score | None:
         enable_checkpointing=False,
         enable_progress_bar=False,
     )
-    loss = trainer.validate(module, source, verbose=False)[0]["val_loss"]
+    found = trainer.validate(module, source, verbose=False)[0]
     if not trainer.is_global_zero:
         return None
-    score = _score(loss, checkpoint, files, options)
+    score = _score(found, module.val_tokens, checkpoint, files)
     if options.json:
         _write_json(score, Path(options.json))
     return score
@@ -164,7 +173,7 @@ def _require_writable(file: Path) -> None:
 
 
 def _write_json(score: Score, file: Path) -> None:
-    known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(score).items()}
+    known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in score.found().items()}
     text = json.dumps(known, indent=2)  # JSON has no word for infinity
     try:
         file.write_text(text + "\n", encoding="utf-8")
@@ -177,25 +186,32 @@ def _require_own_fit(checkpoint: Checkpoint) -> None:
     checkpoint.require_fit(module)
 
 
-def _held_out(checkpoint: Checkpoint, options: EvaluateOptions) -> tuple[TokenFiles, str]:
-    """The tokens to score, and what they are called."""
+def _held_out(checkpoint: Checkpoint, options: EvaluateOptions) -> tuple[Source, str]:
+    """What to score, and what it is called."""
     data = options.data or checkpoint.data
     if data is None:
         raise UserError(f"{checkpoint.path} does not say what it was trained on; give --data")
     tokenizer = checkpoint.tokenizer
-    if tokenizer is None and not is_token_folder(Path(data).expanduser()):
+    block_size = checkpoint.model_config["block_size"]
+    task = find_task(data)
+    if task:
+        files: Source = task(**(checkpoint.task_fields if data == checkpoint.data else {}))
+        if files.block_size != block_size:
+            raise UserError(
+                f"--data {data} has rows of {files.block_size} inputs, not the {block_size} of {checkpoint.path};"
+                " leave it out"
+            )
+    elif tokenizer is None and not is_token_folder(Path(data).expanduser()):
         raise UserError(f"{checkpoint.path} does not know its tokenizer; give --data a folder of its tokens")
-    files = prepare(data, tokenizer=tokenizer, block_size=checkpoint.model_config["block_size"])
+    else:
+        files = prepare(data, tokenizer=tokenizer, block_size=block_size)
     fitted_vocabulary(files, pad=False, start=checkpoint, goes_on=True)
     return files, data
 
 
-def _score(loss: float, checkpoint: Checkpoint, files: TokenFiles, options: EvaluateOptions) -> Score:
-    tokens = files.val_tokens - 1
-    if options.eval_batches:
-        block_size = checkpoint.model_config["block_size"]
-        tokens = min(tokens, options.eval_batches * options.batch_size * block_size)
-    whole = tokens == files.val_tokens - 1 and files.val_bytes
+def _score(found: Mapping[str, float], tokens: int, checkpoint: Checkpoint, files: Source) -> Score:
+    loss = found["val_loss"]
+    val_bytes = files.val_bytes if isinstance(files, TokenFiles) and tokens == files.val_tokens - 1 else None
     return Score(
         checkpoint=str(checkpoint.path),
         hash=checkpoint.hash(),
@@ -203,6 +219,7 @@ def _score(loss: float, checkpoint: Checkpoint, files: TokenFiles, options: Eval
         loss=loss,
         perplexity=math.exp(loss) if loss < _LARGEST_EXPONENT else math.inf,
         # The first token is context only; its bytes are counted, which a text of any length does not show.
-        bits_per_byte=loss * tokens / math.log(2) / files.val_bytes if whole and files.val_bytes else None,
+        bits_per_byte=loss * tokens / math.log(2) / val_bytes if val_bytes else None,
         tokens=tokens,
+        accuracy=found.get("val_accuracy"),
     )

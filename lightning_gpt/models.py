@@ -18,6 +18,7 @@ from lightning_gpt.compilation import compile_model, recompute_blocks
 from lightning_gpt.forms import DeepSpeedForm, FSDPForm
 from lightning_gpt.implementations import get_implementation, token_embedding_name
 from lightning_gpt.optim import adamw, parameter_groups, warmup_cosine
+from lightning_gpt.scoring import ScoreSums
 from lightning_gpt.sharding import give_memory
 
 
@@ -71,7 +72,8 @@ class GPTModule(LightningModule):
         # Device tensors, read only when something is logged, so that no step waits for them.
         self.step_loss: Tensor | None = None
         self._gradient_norm: Tensor | None = None
-        self._val_sums: Tensor | None = None
+        self._val_sums: ScoreSums | None = None
+        self.val_tokens = 0  # that the last validation scored, over all ranks
 
     def build_model(self) -> nn.Module:
         """The model, initialised as the sharded forms initialise it, so that a seed means the same weights."""
@@ -145,25 +147,24 @@ class GPTModule(LightningModule):
         return self._gradient_norm
 
     def on_validation_epoch_start(self) -> None:
-        """Begins the sums of the validation loss."""
-        self._val_sums = torch.zeros(2, dtype=torch.float64, device="cpu" if self.device.type == "mps" else self.device)
+        """Begins the sums of the validation."""
+        has_answers = getattr(self.trainer.datamodule, "has_answers", False)
+        padding = self.model_config.get("vocab_padding", 0)
+        self._val_sums = ScoreSums(self.device, has_answers=has_answers, padding=padding)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Adds a batch's loss and its number of scored tokens to the sums."""
+        """Adds a batch to the sums."""
         assert self._val_sums is not None
-        _, loss = self.model(*batch)
-        assert loss is not None
-        device = self._val_sums.device
-        loss, scored = loss.to(device), (batch[1] != -1).sum().to(device)
-        # A batch of padding alone has no loss.
-        total = torch.where(scored > 0, loss.double() * scored, 0.0)
-        self._val_sums += torch.stack([total, scored.double()])
+        logits, loss = self.model(*batch)
+        self._val_sums.add(logits, loss, batch[1])
 
     def on_validation_epoch_end(self) -> None:
-        """Logs ``val_loss``: the sum over all ranks divided by the tokens they scored, nats per token."""
+        """Logs ``val_loss``, and of a task ``val_accuracy``: the same on all ranks (see ``ScoreSums``)."""
         assert self._val_sums is not None
-        total, scored = self.trainer.strategy.reduce(self._val_sums, reduce_op="sum")
-        self.log("val_loss", (total / scored).float(), prog_bar=True, sync_dist=True)
+        reduce = partial(self.trainer.strategy.reduce, reduce_op="sum")
+        found, self.val_tokens = self._val_sums.result(reduce)
+        for name, value in found.items():
+            self.log(name, value, prog_bar=name == "val_loss", sync_dist=True)
 
     def build_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """AdamW over parameter groups."""

@@ -27,9 +27,11 @@ from lightning_gpt.checkpoint.initial import (
     open_source,
 )
 from lightning_gpt.config import SIZES, OptimOptions, TrainConfig, TrainerOptions, UserError
-from lightning_gpt.data.loading import TokenData
+from lightning_gpt.data.loading import Source, TokenData
 from lightning_gpt.data.preparation import prepare
-from lightning_gpt.data.token_files import TokenFiles, is_token_folder
+from lightning_gpt.data.tasks import find_task
+from lightning_gpt.data.tasks.base import Task
+from lightning_gpt.data.token_files import is_token_folder
 from lightning_gpt.generation import encode_prompt
 from lightning_gpt.implementations import get_implementation
 from lightning_gpt.models import FORMS, GPTModule
@@ -40,6 +42,7 @@ from lightning_gpt.strategies.saving import WholeFiles
 from lightning_gpt.tokenizers import Tokenizer
 
 DEFAULT_STEPS = 1000
+DEFAULT_SAMPLE_TOKENS = 200
 DEFAULT_PRESET = "gpt-micro"
 
 LOGGERS = {
@@ -72,25 +75,18 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Path | 
     if strategy.form == "deepspeed" and config.trainer.trainer.get("gradient_clip_algorithm") == "value":
         raise UserError("DeepSpeed clips by norm alone; leave --trainer.gradient_clip_algorithm out")
     checkpoint = open_checkpoint(Path(run.resume), trust=run.trust_checkpoint) if run.resume else None
-    source = None
+    weights = None
     if run.init_from and not checkpoint:
-        source = open_source(run.init_from, trust=run.trust_checkpoint, n_head=config.model_fields.get("n_head"))
-    start = checkpoint or source
-    files = prepare(
-        config.data.data,
-        tokenizer=_tokenizer(config, start),
-        tokenizer_file=config.data.tokenizer_file,
-        block_size=config.model.block_size,
-    )
+        weights = open_source(run.init_from, trust=run.trust_checkpoint, n_head=config.model_fields.get("n_head"))
+    start = checkpoint or weights
+    source = _source(config, start)
     vocab_size, padding = fitted_vocabulary(
-        files, pad=config.model.pad_vocab, start=start, goes_on=checkpoint is not None
+        source, pad=config.model.pad_vocab, start=start, goes_on=checkpoint is not None
     )
     config = replace(config, model=replace(config.model, pad_vocab=config.model.pad_vocab or padding > 0))
-    if run.sample_tokens and files.tokenizer:
-        # A prompt that cannot be encoded is told now, not after the training.
-        encode_prompt(files.tokenizer, run.prompt)
+    sample = _final_sample(config, source)
     data = TokenData(
-        files,
+        source,
         name=config.data.data,
         block_size=config.model.block_size,
         batch_size=config.data.batch_size,
@@ -106,9 +102,9 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Path | 
     module = _module(config, strategy, form=form, vocabulary=(vocab_size, padding), max_steps=max_steps)
     if checkpoint:
         _check_resume(checkpoint, module, max_steps)
-    loaded, begin = _begin(config, module, source)
+    loaded, begin = _begin(config, module, weights)
     if run.dry_run:
-        _header(config, module, files, loaded, where=where, strategy=strategy.name, max_steps=max_steps)
+        _header(config, module, source, loaded, where=where, strategy=strategy.name, max_steps=max_steps)
         _dry_run(config, module, where=where, strategy=strategy, max_steps=max_steps)
         return None
     run_dir = Path(run.out_dir) if run.out_dir else _fresh_folder()
@@ -116,7 +112,7 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Path | 
         tokens_per_step=samples_per_step * config.model.block_size,
         flops_per_token=flops_per_token(module.model, block_size=config.model.block_size),
     )
-    own = [ExactResume(checkpoint), *begin, *_callbacks(config, run_dir, files, metrics)]
+    own = [ExactResume(checkpoint), *begin, *_callbacks(config, run_dir, metrics), *sample]
     trainer = _trainer(config, strategy, where, run_dir, [*own, *callbacks], max_steps)
     if trainer.world_size != where.world_size:
         raise UserError(
@@ -124,7 +120,7 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Path | 
             " and --num_nodes agree with it"
         )
     _open_folder(run_dir, replace(config, optim=asked))
-    _header(config, module, files, loaded, where=where, strategy=type(trainer.strategy).__name__, max_steps=max_steps)
+    _header(config, module, source, loaded, where=where, strategy=type(trainer.strategy).__name__, max_steps=max_steps)
     trainer.fit(module, data)
     if trainer.is_global_zero:
         print(f"checkpoints: {run_dir}/checkpoints\nnext: python sample.py --checkpoint {run_dir}")
@@ -158,6 +154,30 @@ def _check_resume(checkpoint: Checkpoint, module: GPTModule, max_steps: int) -> 
             raise UserError(f"{checkpoint.path} did not train {name}; resume it with --freeze_embeddings")
     if checkpoint.step >= max_steps:
         raise UserError(f"{checkpoint.path} is at step {checkpoint.step} of {max_steps} already; raise --max_steps")
+
+
+def _source(config: TrainConfig, start: Checkpoint | None) -> Source:
+    """Where samples come from."""
+    task = find_task(config.data.data)
+    if task:
+        return task(**config.task_fields)
+    return prepare(
+        config.data.data,
+        tokenizer=_tokenizer(config, start),
+        tokenizer_file=config.data.tokenizer_file,
+        block_size=config.model.block_size,
+    )
+
+
+def _final_sample(config: TrainConfig, source: Source) -> list[Callback]:
+    """The sample at the end, if any; a prompt that cannot be encoded is told now, not after the training."""
+    run = config.run
+    if source.tokenizer is None or run.sample_tokens == 0:
+        return []
+    length, top_k = (source.answer_length, 1) if isinstance(source, Task) else (DEFAULT_SAMPLE_TOKENS, None)
+    length = length if run.sample_tokens is None else run.sample_tokens
+    encode_prompt(source.tokenizer, run.prompt)
+    return [FinalSample(source.tokenizer, prompt=run.prompt, max_new_tokens=length, seed=run.seed, top_k=top_k)]
 
 
 def _fresh_folder() -> Path:
@@ -294,21 +314,16 @@ def _check_trainer_options(options: TrainerOptions) -> None:
             raise UserError(f"--trainer.{name}: lightning.Trainer has no such option{hint}")
 
 
-def _callbacks(config: TrainConfig, run_dir: Path, files: TokenFiles, metrics: RunMetrics) -> list[Callback]:
-    run = config.run
+def _callbacks(config: TrainConfig, run_dir: Path, metrics: RunMetrics) -> list[Callback]:
     checkpoints = dict(dirpath=run_dir / "checkpoints", enable_version_counter=False, save_on_train_epoch_end=False)
-    callbacks = [
-        DropoutSeed(run.seed),
+    return [
+        DropoutSeed(config.run.seed),
         ValidateAtEnd(),
         ModelCheckpoint(filename="best", monitor="val_loss", **checkpoints),
         ModelCheckpoint(filename="last", **checkpoints),
         ProgressBar(refresh_rate=10 * config.optim.accumulate_grad_batches),
         metrics,  # after the bar, which must be closed before the closing line is printed
     ]
-    if run.sample_tokens and files.tokenizer:
-        sample = FinalSample(files.tokenizer, prompt=run.prompt, max_new_tokens=run.sample_tokens, seed=run.seed)
-        callbacks.append(sample)
-    return callbacks
 
 
 def _trainer(
@@ -354,7 +369,7 @@ def _trainer(
 def _header(
     config: TrainConfig,
     module: GPTModule,
-    files: TokenFiles,
+    source: Source,
     loaded: Sequence[str],
     *,
     where: Devices,
@@ -370,8 +385,7 @@ def _header(
     print(
         *(f"{line}\n" for line in loaded),
         f"model     {module.implementation.name} {sizes}, block {fields['block_size']}, {parameters:,} parameters\n"
-        f"data      {files.source}: {files.train_tokens:,} training and {files.val_tokens:,} validation tokens,"
-        f" vocabulary {files.vocab_size:,}\n"
+        f"data      {source.describe()}, vocabulary {source.vocab_size:,}\n"
         f"steps     {max_steps:,} of {tokens_per_step:,} tokens ({batch_size} x {fields['block_size']} x {accumulate}"
         f" micro-batches x {where.world_size} devices{', from --global_batch_tokens' if derived else ''})\n"
         f"strategy  {strategy}, {where.precision}, {where.accelerator}",

@@ -119,6 +119,11 @@ class Checkpoint(ABC):
         """What ``--data`` was, where it knows."""
         return self.header.get("TokenData", {}).get("data")
 
+    @property
+    def task_fields(self) -> dict[str, Any]:
+        """The fields of the task it was trained on; none where that was a text."""
+        return self.header.get("TokenData", {}).get("task") or {}
+
     @cached_property
     def ties(self) -> dict[str, str]:
         """Tied names of its model, alias to first name."""

@@ -73,7 +73,7 @@ class CanonicalCheckpoint(Checkpoint):
             header = {
                 "hyper_parameters": {k: config[k] for k in ("implementation", "model_config") if k in config},
                 "global_step": config.get("step", 0),
-                "TokenData": {"data": config.get("data"), "tokenizer": tokenizer},
+                "TokenData": {"data": config.get("data"), "task": config.get("task"), "tokenizer": tokenizer},
             }
         super().__init__(path, header)
         self.stored = layout(path / WEIGHTS)
@@ -186,6 +186,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "model_config": checkpoint.model_config,
         "step": checkpoint.step,
         "data": checkpoint.data,
+        "task": checkpoint.task_fields,
         "ties": checkpoint.ties,
     }
 

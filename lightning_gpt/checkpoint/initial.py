@@ -11,7 +11,7 @@ from lightning_gpt.checkpoint.base import Checkpoint
 from lightning_gpt.checkpoint.embeddings import read_embeddings
 from lightning_gpt.checkpoint.resume import restore_weights, write_weight
 from lightning_gpt.config import UserError
-from lightning_gpt.data.token_files import TokenFiles
+from lightning_gpt.data.loading import Source
 from lightning_gpt.implementations import Implementation, token_embedding_name
 from lightning_gpt.models import FORMS, GPTModule
 from lightning_gpt.sharding import full_shape
@@ -44,7 +44,7 @@ def defaults_from(source: Checkpoint, row: Implementation) -> dict[str, Any]:
     return {"implementation": row.name, "pad_vocab": fields.pop("vocab_padding", 0) > 0} | fields
 
 
-def fitted_vocabulary(files: TokenFiles, *, pad: bool, start: Checkpoint | None, goes_on: bool) -> tuple[int, int]:
+def fitted_vocabulary(files: Source, *, pad: bool, start: Checkpoint | None, goes_on: bool) -> tuple[int, int]:
     """How many rows a model's vocabulary has, and how many of them are padding.
 
     Args:

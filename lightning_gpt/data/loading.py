@@ -1,12 +1,16 @@
-"""The Lightning end of the data: loaders over a token folder, and where in the stream a run has got to."""
+"""The Lightning end of the data: loaders over token files or a task, and where in the stream a run has got to."""
 
+from dataclasses import asdict
 from typing import Any
 
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
-from lightning_gpt.data.streams import EvalBatches, TokenStream, TrainBatches
+from lightning_gpt.data.streams import EvalPass, TrainBatches
+from lightning_gpt.data.tasks.base import Task
 from lightning_gpt.data.token_files import TokenFiles
+
+Source = TokenFiles | Task
 
 
 class TokenData(LightningDataModule):
@@ -16,7 +20,7 @@ class TokenData(LightningDataModule):
     any number of ranks and with any micro-batch size, and sees the samples an uninterrupted run would have.
 
     Args:
-        files: The tokens.
+        files: The tokens, or a task.
         name: What ``--data`` called them.
         block_size: Tokens per sample.
         batch_size: Samples per rank and micro-batch.
@@ -27,7 +31,7 @@ class TokenData(LightningDataModule):
 
     def __init__(
         self,
-        files: TokenFiles,
+        files: Source,
         *,
         name: str,
         block_size: int,
@@ -43,9 +47,14 @@ class TokenData(LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.eval_batches = eval_batches
-        self.stream = TokenStream(files.opener("train"), n_tokens=files.train_tokens, block_size=block_size, seed=seed)
+        self.stream = files.train_stream(block_size=block_size, seed=seed)
         self._first_sample = 0
         self._first_step = 0
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether a sample is a question whose answer is right or wrong."""
+        return isinstance(self.files, Task)
 
     @property
     def _samples_per_step(self) -> int:
@@ -65,9 +74,7 @@ class TokenData(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """This rank's share of the validation, every rank with the same number of batches."""
-        batches = EvalBatches(
-            self.files.opener("val"),
-            n_tokens=self.files.val_tokens,
+        batches = self.files.val_pass(
             block_size=self.block_size,
             batch_size=self.batch_size,
             rank=self.trainer.global_rank,
@@ -76,7 +83,7 @@ class TokenData(LightningDataModule):
         )
         return self._loader(batches)
 
-    def _loader(self, batches: TrainBatches | EvalBatches) -> DataLoader:
+    def _loader(self, batches: TrainBatches | EvalPass) -> DataLoader:
         # A pinned copy pays only where it feeds a GPU.
         pin = self.trainer.strategy.root_device.type == "cuda"
         return DataLoader(batches, batch_size=None, num_workers=self.num_workers, pin_memory=pin)
@@ -87,6 +94,7 @@ class TokenData(LightningDataModule):
         return {
             "consumed_samples": self._first_sample + steps * self._samples_per_step,
             "data": self.name,
+            "task": asdict(self.files) if isinstance(self.files, Task) else None,
             "tokenizer": self.files.tokenizer.to_dict() if self.files.tokenizer else None,
         }
 

@@ -23,9 +23,10 @@ from lightning_gpt.data.token_files import (
 )
 from lightning_gpt.data.tokenizing import Plan, write_corpus
 from lightning_gpt.data.writing import SPLITS
-from lightning_gpt.tokenizers import Tokenizer, keep_tables, resolve_tokenizer
+from lightning_gpt.tokenizers import CharTokenizer, Tokenizer, keep_tables, resolve_tokenizer
 
 DEFAULT_TOKENIZER = "char"
+CHARGPT = "chargpt:"
 VAL_FRACTION = 0.1
 
 
@@ -43,7 +44,7 @@ def prepare(
     several processes start at once, one does the work and the others wait for it.
 
     Args:
-        data: A token folder, or anything that `load_corpus` takes.
+        data: A token folder, anything that `load_corpus` takes, or `chargpt:` and that.
         tokenizer: What ``--tokenizer`` says, or a tokenizer to use as it is; None means the one stored with the tokens,
             or char for a corpus.
         block_size: Tokens the model sees at once; the splits must be long enough for it.
@@ -54,6 +55,11 @@ def prepare(
         UserError: The data is missing, damaged, too short, or made with another tokenizer; or the cache cannot be
             written.
     """
+    if data.startswith(CHARGPT):
+        data, tokenizer = data.removeprefix(CHARGPT), tokenizer or CharTokenizer.name
+        name = tokenizer.name if isinstance(tokenizer, Tokenizer) else tokenizer
+        if name != CharTokenizer.name:
+            raise UserError(f"--data {CHARGPT}{data} is a text by characters, not by --tokenizer {name}; leave it out")
     if isinstance(tokenizer, str):
         tokenizer = resolve_tokenizer(tokenizer)
     root = cache_dir or cache_root()

@@ -8,7 +8,10 @@ the corpus once from front to back and scores every token exactly once.
 
 from __future__ import annotations
 
+import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -82,6 +85,46 @@ def _feistel(x: np.ndarray, keys: np.ndarray, a: int, b: int) -> np.ndarray:
     return left * size_b + right
 
 
+def shuffle(samples: np.ndarray, *, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """What each sample of an endless stream is, if every pass visits all of range(n) in an order of its own.
+
+    Args:
+        samples: Global sample indices, counted from 0 over all passes, shape (m,), int64.
+        n: How many there are to visit.
+        seed: Any whole number; another seed is another order.
+
+    Returns:
+        Numbers in range(n), shape (m,), int64; and the keys of the passes, uint64, of shape (m,), or (1,) where all
+        samples are of one pass.
+    """
+    passes, numbers = np.divmod(np.asarray(samples, dtype=np.int64), n)
+    if passes.size and passes[0] == passes[-1] and (passes == passes[0]).all():
+        passes = passes[:1]  # one key for all is cheaper than a key for each
+    keys = _hash(_hash(passes.astype(np.uint64), 1) ^ _hash(np.array([seed & _MASK], dtype=np.uint64), 2), 3)
+    return permute(numbers, n=n, key=keys), keys
+
+
+class Stream(Protocol):
+    """An endless stream of training samples, each a pure function of its global index.
+
+    Attributes:
+        n_windows: Samples per pass.
+    """
+
+    n_windows: int
+
+    def batches(self, samples: np.ndarray) -> Iterator[Batch]:
+        """Batches of given samples.
+
+        Args:
+            samples: Global sample indices, shape (n_batches, B), int64.
+
+        Yields:
+            (idx, targets), each (B, T) int64, one for each row of `samples`.
+        """
+        ...
+
+
 class TokenStream:
     """Which window of the corpus each training sample is.
 
@@ -123,12 +166,15 @@ class TokenStream:
         Returns:
             Positions of the first input token, shape (m,), int64.
         """
-        passes, windows = np.divmod(np.asarray(samples, dtype=np.int64), self.n_windows)
-        if passes.size and passes[0] == passes[-1] and (passes == passes[0]).all():
-            passes = passes[:1]  # one key for all is cheaper than a key for each
-        keys = _hash(_hash(passes.astype(np.uint64), 1) ^ _hash(np.array([self.seed & _MASK], dtype=np.uint64), 2), 3)
+        windows, keys = shuffle(samples, n=self.n_windows, seed=self.seed)
         offsets = (_hash(keys, _ROUNDS + 1) % np.uint64(self._slack + 1)).astype(np.int64)
-        return offsets + self.block_size * permute(windows, n=self.n_windows, key=keys)
+        return offsets + self.block_size * windows
+
+    def batches(self, samples: np.ndarray) -> Iterator[Batch]:
+        """Batches of given samples, gathered from a fresh memory map: see `Stream`."""
+        windows = window_view(self.opener(), self.block_size)
+        for starts in self.starts(samples.ravel()).reshape(samples.shape):
+            yield gather_windows(windows, starts)
 
 
 def window_view(tokens: np.ndarray, block_size: int) -> np.ndarray:
@@ -176,7 +222,7 @@ class TrainBatches(IterableDataset[Batch]):
     """
 
     def __init__(
-        self, stream: TokenStream, *, batch_size: int, rank: int = 0, world_size: int = 1, first_sample: int = 0
+        self, stream: Stream, *, batch_size: int, rank: int = 0, world_size: int = 1, first_sample: int = 0
     ) -> None:
         assert batch_size >= 1 and 0 <= rank < world_size and first_sample >= 0
         self.stream = stream
@@ -191,27 +237,21 @@ class TrainBatches(IterableDataset[Batch]):
         per_batch = self.batch_size * self.world_size
         rows = self.first_sample + self.rank + np.arange(self.batch_size) * self.world_size
         while True:
-            # A memory map's pages count as this process's memory until it is dropped: open it anew for each chunk.
-            windows = window_view(self.stream.opener(), self.stream.block_size)
+            # A memory map's pages count as this process's memory until it is dropped: one is opened for each chunk.
             turns = micro_batch + stride * np.arange(_CHUNK_BATCHES)
-            samples = turns[:, None] * per_batch + rows  # (batches, B)
-            for starts in self.stream.starts(samples.ravel()).reshape(samples.shape):
-                yield gather_windows(windows, starts)
+            yield from self.stream.batches(turns[:, None] * per_batch + rows)  # (batches, B)
             micro_batch += stride * _CHUNK_BATCHES
 
 
-class EvalBatches(IterableDataset[Batch]):
+class EvalPass(IterableDataset[Batch], ABC):
     """One pass over a split from front to back, for DataLoader(..., batch_size=None).
 
-    Sequence w has the targets w*T+1 to (w+1)*T, the last one as many as are left: every token but the first is scored
-    exactly once. What is missing to a full sequence or a full batch has idx 0 and target -1, so all ranks yield the
-    same number of equal batches. Add up losses and counts of targets >= 0 and divide at the end; the mean loss of a
-    batch without any such target is not a number.
+    All ranks yield the same number of equal batches. What is missing to a full batch has idx 0 and target -1, so add up
+    losses and counts of targets >= 0 and divide at the end; the mean loss of a batch without any such target is not a
+    number.
 
     Args:
-        opener: Called for the tokens, shape (n_tokens,), at the start of a pass; picklable.
-        n_tokens: How many tokens that is.
-        block_size: Inputs per sequence, T.
+        n_sequences: How many sequences the split has.
         batch_size: Sequences per batch, B.
         rank: Which rank this is; rank r of R takes sequences r, r + R, ...
         world_size: How many ranks there are.
@@ -219,6 +259,57 @@ class EvalBatches(IterableDataset[Batch]):
 
     Attributes:
         n_sequences: How many sequences all ranks together yield.
+    """
+
+    def __init__(
+        self,
+        n_sequences: int,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        limit_sequences: int | None = None,
+    ) -> None:
+        assert batch_size >= 1 and 0 <= rank < world_size and (limit_sequences is None or limit_sequences >= 1)
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.n_sequences = n_sequences if limit_sequences is None else min(n_sequences, limit_sequences)
+
+    @abstractmethod
+    def open(self) -> Callable[[np.ndarray], Batch]:
+        """From numbers of sequences, (B,), to (idx, targets), each (B, T) int64; opened anew now and then.
+
+        Numbers from `n_sequences` on are what is missing to a full batch.
+        """
+
+    def __len__(self) -> int:
+        """Batches per rank, the same on every rank."""
+        return -(-self.n_sequences // (self.batch_size * self.world_size))
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield (idx, targets), each (B, T) int64."""
+        first, stride = _worker_turn()
+        for number in range(first, len(self), stride):
+            if number // stride % _CHUNK_BATCHES == 0:
+                read = self.open()
+            yield read((number * self.batch_size + np.arange(self.batch_size)) * self.world_size + self.rank)
+
+
+class EvalBatches(EvalPass):
+    """One pass over the tokens of a split.
+
+    Sequence w has the targets w*T+1 to (w+1)*T, the last one as many as are left: every token but the first is scored
+    exactly once.
+
+    Args:
+        opener: Called for the tokens, shape (n_tokens,), now and then during a pass; picklable.
+        n_tokens: How many tokens that is.
+        block_size: Inputs per sequence, T.
+        batch_size: See EvalPass for this and the further arguments.
+        rank: Which rank this is.
+        world_size: How many ranks there are.
+        limit_sequences: Stop after so many sequences.
 
     Raises:
         ValueError: Fewer than 2 tokens.
@@ -237,28 +328,20 @@ class EvalBatches(IterableDataset[Batch]):
     ) -> None:
         if n_tokens < 2:
             raise ValueError(f"{n_tokens} tokens are too few to score one")
-        assert batch_size >= 1 and 0 <= rank < world_size and (limit_sequences is None or limit_sequences >= 1)
+        super().__init__(
+            -(-(n_tokens - 1) // block_size),
+            batch_size=batch_size,
+            rank=rank,
+            world_size=world_size,
+            limit_sequences=limit_sequences,
+        )
         self.opener = opener
         self.n_tokens = n_tokens
         self.block_size = block_size
-        self.batch_size = batch_size
-        self.rank = rank
-        self.world_size = world_size
-        whole = -(-(n_tokens - 1) // block_size)
-        self.n_sequences = whole if limit_sequences is None else min(whole, limit_sequences)
 
-    def __len__(self) -> int:
-        """Batches per rank, the same on every rank."""
-        return -(-self.n_sequences // (self.batch_size * self.world_size))
-
-    def __iter__(self) -> Iterator[Batch]:
-        """Yield (idx, targets), each (B, T) int64."""
-        first, stride = _worker_turn()
-        for number in range(first, len(self), stride):
-            if number // stride % _CHUNK_BATCHES == 0:
-                tokens = self.opener().view(np.ndarray)
-            rows = (number * self.batch_size + np.arange(self.batch_size)) * self.world_size + self.rank
-            yield self._batch(tokens, rows)
+    def open(self) -> Callable[[np.ndarray], Batch]:
+        """Reads from a fresh memory map."""
+        return functools.partial(self._batch, self.opener().view(np.ndarray))
 
     def _batch(self, tokens: np.ndarray, sequences: np.ndarray) -> Batch:
         positions = sequences[:, None] * self.block_size + np.arange(self.block_size + 1)  # (B, T + 1)

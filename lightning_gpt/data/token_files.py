@@ -16,13 +16,16 @@ import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lightning_gpt.config import UserError, cache_root
 from lightning_gpt.data.writing import SPLITS, Split, TokenWriter
 from lightning_gpt.tokenizers import CharTokenizer, GPT2Tokenizer, Tokenizer, tokenizer_from_dict
+
+if TYPE_CHECKING:
+    from lightning_gpt.data.streams import EvalBatches, TokenStream
 
 FORMAT_VERSION = 1
 _BYTES_PER_TOKEN = {"uint16": 2, "uint32": 4}
@@ -74,6 +77,22 @@ class TokenFiles:
     def opener(self, split: Split) -> Callable[[], np.ndarray]:
         """What the streams take: a picklable function that maps a split into memory when it is called."""
         return functools.partial(_memory_map, self.path(split), self.dtype)
+
+    def describe(self) -> str:
+        """The text and its length, for people."""
+        return f"{self.source}: {self.train_tokens:,} training and {self.val_tokens:,} validation tokens"
+
+    def train_stream(self, *, block_size: int, seed: int) -> TokenStream:
+        """Endless windows of the training split, of `block_size` inputs each."""
+        from lightning_gpt.data.streams import TokenStream  # imports torch, which writing tokens need not wait for
+
+        return TokenStream(self.opener("train"), n_tokens=self.train_tokens, block_size=block_size, seed=seed)
+
+    def val_pass(self, *, block_size: int, **share: Any) -> EvalBatches:
+        """A rank's share of the validation split; `share` are the arguments of EvalPass."""
+        from lightning_gpt.data.streams import EvalBatches
+
+        return EvalBatches(self.opener("val"), n_tokens=self.val_tokens, block_size=block_size, **share)
 
 
 def is_token_folder(folder: Path) -> bool:
