@@ -6,12 +6,13 @@ from dataclasses import asdict
 from importlib import import_module
 
 from lightning_gpt.cli import parse_options, reporting_errors
-from lightning_gpt.config import ParityOptions, TaxOptions, UserError
+from lightning_gpt.config import ParityOptions, PrepareSpeedOptions, TaxOptions, UserError
 
 # Options, what measures, and what is measured.
 BENCHMARKS = {
     "tax": (TaxOptions, "benchmarks:measure_tax", "time per step of train.py over that of a hand-written loop"),
     "parity": (ParityOptions, "parity:measure_parity", "losses and weights under every strategy, to a single process"),
+    "prepare": (PrepareSpeedOptions, "throughput:measure_prepare", "speed of prepare.py, to tiktoken's batch encoder"),
 }
 
 

@@ -19,10 +19,12 @@ from lightning_gpt.config import (
     EXCLUSIVE,
     SIZES,
     DataOptions,
+    EmbeddingsOptions,
     EvaluateOptions,
     ModelOptions,
     OptimOptions,
     Option,
+    PrepareOptions,
     RunOptions,
     SampleOptions,
     TrainConfig,
@@ -40,7 +42,11 @@ GROUPS: dict[str, type] = {
     "trainer": TrainerOptions,
     "run": RunOptions,
 }
-ALIASES = {"accumulate_grad_batches": "--grad_accum", "gradient_clip_val": "--grad_clip"}
+ALIASES = {
+    "accumulate_grad_batches": "--grad_accum",
+    "gradient_clip_val": "--grad_clip",
+    "from_file": "--from",
+}
 # What a flag means when it stands alone; flags of type bool mean true.
 STANDING_ALONE = {"compile": "true", "resume": "latest", "convert_only": "true"}
 # What numbers make sense, by flag, whichever entry point has it.
@@ -48,7 +54,7 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
     **dict.fromkeys(
         ("batch_size", "block_size", "n_layer", "n_head", "n_embd", "accumulate_grad_batches", "eval_interval")
         + ("log_every_n_steps", "num_nodes", "learning_rate", "lr_decay_steps", "num_samples", "temperature", "top_k")
-        + ("max_steps", "max_tokens", "max_epochs", "global_batch_tokens"),
+        + ("max_steps", "max_tokens", "max_epochs", "global_batch_tokens", "workers"),
         (lambda value: value > 0, "a number above 0"),
     ),
     **dict.fromkeys(
@@ -57,6 +63,7 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
         (lambda value: value >= 0, "0 or more"),
     ),
     **dict.fromkeys(("beta1", "beta2"), (lambda value: 0 <= value < 1, "at least 0 and below 1")),
+    "val_fraction": (lambda value: 0 < value < 1, "above 0 and below 1"),
     "seed": (lambda value: 0 <= value < 2**32, "from 0 to 4294967295"),
 }
 
@@ -124,6 +131,9 @@ def _load_yaml(path: str) -> dict[str, Any]:
 def _add(parser: ArgumentParser, options: Sequence[Option], title: str) -> None:
     group = parser.add_argument_group(title)
     for o in options:
+        if o.positional:  # with a default, none on the command line would hide those of a YAML file
+            group.add_argument(o.name, nargs="*", type=str, default=argparse.SUPPRESS, help=o.help)
+            continue
         flags = [f"--{o.name}", *([ALIASES[o.name]] if o.name in ALIASES else [])]
         note = "" if o.default is None or "default:" in o.help or o.name == "trainer" else f" (default: {o.default!r})"
         group.add_argument(*flags, type=o.type, default=o.default, help=(o.help + note).replace("%", "%%"))
@@ -330,6 +340,9 @@ def parse_options(cls: type, argv: Sequence[str] | None = None, *, description: 
     parser = _parser(description)
     _add(parser, options, "options")
     values = parser.parse_args(_configs_first(argv))
+    for o in options:
+        if o.positional and o.name not in values:
+            values[o.name] = o.default
     _check_numbers(values)
     return _fill(cls, values)
 
@@ -342,3 +355,14 @@ def parse_evaluate(argv: Sequence[str] | None = None) -> EvaluateOptions:
 def parse_sample(argv: Sequence[str] | None = None) -> SampleOptions:
     """The options of ``sample.py``."""
     return parse_options(SampleOptions, argv, description="Write text with a trained model.")
+
+
+def parse_embeddings(argv: Sequence[str] | None = None) -> EmbeddingsOptions:
+    """The options of ``prepare.py embeddings``."""
+    description = "Take the token embeddings of a model out, for train.py --pretrained_embeddings."
+    return parse_options(EmbeddingsOptions, argv, description=description)
+
+
+def parse_prepare(argv: Sequence[str] | None = None) -> PrepareOptions:
+    """The options of ``prepare.py``."""
+    return parse_options(PrepareOptions, argv, description="Turn text into token files, once, for any number of runs.")

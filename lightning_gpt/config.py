@@ -48,8 +48,9 @@ class DataOptions:
 
     data: str = "stdlib"
     """stdlib (this Python's own standard library), a text file, a folder of text files, or a folder with train.bin and
-    val.bin; chargpt:FILE, a text by characters; or a task: adder, sort, or package.module:Class for one of your own,
-    whose fields become further flags"""
+    val.bin, such as prepare.py makes (texts may be JSON lines or Parquet with a field text, and .gz or .zst);
+    chargpt:FILE, a text by characters; or a task: adder, sort, or package.module:Class for one of your own, whose
+    fields become further flags"""
     tokenizer: str | None = None
     """char, byte, gpt2, another tiktoken encoding such as cl100k_base, or the path of a Hugging Face tokenizer.json
     (default: that of --init_from, else char for text; a folder of token files knows its own)"""
@@ -230,12 +231,37 @@ class SampleOptions:
 class EmbeddingsOptions:
     """Which model's token embeddings are taken out, and where they go."""
 
-    checkpoint: str = "gpt2"
+    checkpoint: list[str] = field(default_factory=list, metadata={"positional": True})
     """what train.py's --init_from takes, such as a folder of Hugging Face's GPT-2"""
-    out: str = "embeddings.npy"
+    out: str | None = None
     """the file to write, .npy or .safetensors"""
     trust_checkpoint: bool = False
     """let a checkpoint that another made run the code that it may hold"""
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """Which text becomes token files, and how."""
+
+    inputs: list[str] = field(default_factory=list, metadata={"positional": True})
+    """shakespeare_char, shakespeare, openwebtext, or files and folders: plain text, .jsonl, .ndjson or .parquet, the
+    first three also .gz or .zst"""
+    out: str | None = None
+    """the folder of token files; one that is there is replaced when the new one is whole"""
+    tokenizer: str | None = None
+    """as for train.py (default: gpt2; char for shakespeare_char)"""
+    tokenizer_file: str | None = None
+    """as for train.py"""
+    val_fraction: float | None = None
+    """share of the text, or chance of a document, to be for validation (default: 0.1; 0.0005 for openwebtext)"""
+    seed: int = 2357
+    """seed of the draw of documents"""
+    workers: int | None = None
+    """threads that tokenize, which does not change the tokens (default: one per processor core)"""
+    field: str = "text"
+    """the field of a JSON row, or the column of a Parquet file, that holds the text"""
+    from_file: str | None = None
+    """take a named text from this file or folder, in place of a download (also --from)"""
 
 
 @dataclass(frozen=True)
@@ -271,6 +297,22 @@ class ParityOptions:
 
 
 @dataclass(frozen=True)
+class PrepareSpeedOptions:
+    """Which text is tokenized, how often, and by how many threads."""
+
+    rounds: int = 5
+    """how often each path is measured, in turns"""
+    megabytes: int = 32
+    """length of the text, in millions of bytes"""
+    workers: int | None = None
+    """threads that tokenize (default: one per processor core)"""
+    data: str | None = None
+    """a text file, repeated up to that length (default: made-up words in lines)"""
+    json: str | None = None
+    """also write the result to this file"""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One resolved training run: the option groups, and the fields of the model's own config and of the task."""
 
@@ -300,12 +342,16 @@ SIZES = ("n_layer", "n_head", "n_embd")
 
 @dataclass(frozen=True)
 class Option:
-    """One field of a config dataclass, as a flag: name, type annotation, default and help line."""
+    """One field of a config dataclass, as a flag: name, type annotation, default and help line.
+
+    One with `positional` in its metadata is given without a flag, any number of times.
+    """
 
     name: str
     type: Any
     default: Any
     help: str
+    positional: bool = False
 
 
 def options_of(cls: type, source: str | None = None) -> list[Option]:
@@ -332,7 +378,8 @@ def options_of(cls: type, source: str | None = None) -> list[Option]:
         default = None if f.default is dataclasses.MISSING else f.default
         if f.default_factory is not dataclasses.MISSING:
             default = f.default_factory()
-        found.append(Option(f.name, types[f.name], default, docs.get(f.name, "")))
+        positional = f.metadata.get("positional", False)
+        found.append(Option(f.name, types[f.name], default, docs.get(f.name, ""), positional))
     return found
 
 

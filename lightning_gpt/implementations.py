@@ -54,7 +54,10 @@ def token_embedding_name(model: "nn.Module", *, vocab_size: int) -> str:
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and module.num_embeddings == vocab_size:
             return f"{name}.weight".lstrip(".")
-    raise UserError(f"{type(model).__name__} has no nn.Embedding with a row for each of its {vocab_size} tokens")
+    raise UserError(
+        f"{type(model).__name__} has no nn.Embedding with a row for each of its {vocab_size} tokens, which"
+        " --pretrained_embeddings and --freeze_embeddings need"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -128,20 +128,27 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Path | 
 
 
 def _tokenizer(config: TrainConfig, start: Checkpoint | None) -> str | Tokenizer | None:
-    """That of the weights that a run starts from, whatever the text; a run that is resumed has no other."""
-    own, said = start.tokenizer if start else None, config.data.tokenizer
-    if own is None or (said is None or own.answers_to(said)) and config.run.resume:
-        return own or said
-    if config.run.resume:
+    """That of the weights that a run starts from, whatever the text, unless tokens lie ready or another is named.
+
+    A run that is resumed has no other.
+    """
+    own, said, goes_on = start.tokenizer if start else None, config.data.tokenizer, config.run.resume
+    other = own is not None and said is not None and not own.answers_to(said)
+    if other and goes_on:
         raise UserError(f"--tokenizer {said} is not what the run was trained with ({own.name}); leave it out")
     tokens = config.data.data != "stdlib" and is_token_folder(Path(config.data.data).expanduser())
-    return said if tokens or (said and not own.answers_to(said)) else own
+    return said if other or (tokens and not goes_on) else own or said
 
 
 def _check_resume(checkpoint: Checkpoint, module: GPTModule, max_steps: int) -> None:
     checkpoint.require_fit(module)
+    row, have, want = module.implementation, checkpoint.model_config, module.model_config
+    for name in ("n_head", "gelu") if row.gpt2 else ():  # which no shape shows
+        said, theirs = want.get(name), have.get(name, getattr(row.load(row.config), name, None))
+        if said is not None and theirs is not None and said != theirs:
+            raise UserError(f"--{name} {said} contradicts {checkpoint.path}, whose {name} is {theirs}; say the same")
     if not checkpoint.has_optimizer:
-        raise UserError(f"{checkpoint.path} holds weights alone; resume from the checkpoint that it was made from")
+        raise UserError(f"{checkpoint.path} holds weights alone; start from it with --init_from")
     for name, parameter in module.model.named_parameters():
         if parameter.requires_grad and not checkpoint.was_trained(name):
             raise UserError(f"{checkpoint.path} did not train {name}; resume it with --freeze_embeddings")

@@ -9,6 +9,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 ATTENTION_CHOICES = ("sdpa", "manual")
+# What of Hugging Face's GPT-2 this model has no option for.
+GPT2_TRAITS = {
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+}
 
 PRESETS: dict[str, dict[str, int]] = {
     "openai-gpt": {"n_layer": 12, "n_head": 12, "n_embd": 768},
@@ -175,6 +182,45 @@ class GPT(nn.Module):
     def get_default_config() -> GPTConfig:
         """Return a fresh config to fill in: set model_type or the sizes, then vocab_size and block_size."""
         return GPTConfig()
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str, **overrides: Any) -> "GPT":
+        """The model with the weights of a GPT-2 of Hugging Face's, through their package transformers.
+
+        Args:
+            name_or_path: A name on the hub such as gpt2-xl, or a folder.
+            overrides: Dropout rates, attention, or a smaller block_size.
+
+        Raises:
+            ImportError: transformers is not installed.
+            ValueError: Another option is overridden, or this model cannot express the other.
+        """
+        try:
+            from transformers import GPT2LMHeadModel
+        except ImportError as error:
+            raise ImportError("GPT.from_pretrained needs transformers: pip install transformers") from error
+        if wrong := overrides.keys() - {"embd_pdrop", "resid_pdrop", "attn_pdrop", "attention", "block_size"}:
+            raise ValueError(f"{', '.join(sorted(wrong))} cannot be overridden: the weights decide it")
+        theirs = GPT2LMHeadModel.from_pretrained(name_or_path)
+        said, weights = theirs.config, theirs.state_dict()
+        expected = GPT2_TRAITS | {"n_inner": 4 * said.n_embd if said.n_inner else None}
+        for name, value in expected.items():
+            if getattr(said, name) != value:
+                raise ValueError(f"{name} of {name_or_path} is {getattr(said, name)!r}, and this model has {value!r}")
+        if said.activation_function not in ("gelu_new", "gelu_pytorch_tanh"):
+            raise ValueError(
+                f"activation_function of {name_or_path} is {said.activation_function!r}, not the tanh GELU"
+            )
+        block_size = overrides.pop("block_size", said.n_positions)
+        if not 1 <= block_size <= said.n_positions:
+            raise ValueError(f"block_size={block_size} must be from 1 to the {said.n_positions} of {name_or_path}")
+        weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:block_size]
+        sizes = {name: getattr(said, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
+        model = cls(GPTConfig(block_size=block_size, **sizes, **overrides))
+        # Their Conv1D keeps its weight as (in, out).
+        turned = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+        model.load_state_dict({name: w.t() if name.endswith(turned) else w for name, w in weights.items()})
+        return model
 
     def __init__(self, config: GPTConfig) -> None:
         """Build and initialise the model; `config` itself is left unchanged.

@@ -11,6 +11,14 @@ import torch.nn.functional as F
 ATTENTION_CHOICES = ("sdpa", "manual")
 # What nn.GELU calls each: nanoGPT has the exact one, GPT-2's weights were trained with the tanh approximation.
 GELU_CHOICES = {"exact": "none", "tanh": "tanh"}
+# What Hugging Face calls them, and what else of a GPT-2 this model has no option for.
+GPT2_GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}
+GPT2_TRAITS = {
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+}
 
 
 @dataclass
@@ -192,6 +200,54 @@ class GPT(nn.Module):
         elif module is self:
             # to_empty() gives each module a parameter of its own, so a model built on meta has to be tied again.
             self.transformer.wte.weight = self.lm_head.weight
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str, **overrides: Any) -> "GPT":
+        """The model with the weights of a GPT-2 of Hugging Face's, through their package transformers.
+
+        Args:
+            name_or_path: A name on the hub such as gpt2-xl, or a folder.
+            overrides: dropout, attention, or a smaller block_size.
+
+        Raises:
+            ImportError: transformers is not installed.
+            ValueError: Another option is overridden, or this model cannot express the other.
+        """
+        try:
+            from transformers import GPT2LMHeadModel
+        except ImportError as error:
+            raise ImportError("GPT.from_pretrained needs transformers: pip install transformers") from error
+        if wrong := overrides.keys() - {"dropout", "attention", "block_size"}:
+            raise ValueError(f"{', '.join(sorted(wrong))} cannot be overridden: the weights decide it")
+        theirs = GPT2LMHeadModel.from_pretrained(name_or_path)
+        said, weights = theirs.config, theirs.state_dict()
+        expected = GPT2_TRAITS | {"n_inner": 4 * said.n_embd if said.n_inner else None}
+        for name, value in expected.items():
+            if getattr(said, name) != value:
+                raise ValueError(f"{name} of {name_or_path} is {getattr(said, name)!r}, and this model has {value!r}")
+        if said.activation_function not in GPT2_GELU:
+            raise ValueError(f"activation_function of {name_or_path} is {said.activation_function!r}, and not a GELU")
+        if not torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"]):
+            raise ValueError(f"{name_or_path} has a head of its own, and this model's is its token embedding")
+        block_size = overrides.pop("block_size", said.n_positions)
+        sizes = {name: getattr(said, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
+        gelu = GPT2_GELU[said.activation_function]
+        model = cls(GPTConfig(block_size=said.n_positions, gelu=gelu, **sizes, **overrides))
+        # Their Conv1D keeps its weight as (in, out).
+        turned = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+        model.load_state_dict({name: w.t() if name.endswith(turned) else w for name, w in weights.items()})
+        if block_size != said.n_positions:
+            model.crop_block_size(block_size)
+        return model
+
+    def crop_block_size(self, block_size: int) -> None:
+        """Shorten the context to `block_size`, at most the present one; ValueError otherwise."""
+        if not 1 <= block_size <= self.config.block_size:
+            raise ValueError(f"block_size={block_size} must be from 1 to the present {self.config.block_size}")
+        self.config.block_size = block_size
+        wpe = self.transformer.wpe
+        wpe.weight = nn.Parameter(wpe.weight[:block_size].detach().clone())
+        wpe.num_embeddings = block_size
 
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Count parameters, the shared embedding once.

@@ -4,9 +4,12 @@ import json
 import math
 import os
 
+import numpy as np
 import pytest
 
 import bench
+from lightning_gpt.config import UserError
+from lightning_gpt.tokenizers import GPT2Tokenizer
 
 
 def test_tax_measures_both_paths(tmp_path, monkeypatch, capsys):
@@ -27,6 +30,22 @@ def test_tax_measures_both_paths(tmp_path, monkeypatch, capsys):
     assert table.startswith("path") and f"{found['ratio']['median']:.3f}" in table
 
 
+def test_prepare_measures_both_paths(tmp_path, monkeypatch, capsys):
+    try:
+        GPT2Tokenizer().encode("a")
+    except UserError as error:
+        pytest.skip(f"GPT-2's tables cannot be loaded here: {error}")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("the cat sat\n" * 1000, encoding="ascii")
+    bench.main(["prepare", "--rounds=2", "--megabytes=1", "--data=text.txt", "--json=speed.json"])
+    assert sorted(os.listdir()) == ["speed.json", "text.txt"]
+    found = json.loads((tmp_path / "speed.json").read_text(encoding="utf-8"))
+    assert (found["benchmark"], found["megabytes"]) == ("prepare", pytest.approx(1, rel=0.02))
+    ours, theirs = (np.array(found[path]["rounds"]) for path in ("prepare.py", "tiktoken"))
+    assert found["ratio"]["rounds"] == pytest.approx(ours / theirs) and len(ours) == 2
+    assert f"{found['ratio']['median']:.3f}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "argv, said",
     [
@@ -34,6 +53,8 @@ def test_tax_measures_both_paths(tmp_path, monkeypatch, capsys):
         (["tax", "--rounds=0"], "--rounds 0"),
         (["parity", "--strategies=zero"], "--strategy zero"),
         (["parity", "--devices=3"], "--devices 3"),
+        (["prepare", "--megabytes=0"], "--megabytes 0"),
+        (["prepare", "--data=nowhere.txt"], "--data nowhere.txt"),
         (["tax", "--json=nowhere/tax.json"], "--json nowhere/tax.json"),
     ],
 )

@@ -327,7 +327,7 @@ def test_damaged_and_unknown(single, tmp_path):
     refused(tmp_path / "empty", "not a checkpoint")
     refused(tmp_path / "none", "not a checkpoint")
     shutil.copytree(folder, tmp_path / "other")
-    (tmp_path / "other" / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "other" / "config.json").write_text('{"format": "another"}')
     refused(tmp_path / "other", "config.json")
     with pytest.raises(UserError, match="is it a run folder"):
         find_checkpoint(str(tmp_path / "empty"), which="best")

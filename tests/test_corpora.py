@@ -6,16 +6,21 @@ import pytest
 
 from lightning_gpt.config import UserError
 from lightning_gpt.data import corpora
-from lightning_gpt.data.corpora import load_corpus
+from lightning_gpt.data.corpora import Corpus, load_corpus
+
+
+def _content(corpus: Corpus) -> bytes:
+    return b"".join(block.data for block in corpus.joined())
 
 
 def test_standard_library() -> None:
     corpus = load_corpus("stdlib")
     assert corpus.source.startswith("stdlib (Python 3.")
-    assert len(corpus.content) > 4_000_000
-    assert corpus.content.isascii()
-    assert b"class TestProgram(" in corpus.content  # unittest is library, not a test
-    assert b"class BaseTestUUID" not in corpus.content
+    content = _content(corpus)
+    assert len(content) > 4_000_000
+    assert content.isascii()
+    assert b"class TestProgram(" in content  # unittest is library, not a test
+    assert b"class BaseTestUUID" not in content
     assert corpus == load_corpus("stdlib")
 
 
@@ -33,7 +38,7 @@ def test_standard_library_order_and_selection(tmp_path: Path, monkeypatch: pytes
         _library(tmp_path / folder, names)
         (tmp_path / folder / "accents.py").write_text("# \u00e9", encoding="utf-8")
         monkeypatch.setattr(corpora.sysconfig, "get_path", lambda name, f=folder: str(tmp_path / f))
-        contents.append(load_corpus("stdlib").content)
+        contents.append(_content(load_corpus("stdlib")))
     assert contents[0] == contents[1]
     lines = contents[0].decode().splitlines()
     assert sorted(lines) == sorted(f"# {name}" for name in kept)
@@ -43,7 +48,7 @@ def test_standard_library_order_and_selection(tmp_path: Path, monkeypatch: pytes
 def test_file_is_taken_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "any.data").write_bytes(b"a\r\n\xff")
     corpus = load_corpus(str(tmp_path / "any.data"))
-    assert corpus.content == b"a\r\n\xff"
+    assert _content(corpus) == b"a\r\n\xff"
     assert corpus.source == str(tmp_path / "any.data")
 
 
@@ -60,7 +65,7 @@ def test_folder(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
     (tmp_path / "folder.txt").mkdir()
-    assert load_corpus(str(tmp_path)).content == b"a\nb\nc\n"
+    assert _content(load_corpus(str(tmp_path))) == b"a\nb\nc\n"
 
 
 def test_errors(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lightning_gpt.config import UserError
-from lightning_gpt.data.encoding import encode_corpus
 from lightning_gpt.tokenizers import (
     TOKENIZERS,
     ByteTokenizer,
@@ -187,19 +186,6 @@ def test_no_cut_where_no_rule_is_proven(byte_level: HuggingFaceTokenizer) -> Non
         assert changed.cut(b"a\nb\nc", 0) is None
     assert TiktokenTokenizer("mine", vocab_size=1, end_of_text=None).cut(b"a\nb\nc", 0) is None
     assert byte_level.cut(b"a\nb\nc", 2) == 3
-
-
-@given(TRICKY, st.integers(1, 20))
-@settings(deadline=None, max_examples=50)
-def test_a_corpus_in_pieces_has_the_tokens_of_the_whole(byte_level: HuggingFaceTokenizer, text: str, size: int) -> None:
-    for tokenizer in (byte_level, ByteTokenizer(), CharTokenizer("".join(sorted(set(text) | {"x"})))):
-        tokens = encode_corpus(tokenizer, text.encode(), source="x", piece_bytes=size)
-        assert np.array_equal(tokens, tokenizer.encode(text))
-
-
-def test_the_place_of_what_is_not_utf8_is_counted_from_the_start() -> None:
-    with pytest.raises(UserError, match=r"in\.txt is not UTF-8 text \(byte 9 is 0xFF\)"):
-        encode_corpus(CharTokenizer("ab"), b"abababab" + b"a\xff", source="in.txt", piece_bytes=3)
 
 
 def test_gpt2_special_tokens_in_a_text_are_plain_text(gpt2: GPT2Tokenizer) -> None:

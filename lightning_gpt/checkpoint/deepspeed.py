@@ -23,6 +23,7 @@ from lightning_gpt.checkpoint.base import PREFIX, Checkpoint, MappedFile, as_sta
 from lightning_gpt.config import UserError
 
 FOLDER = "checkpoint"
+_MODEL_STATES_OF_RANK = "zero_pp_rank_%d_mp_rank_00_model_states.pt"
 
 # What DeepSpeed itself writes beside the client's state, which here is Lightning's header.
 _NOT_HEADER = {
@@ -93,7 +94,10 @@ class DeepSpeedCheckpoint(Checkpoint):
     in_shards = True
 
     def __init__(self, path: Path, *, trust: bool = False) -> None:
+        self._trust = trust
         self._model = MappedFile(_model_states(path), trust=trust, stand_ins=_STAND_INS)
+        self._models = [self._model]  # of all ranks, where there is something to be found in the others'
+        self._frozen: dict[str, str] = {}
         states = self._model.content
         if not isinstance(states, dict) or not {"module", "param_shapes", "shared_params"} <= states.keys():
             raise UserError(f"{self._model.path} does not hold the model states of a ZeRO checkpoint")
@@ -145,6 +149,25 @@ class DeepSpeedCheckpoint(Checkpoint):
             name = full_name.removeprefix(PREFIX)
             if name not in self.stored and full_name not in states["shared_params"]:
                 self.stored[name] = meta(states["module"][full_name])
+        if self._is_stage_3:
+            self._lay_out_frozen(states)
+
+    def _lay_out_frozen(self, states: dict[str, Any]) -> None:
+        """Stage 3 keeps each rank's piece of a parameter that is not trained beside the model states."""
+        shapes = states.get("frozen_param_shapes") or {}
+        self._frozen = {name.removeprefix(PREFIX): name for name in shapes}
+        if not shapes:
+            return
+        for rank in range(1, len(self._ranks)):
+            path = self._model.path.with_name(_MODEL_STATES_OF_RANK % rank)
+            if not path.is_file():
+                raise UserError(
+                    f"{self.path} is incomplete: {FOLDER}/{path.name} is missing; copy the files of all ranks"
+                )
+            self._models.append(MappedFile(path, trust=self._trust, stand_ins=_STAND_INS, files=len(self._ranks)))
+        for name, full_name in self._frozen.items():
+            fragment = states["frozen_param_fragments"][full_name]
+            self.stored[name] = meta(fragment, shape=tuple(shapes[full_name]))
 
     def _cut(self, part: dict[str, Any], group: int, named: dict[str, torch.Size], rank: int) -> dict[str, _Piece]:
         """A rank's pieces of a group's parameters."""
@@ -177,6 +200,13 @@ class DeepSpeedCheckpoint(Checkpoint):
     def _read(self, name: str) -> Tensor:
         if name in self._group:
             return self._join(name, self.stored[name], lambda part: self._flat_weights(part)[self._group[name]])
+        if name in self._frozen:
+            fragments = [
+                file.read(lambda content: content["frozen_param_fragments"][self._frozen[name]])
+                for file in self._models
+            ]
+            like = self.stored[name]
+            return torch.cat([fragment.flatten() for fragment in fragments])[: like.numel()].view(like.shape)
         key = next(k for k in (PREFIX + name, name) if k in self._model.content["module"])
         return self._model.read(lambda content: content["module"][key])
 
@@ -200,7 +230,7 @@ class DeepSpeedCheckpoint(Checkpoint):
 
 
 def _model_states(path: Path) -> Path:
-    names = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    names = ("mp_rank_00_model_states.pt", _MODEL_STATES_OF_RANK % 0)
     found = [path / FOLDER / name for name in names if (path / FOLDER / name).is_file()]
     if not found:
         raise UserError(f"{path} is incomplete: {FOLDER}/*_model_states.pt of rank 0 is missing; copy the whole folder")

@@ -51,10 +51,12 @@ def extract_embeddings(options: EmbeddingsOptions) -> Path:
     Raises:
         UserError: There is no such model, or the file cannot be written.
     """
-    out = Path(options.out)
+    if len(options.checkpoint) != 1:
+        raise UserError("embeddings takes one model: a folder of Hugging Face's GPT-2, say, or gpt2")
+    out = Path(options.out or "")
     if out.suffix not in _READERS:
-        raise UserError(f"--out {out} must end in {' or '.join(_READERS)}")
-    matrix = _of_checkpoint(options.checkpoint, trust=options.trust_checkpoint).float()
+        raise UserError(f"--out {options.out or 'is missing: it'} must end in {' or '.join(_READERS)}")
+    matrix = _of_checkpoint(options.checkpoint[0], trust=options.trust_checkpoint).float()
     temporary = out.with_name(f".{out.name}")
     try:
         if out.suffix == ".npy":

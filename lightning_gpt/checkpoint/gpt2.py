@@ -17,7 +17,9 @@ _CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c
 _MASKS = (".attn.bias", ".attn.masked_bias")
 _WRAPPERS = ("_orig_mod.", "module.")
 
-_SIZES = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50257, "n_positions": 1024}
+TOKENS = 50257  # of the published GPT-2
+
+_SIZES = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": TOKENS, "n_positions": 1024}
 _GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}
 # What no implementation has a field for: the only value of each that is understood, GPT-2's own.
 _FIXED = {

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_gpt.checkpoint.base import MappedFile, meta, unreadable
 from lightning_gpt.checkpoint.canonical import CONFIG, TOKENIZER, WEIGHTS, layout, read_json, read_tensor
 from lightning_gpt.checkpoint.foreign import ForeignCheckpoint
-from lightning_gpt.checkpoint.gpt2 import fields_from_gpt2, gpt2_names, row_for, traits_from_gpt2
+from lightning_gpt.checkpoint.gpt2 import TOKENS, fields_from_gpt2, gpt2_names, row_for, traits_from_gpt2
 from lightning_gpt.config import UserError
 from lightning_gpt.tokenizers import GPT2Tokenizer, HuggingFaceTokenizer, Tokenizer, tokenizer_from_dict
 
@@ -125,7 +125,7 @@ def _tokenizer(folder: Path, *, vocab_size: int) -> Tokenizer | None:
         return tokenizer_from_dict(read_json(folder / TOKENIZER))
     if (folder / _TOKENIZER).is_file():
         return HuggingFaceTokenizer.build(str(folder / _TOKENIZER), corpus=None, source=str(folder))
-    return GPT2Tokenizer() if vocab_size == GPT2Tokenizer.vocab_size else None
+    return GPT2Tokenizer() if vocab_size == TOKENS else None
 
 
 def is_hub_name(name: str) -> bool:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_gpt.checkpoint.base import MappedFile
 from lightning_gpt.checkpoint.foreign import ForeignCheckpoint
-from lightning_gpt.checkpoint.gpt2 import gpt2_names, row_for
+from lightning_gpt.checkpoint.gpt2 import TOKENS, gpt2_names, row_for
 from lightning_gpt.config import UserError
 from lightning_gpt.implementations import IMPLEMENTATIONS, GPT2Traits
 from lightning_gpt.tokenizers import GPT2Tokenizer
@@ -41,7 +41,7 @@ class NanoGPTCheckpoint(ForeignCheckpoint):
                 raise UserError(f"{source}: {name} of its model_args is {value!r}, it must be a positive whole number")
         row, fields = _expressed(GPT2Traits(gelu="exact", bias=bool(args.get("bias", True))), sizes, source=source)
         # Where nothing says otherwise nanoGPT's tokens are GPT-2's, their vocabulary padded to a multiple of 64.
-        padding = sizes["vocab_size"] - GPT2Tokenizer.vocab_size
+        padding = sizes["vocab_size"] - TOKENS
         if 0 < padding < 64:
             fields["vocab_padding"] = padding
         super().__init__(
@@ -97,7 +97,7 @@ class MinGPTCheckpoint(ForeignCheckpoint):
             names=names,
             tensors=content,
             read=lambda key: file.read(lambda content: content[key]),
-            tokenizer=GPT2Tokenizer() if sizes["vocab_size"] == GPT2Tokenizer.vocab_size else None,
+            tokenizer=GPT2Tokenizer() if sizes["vocab_size"] == TOKENS else None,
         )
 
     @staticmethod

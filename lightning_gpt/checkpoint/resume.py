@@ -140,6 +140,8 @@ def _write_master(parameter: Tensor, full: Tensor, key: str | None = None) -> No
 
     ZeRO-3's own setter for whole values fails where a parameter does not divide by the ranks.
     """
+    if not parameter.requires_grad:  # it is not trained, and has none
+        return
     if hasattr(parameter, "ds_id"):
         if getattr(parameter, "_z3_optimizer", None) is None:  # no training, no masters
             return

@@ -1,1 +1,1 @@
-"""What the model learns from: corpora (what text), token files (how stored), streams (in what order)."""
+"""What the model learns from: corpora (what text), how it becomes token files, streams (in what order)."""

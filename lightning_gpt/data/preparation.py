@@ -1,28 +1,33 @@
-"""From what `--data` names to opened token files, tokenizing at most once."""
+"""From what the command line names to token files: those of `--data`, and those that prepare.py writes."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from lightning_gpt.config import UserError, cache_root
-from lightning_gpt.data.corpora import Corpus, load_corpus
-from lightning_gpt.data.encoding import encode_corpus
+from lightning_gpt.config import PrepareOptions, UserError, cache_root
+from lightning_gpt.data.corpora import Corpus, find_corpus, load_corpus
+from lightning_gpt.data.encoding import LIMIT_BYTES
+from lightning_gpt.data.sets import NAMED_SETS, NamedSet
 from lightning_gpt.data.token_files import (
     FORMAT_VERSION,
     TokenFiles,
     is_token_folder,
     open_token_files,
-    write_token_files,
 )
-from lightning_gpt.tokenizers import CharTokenizer, Tokenizer, build_tokenizer, keep_tables, resolve_tokenizer
+from lightning_gpt.data.tokenizing import Plan, write_corpus
+from lightning_gpt.data.writing import SPLITS
+from lightning_gpt.tokenizers import CharTokenizer, Tokenizer, keep_tables, resolve_tokenizer
 
 DEFAULT_TOKENIZER = "char"
 CHARGPT = "chargpt:"
-TRAIN_FRACTION = 0.9
+VAL_FRACTION = 0.1
 
 
 def prepare(
@@ -75,43 +80,75 @@ def prepare(
     return files
 
 
-def write_corpus(folder: Path, *, corpus: Corpus, tokenizer: str | Tokenizer) -> None:
-    """Tokenize a corpus into a token folder: the first 90 % of its characters to train on, the rest to validate.
+def prepare_folder(options: PrepareOptions) -> str:
+    """Make a token folder, as `prepare.py` is asked to.
+
+    A single text file is one text, split by tail; of anything else every file, or every row, is a document.
 
     Args:
-        folder: Where to; see `write_token_files`.
-        corpus: The text.
-        tokenizer: What ``--tokenizer`` says, or a tokenizer to use as it is.
+        options: What to prepare, how, and where to.
+
+    Returns:
+        What the folder holds, for people.
 
     Raises:
-        UserError: The text does not suit the tokenizer, is too short to split, or the folder cannot be written.
+        UserError: Something is missing, wrong or damaged; no folder was made, and none replaced.
     """
-    built = tokenizer
-    if isinstance(built, str):
-        built = build_tokenizer(built, corpus=corpus.content, source=corpus.source)
-    cut = _cut(corpus.content)
-    train, val = corpus.content[:cut], corpus.content[cut:]
-    if not train or not val:
-        raise UserError(f"{corpus.source} is too short to split into training and validation text; give more text")
-    write_token_files(
-        folder,
-        train=encode_corpus(built, train, source=corpus.source),
-        val=encode_corpus(built, val, source=corpus.source),
-        tokenizer=built,
-        vocab_size=built.vocab_size,
-        source=corpus.source,
-        train_bytes=len(train),
-        val_bytes=len(val),
+    if options.out is None:
+        raise UserError("--out is missing: name the folder that the token files go to")
+    corpus, named = _named_corpus(options) or (None, None)
+    tokenizer = resolve_tokenizer(options.tokenizer or (named.tokenizer if named else "gpt2"))
+    if options.tokenizer_file is not None:
+        keep_tables(tokenizer, options.tokenizer_file)
+    corpus = corpus or find_corpus(options.inputs, field=options.field)
+    plan = Plan(
+        tokenizer=tokenizer,
+        split="tail" if corpus.is_one_text else "document",
+        val_fraction=options.val_fraction or (named.val_fraction if named else VAL_FRACTION),
+        seed=None if corpus.is_one_text else options.seed,
+        workers=options.workers,
     )
+    folder = Path(options.out).expanduser()
+    started = time.monotonic()
+    try:
+        meta = write_corpus(folder, corpus=corpus, plan=plan, say=lambda line: print(line, file=sys.stderr))
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on where it was", file=sys.stderr)
+        raise
+    return "\n".join(_summary(meta, folder, time.monotonic() - started))
 
 
-def _cut(content: bytes) -> int:
-    """Byte offset of the split: between characters where the content is text, as nanoGPT splits."""
-    if not content.isascii():
-        with contextlib.suppress(UnicodeDecodeError):
-            text = content.decode("utf-8")
-            return len(text[: int(TRAIN_FRACTION * len(text))].encode("utf-8"))
-    return int(TRAIN_FRACTION * len(content))
+def _named_corpus(options: PrepareOptions) -> tuple[Corpus, NamedSet] | None:
+    names = [name for name in options.inputs if name in NAMED_SETS]
+    if names and len(options.inputs) > 1:
+        raise UserError(f"{names[0]} is prepared by itself; write ./{names[0]} for a file or folder of that name")
+    if options.from_file is not None and not names:
+        raise UserError(f"--from {options.from_file} takes the text of {', '.join(NAMED_SETS)}; name one of them")
+    if not options.inputs:
+        raise UserError(f"name what to prepare: {', '.join(NAMED_SETS)}, or files and folders")
+    if not names:
+        return None
+    named = NAMED_SETS[names[0]]
+    return named.find(options.from_file, options.field), named
+
+
+def _summary(meta: dict[str, Any], folder: Path, seconds: float) -> Iterator[str]:
+    yield f"{folder}: tokenizer {meta['tokenizer']['name']}, {meta['vocab_size']:,} symbols, {meta['dtype']}"
+    for split in SPLITS:
+        yield f"{split:5} {meta[f'{split}_tokens']:>15,} tokens of {meta[f'{split}_bytes']:>15,} bytes"
+    drawn = meta["split"]
+    if drawn["by"] == "tail":
+        yield f"split by tail: the last {drawn['val_fraction']:g} of the characters are for validation"
+    else:
+        counts = (f"{drawn[f'{split}_documents']:,} {split}" for split in SPLITS)
+        yield (
+            f"split by document: {' and '.join(counts)}, each for validation with probability "
+            f"{drawn['val_fraction']:g}, seed {drawn['seed']}"
+        )
+    if meta["rough_cuts"]:
+        limit = f"{LIMIT_BYTES >> 20} MiB of text"
+        yield f"{meta['rough_cuts']:,} cuts where {limit} had no place for one that surely keeps the tokens"
+    yield f"{(meta['train_bytes'] + meta['val_bytes']) / 1e6:,.1f} MB of text in {seconds:,.1f} s"
 
 
 def _require_same(tokenizer: str | Tokenizer | None, files: TokenFiles, *, data: str) -> None:
@@ -144,13 +181,14 @@ def _cached(corpus: Corpus, *, tokenizer: str | Tokenizer, root: Path) -> TokenF
     with _locked(folder.with_suffix(".lock")):
         if files := _opened(folder, root):
             return files
-        write_corpus(folder, corpus=corpus, tokenizer=tokenizer)
+        write_corpus(folder, corpus=corpus, plan=Plan(tokenizer=tokenizer, val_fraction=VAL_FRACTION))
         return open_token_files(folder, cache_dir=root)
 
 
 def _folder(corpus: Corpus, tokenizer: str, root: Path) -> Path:
-    digest = hashlib.blake2b(f"{FORMAT_VERSION}\0{TRAIN_FRACTION}\0{tokenizer}\0".encode(), digest_size=16)
-    digest.update(corpus.content)
+    digest = hashlib.blake2b(f"{FORMAT_VERSION}\0{VAL_FRACTION}\0{tokenizer}\0".encode(), digest_size=16)
+    for block in corpus.joined():
+        digest.update(block.data)
     return root / "tokens" / digest.hexdigest()
 
 

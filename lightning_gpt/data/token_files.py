@@ -13,24 +13,21 @@ import hashlib
 import json
 import os
 import pickle
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lightning_gpt.config import UserError, cache_root
+from lightning_gpt.data.writing import SPLITS, Split, TokenWriter
 from lightning_gpt.tokenizers import CharTokenizer, GPT2Tokenizer, Tokenizer, tokenizer_from_dict
 
 if TYPE_CHECKING:
     from lightning_gpt.data.streams import EvalBatches, TokenStream
 
-Split = Literal["train", "val"]
-SPLITS: tuple[Split, Split] = ("train", "val")
 FORMAT_VERSION = 1
-_FILE_NAMES = frozenset({"train.bin", "val.bin", "meta.json"})
 _BYTES_PER_TOKEN = {"uint16": 2, "uint32": 4}
 _SCAN_TOKENS = 1 << 24
 
@@ -103,6 +100,39 @@ def is_token_folder(folder: Path) -> bool:
     return any((folder / f"{split}.bin").is_file() for split in SPLITS)
 
 
+def token_dtype(vocab_size: int) -> str:
+    """What a token is stored in: "uint16" for up to 65,536 symbols, "uint32" for more."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def describe(
+    *,
+    n_tokens: dict[Split, int],
+    n_bytes: dict[Split, int | None],
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    source: str,
+) -> dict[str, Any]:
+    """The content of `meta.json`.
+
+    Args:
+        n_tokens: Tokens of each split.
+        n_bytes: Size of each split's text in UTF-8, None where unknown.
+        tokenizer: What made the tokens, or None where unknown.
+        vocab_size: Every token id is below it.
+        source: What text it was.
+    """
+    return {
+        "format": FORMAT_VERSION,
+        "dtype": token_dtype(vocab_size),
+        "vocab_size": vocab_size,
+        "tokenizer": tokenizer.to_dict() if tokenizer else None,
+        "source": source,
+        **{f"{split}_tokens": n_tokens[split] for split in SPLITS},
+        **{f"{split}_bytes": n_bytes[split] for split in SPLITS},
+    }
+
+
 def write_token_files(
     folder: Path,
     *,
@@ -114,7 +144,7 @@ def write_token_files(
     train_bytes: int | None = None,
     val_bytes: int | None = None,
 ) -> None:
-    """Write a token folder; either all of it appears or nothing does.
+    """Write a token folder from arrays; either all of it appears or nothing does.
 
     Args:
         folder: Where to; it may exist if it is empty or holds token files only, which are then replaced.
@@ -129,33 +159,17 @@ def write_token_files(
     Raises:
         UserError: The folder holds other files, or cannot be written.
     """
-    dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
-    meta = {
-        "format": FORMAT_VERSION,
-        "dtype": dtype,
-        "vocab_size": vocab_size,
-        "tokenizer": tokenizer.to_dict() if tokenizer else None,
-        "source": source,
-        "train_tokens": len(train),
-        "val_tokens": len(val),
-        "train_bytes": train_bytes,
-        "val_bytes": val_bytes,
-    }
+    splits: dict[Split, np.ndarray] = {"train": train, "val": val}
+    dtype = _little_endian(token_dtype(vocab_size))
+    n_tokens: dict[Split, int] = {split: len(tokens) for split, tokens in splits.items()}
+    n_bytes: dict[Split, int | None] = {"train": train_bytes, "val": val_bytes}
+    meta = describe(n_tokens=n_tokens, n_bytes=n_bytes, tokenizer=tokenizer, vocab_size=vocab_size, source=source)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        if folder.exists() and not {path.name for path in folder.iterdir()} <= _FILE_NAMES:
-            raise UserError(f"{folder} holds files other than token files; name a new folder")
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-            new, old = Path(temporary, "new"), Path(temporary, "old")
-            new.mkdir()
-            for split, tokens in (("train", train), ("val", val)):
-                with open(new / f"{split}.bin", "wb") as file:
-                    for start in range(0, len(tokens), _SCAN_TOKENS):
-                        file.write(tokens[start : start + _SCAN_TOKENS].astype(_little_endian(dtype)).tobytes())
-            (new / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="ascii")
-            if folder.exists():
-                os.replace(folder, old)
-            os.replace(new, folder)
+        with TokenWriter(folder, job={}, keep=False) as writer:
+            for split, tokens in splits.items():
+                for start in range(0, len(tokens), _SCAN_TOKENS):
+                    writer.append(split, tokens[start : start + _SCAN_TOKENS].astype(dtype).tobytes())
+            writer.publish(meta)
     except OSError as error:
         raise UserError(f"cannot write the token files {folder}: {error.strerror}") from error
 

@@ -1,0 +1,264 @@
+"""Files to documents, a block at a time: plain text, JSON lines and Parquet, also compressed by gzip or Zstandard."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import itertools
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, Protocol
+
+from lightning_gpt.config import UserError
+
+BLOCK_BYTES = 1 << 20
+# A row is held whole, several times over while JSON is decoded; text files are not, and may be of any size.
+MAX_ROW_BYTES = 64 << 20
+COMPRESSED = frozenset({".gz", ".zst"})
+ROW_SUFFIXES = frozenset({".jsonl", ".ndjson", ".parquet"})
+_BATCH_BYTES = 4 << 20
+
+
+class Block(NamedTuple):
+    """Some bytes of one document.
+
+    Attributes:
+        data: The bytes; they may end inside a character.
+        ends: Whether they are the last of their document.
+        where: The file, and the row where it has rows, for messages.
+        offset: Place of the first byte in the document.
+        disk: How much of the documents' `size` has been read up to here.
+    """
+
+    data: bytes
+    ends: bool
+    where: str
+    offset: int
+    disk: int
+
+
+class Documents(Protocol):
+    """A sequence of documents that can be read from anywhere on, always the same."""
+
+    @property
+    def size(self) -> int | None:
+        """All that there is to read, in bytes; None where unknown."""
+
+    def identity(self) -> list[Any]:
+        """What tells these documents from others, in JSON's types."""
+
+    def blocks(self, first: int = 0, offset: int = 0) -> Iterator[Block]:
+        """The blocks from byte `offset` of document number `first` on."""
+
+
+@dataclass(frozen=True)
+class FileDocuments:
+    """The documents of some files: a text file is one, every row of JSON lines and Parquet is one.
+
+    Attributes:
+        files: The files, in order.
+        field: The field or column of a row that holds its text.
+    """
+
+    files: tuple[Path, ...]
+    field: str = "text"
+
+    @property
+    def size(self) -> int:
+        """Size of the files as they lie on the disk, in bytes."""
+        return sum(path.stat().st_size for path in self.files)
+
+    def identity(self) -> list[Any]:
+        """Path, size and time of change of every file, and the field."""
+        stats = [(str(path.resolve()), path.stat()) for path in self.files]
+        return [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats] + [self.field]
+
+    def blocks(self, first: int = 0, offset: int = 0) -> Iterator[Block]:
+        """The blocks from byte `offset` of document number `first` on.
+
+        Raises:
+            UserError: A file is damaged, or a row has no text.
+            OSError: A file cannot be read.
+        """
+        number = before = 0  # documents and bytes of the files before
+        for path in self.files:
+            size = path.stat().st_size
+            row_reader = _ROW_READERS.get(_bare_suffix(path))
+            if row_reader is None:
+                if number >= first:
+                    yield from _text(path, before, offset if number == first else 0)
+                number += 1
+            else:
+                skip = max(0, first - number)
+                for row in row_reader(path, self.field, skip, before):
+                    start = offset if number == first else 0
+                    if number >= first:
+                        yield row._replace(data=row.data[start:], offset=start)
+                    number += 1
+            before += size
+
+
+def is_plain_text(path: Path) -> bool:
+    """Whether a file is one document, perhaps compressed, and not rows."""
+    return _bare_suffix(path) not in _ROW_READERS
+
+
+def ending_in_newline(documents: Documents, first: int = 0, offset: int = 0) -> Iterator[Block]:
+    """As `Documents.blocks`, but each document that is not empty ends in a newline; `offset` may count that, too."""
+    last = b""
+    for block in documents.blocks(first, max(0, offset - 1)):
+        data = block.data
+        last = data[-1:] or last
+        if block.ends and last not in (b"", b"\n"):
+            data += b"\n"
+        if offset:  # the byte before is read again, to know whether a newline is missing
+            data, block, offset = data[1:], block._replace(offset=offset), 0
+        if block.ends:
+            last = b""
+        yield block._replace(data=data)
+
+
+def _bare_suffix(path: Path) -> str:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSED:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
+    """The content of a file, decompressed, and what tells how many of the file's own bytes have been read."""
+    suffix = path.suffix.lower()
+    with open(path, "rb") as file, contextlib.ExitStack() as stack:
+        stream: Any = file
+        try:
+            if suffix == ".gz":
+                stream = stack.enter_context(gzip.GzipFile(fileobj=file))
+            elif suffix == ".zst":
+                stream = stack.enter_context(_decompressed_zst(path, file))
+            yield stream, file.tell
+        except (OSError, EOFError, zlib.error) as error:
+            if getattr(error, "errno", None) is not None:  # the disk's fault: a later start may go on
+                raise
+            raise UserError(f"{path} is damaged or not a {suffix} file: {error}") from error
+
+
+def _decompressed_zst(path: Path, file: BinaryIO) -> BinaryIO:
+    pyarrow = require("pyarrow", f"{path} is compressed by Zstandard, and reading it")
+    # Unlike the package zstandard, Arrow notices that a file was cut off.
+    return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "zstd"), BLOCK_BYTES)
+
+
+def require(package: str, what: str) -> Any:
+    """Import an optional package.
+
+    Raises:
+        UserError: It is not installed; begins with `what`, which needs it.
+    """
+    try:
+        return __import__(package)
+    except ImportError:
+        raise UserError(f"{what} needs the package {package}: pip install -r requirements/data.txt") from None
+
+
+def _text(path: Path, before: int, offset: int) -> Iterator[Block]:
+    with _opened(path) as (stream, told):
+        if path.suffix.lower() in COMPRESSED:
+            for start in range(0, offset, BLOCK_BYTES):
+                stream.read(min(BLOCK_BYTES, offset - start))
+        else:
+            stream.seek(offset)
+        data = stream.read(BLOCK_BYTES)
+        while True:
+            after = stream.read(BLOCK_BYTES) if data else b""
+            yield Block(data, not after, str(path), offset, before + told())
+            if not after:
+                return
+            offset, data = offset + len(data), after
+
+
+def _json_rows(path: Path, field: str, skip: int, before: int) -> Iterator[Block]:
+    with _opened(path) as (stream, told):
+        for number in itertools.count(1):
+            line = stream.readline(MAX_ROW_BYTES + 1)
+            if not line:
+                return
+            where = f"{path}, line {number}"
+            if len(line) > MAX_ROW_BYTES:
+                raise UserError(f"{where} is longer than {MAX_ROW_BYTES >> 20} MiB; give long documents as text files")
+            if line.isspace():
+                continue
+            data = b"" if skip > 0 else _text_of_row(line, field, where)
+            skip -= 1
+            yield Block(data, True, where, 0, before + told())
+
+
+def _text_of_row(line: bytes, field: str, where: str) -> bytes:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is not UTF-8 (byte {error.start} is 0x{line[error.start]:02X})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where} is not a JSON object with a field {field!r}")
+    if not isinstance(row.get(field), str):
+        texts = ", ".join(key for key, value in row.items() if isinstance(value, str))
+        raise UserError(f"{where} has no text in a field {field!r} (texts: {texts or 'none'}); name one with --field")
+    try:
+        return row[field].encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where} is not text: it escapes half a surrogate pair (character {error.start})") from None
+
+
+def _parquet_rows(path: Path, field: str, skip: int, before: int) -> Iterator[Block]:
+    require("pyarrow", f"{path} is a Parquet file, and reading it")
+    import pyarrow
+    from pyarrow import parquet
+
+    size, number = path.stat().st_size, 0
+    try:
+        # Without buffering ahead: that would hold a whole row group.
+        with parquet.ParquetFile(path, buffer_size=BLOCK_BYTES, pre_buffer=False) as file:
+            _check_column(path, file.schema_arrow, field)
+            groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+            for i, group in enumerate(groups):
+                if number + group.num_rows <= skip:
+                    yield from itertools.repeat(Block(b"", True, str(path), 0, before), group.num_rows)
+                    number += group.num_rows
+                    continue
+                # Rows of a batch are in memory together.
+                rows = max(1, min(1024, _BATCH_BYTES * group.num_rows // max(1, group.total_byte_size)))
+                for batch in file.iter_batches(rows, row_groups=[i], columns=[field]):
+                    for value in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
+                        number += 1
+                        where = f"{path}, row {number}"
+                        if value is None:
+                            raise UserError(f"{where} has no text in column {field!r}")
+                        disk = before + size * number // file.metadata.num_rows
+                        yield Block(value, True, where, 0, disk)
+    except (pyarrow.ArrowException, OSError) as error:
+        if getattr(error, "errno", None) is not None:
+            raise
+        raise UserError(f"{path} is damaged or not a Parquet file: {error}") from error
+
+
+def _check_column(path: Path, schema: Any, field: str) -> None:
+    from pyarrow import types
+
+    texts = [c.name for c in schema if any(fits(c.type) for fits in (types.is_string, types.is_large_string))]
+    if field not in texts:
+        raise UserError(
+            f"{path} has no text column {field!r} (text columns: {', '.join(texts) or 'none'}); name one with --field"
+        )
+
+
+_ROW_READERS: dict[str, Callable[[Path, str, int, int], Iterator[Block]]] = {
+    ".jsonl": _json_rows,
+    ".ndjson": _json_rows,
+    ".parquet": _parquet_rows,
+}

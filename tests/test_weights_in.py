@@ -1,0 +1,311 @@
+"""Weights that other programs wrote: the same logits as Hugging Face's, in both models, by every door."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+import mingpt.model
+import nanogpt.model
+import train
+from lightning_gpt.checkpoint import find_checkpoint, open_checkpoint
+from lightning_gpt.checkpoint.adapted import AdaptedCheckpoint, fields_for
+from lightning_gpt.checkpoint.huggingface import is_hub_name
+from lightning_gpt.implementations import get_implementation
+
+transformers = pytest.importorskip("transformers")
+
+SIZES = {"n_layer": 2, "n_head": 3, "n_embd": 12, "vocab_size": 20, "n_positions": 16}
+MODELS = {"mingpt": mingpt.model.GPT, "nanogpt": nanogpt.model.GPT}
+TURNED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+
+
+def hugging_face(**changes):
+    """A random GPT-2 of theirs, in which no bias is zero and no norm is one."""
+    torch.manual_seed(1)
+    config = transformers.GPT2Config(**SIZES | {"bos_token_id": 0, "eos_token_id": 0} | changes)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    return model
+
+
+def saved(model, folder: Path, form: str = "safetensors") -> Path:
+    if form == "bin":
+        folder.mkdir(parents=True)
+        model.config.save_pretrained(folder)
+        mask = torch.ones(1, 1, 16, 16, dtype=torch.bool)  # as older versions of theirs saved it
+        torch.save(model.state_dict() | {"transformer.h.0.attn.bias": mask}, folder / "pytorch_model.bin")
+    else:
+        model.save_pretrained(folder, max_shard_size="8KB" if form == "shards" else "1GB")
+    return folder
+
+
+def originals_names(model) -> dict[str, torch.Tensor]:
+    """The weights as minGPT and nanoGPT name and lay them out, with the mask that their attention keeps."""
+    weights = {name: w.t().contiguous() if name.endswith(TURNED) else w for name, w in model.state_dict().items()}
+    mask = torch.ones(16, 16).tril().view(1, 1, 16, 16)
+    return weights | {f"transformer.h.{i}.attn.bias": mask for i in range(2)}
+
+
+def adapted(checkpoint, implementation: str, **fields) -> AdaptedCheckpoint:
+    row = get_implementation(implementation)
+    return AdaptedCheckpoint(checkpoint, row=row, fields=fields_for(row, checkpoint) | fields)
+
+
+def logits(model, idx: torch.Tensor) -> torch.Tensor:
+    """At all positions, which nanoGPT gives where there are targets."""
+    with torch.no_grad():
+        return model.eval()(idx, idx)[0]
+
+
+def assert_same_logits(model, theirs, *, length: int = 16) -> None:
+    idx = torch.randint(0, 20, (3, length), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = theirs(idx).logits
+    assert expected.std() > 0.5  # something to compare
+    torch.testing.assert_close(logits(model, idx), expected, rtol=0, atol=1e-4)
+
+
+def refused(capsys, *flags) -> str:
+    """What train.py says in its one line."""
+    capsys.readouterr()  # theirs show how they save
+    with pytest.raises(SystemExit) as stop:
+        train.main([*map(str, flags), "--accelerator=cpu", "--dry_run"])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
+    return err
+
+
+@pytest.mark.parametrize("form", ["safetensors", "shards", "bin"])
+@pytest.mark.parametrize(("tied", "own"), [(True, "nanogpt"), (False, "mingpt")])
+def test_a_hugging_face_folder_has_their_logits(tmp_path, form, tied, own):
+    theirs = hugging_face(tie_word_embeddings=tied)
+    checkpoint = open_checkpoint(find_checkpoint(str(saved(theirs, tmp_path / "hf", form)), which="best"))
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) == {"safetensors": 1, "bin": 0}.get(form, 3)
+    assert checkpoint.implementation == own and checkpoint.step == 0 and checkpoint.tokenizer is None
+    assert_same_logits(checkpoint.module().model, theirs)
+    assert_same_logits(adapted(checkpoint, "mingpt").module().model, theirs)
+    assert_same_logits(adapted(checkpoint, own, block_size=5).module().model, theirs, length=5)
+
+
+def test_weights_without_a_head_and_their_prefix(tmp_path):
+    theirs = hugging_face()
+    theirs.transformer.save_pretrained(tmp_path / "hf")
+    assert_same_logits(open_checkpoint(tmp_path / "hf").module().model, theirs)
+
+
+@pytest.mark.parametrize("implementation", MODELS)
+def test_from_pretrained_has_their_logits(tmp_path, implementation):
+    theirs = hugging_face()
+    folder, cls = str(saved(theirs, tmp_path / "hf")), MODELS[implementation]
+    assert_same_logits(cls.from_pretrained(folder), theirs)
+    dropout = {"dropout": 0.3} if implementation == "nanogpt" else {"resid_pdrop": 0.3}
+    short = cls.from_pretrained(folder, block_size=7, **dropout)
+    assert_same_logits(short, theirs, length=7)
+    assert short.config.block_size == 7 and next(iter(dropout)) in vars(short.config)
+    assert short.transformer.h[0].mlp.dropout.p == 0.3
+    for wrong, override in (("n_layer", {"n_layer": 3}), ("block_size=17", {"block_size": 17})):
+        with pytest.raises(ValueError, match=wrong):
+            cls.from_pretrained(folder, **override)
+
+
+def test_from_pretrained_refuses_what_a_model_cannot_express(tmp_path):
+    untied = str(saved(hugging_face(tie_word_embeddings=False), tmp_path / "untied"))
+    assert_same_logits(mingpt.model.GPT.from_pretrained(untied), hugging_face(tie_word_embeddings=False))
+    exact = str(saved(hugging_face(activation_function="gelu"), tmp_path / "exact"))
+    assert_same_logits(nanogpt.model.GPT.from_pretrained(exact), hugging_face(activation_function="gelu"))
+    wide = str(saved(hugging_face(n_inner=20), tmp_path / "wide"))
+    for cls, folder, wrong in (
+        (nanogpt.model.GPT, untied, "head of its own"),
+        (mingpt.model.GPT, exact, "tanh GELU"),
+        (mingpt.model.GPT, wide, "n_inner"),
+        (nanogpt.model.GPT, wide, "n_inner"),
+    ):
+        with pytest.raises(ValueError, match=wrong):
+            cls.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_an_original_nanogpt_checkpoint(tmp_path, prefix):
+    theirs = hugging_face(activation_function="gelu")
+    args = {"n_layer": 2, "n_head": 3, "n_embd": 12, "block_size": 16, "vocab_size": 20, "dropout": 0.2}
+    if prefix:
+        args["bias"] = True  # old ones do not say it
+    state = {prefix + name: tensor for name, tensor in originals_names(theirs).items()}
+    content = {"model": state, "optimizer": {"state": {}, "param_groups": []}, "model_args": args, "iter_num": 7}
+    content |= {"best_val_loss": torch.tensor(1.5), "config": {"dataset": "shakespeare_char"}}
+    (tmp_path / "out").mkdir()
+    torch.save(content, tmp_path / "out" / "ckpt.pt")
+    checkpoint = open_checkpoint(find_checkpoint(str(tmp_path / "out"), which="best"))
+    assert (checkpoint.implementation, checkpoint.step) == ("nanogpt", 7)
+    assert checkpoint.model_config["gelu"] == "exact" and "vocab_padding" not in checkpoint.model_config
+    assert_same_logits(checkpoint.module().model, theirs)
+
+
+def test_a_nanogpt_without_biases(tmp_path, text_file, capsys):
+    theirs = hugging_face(activation_function="gelu")
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if name.endswith(".bias"):
+                parameter.zero_()
+    state = {name: w for name, w in originals_names(theirs).items() if not name.endswith(".bias")}
+    args = {"n_layer": 2, "n_head": 3, "n_embd": 12, "block_size": 16, "vocab_size": 20, "bias": False}
+    torch.save({"model": state, "model_args": args}, tmp_path / "ckpt.pt")
+    checkpoint = open_checkpoint(tmp_path / "ckpt.pt")
+    assert_same_logits(checkpoint.module().model, theirs)
+    assert_same_logits(adapted(checkpoint, "nanogpt", bias=True).module().model, theirs)
+    with pytest.raises(ValueError, match="exact"):
+        adapted(checkpoint, "mingpt")
+    flags = ["--gelu=tanh", "--block_size=8", "--data", text_file]
+    assert "--gelu tanh" in refused(capsys, "--init_from", tmp_path / "ckpt.pt", *flags)
+
+
+def test_nanogpts_padded_gpt2_vocabulary_is_known_as_such(tmp_path):
+    args = {"n_layer": 1, "n_head": 1, "n_embd": 4, "block_size": 4, "vocab_size": 50304, "bias": False}
+    model = nanogpt.model.GPT(nanogpt.model.GPTConfig(**args))
+    torch.save({"model": model.state_dict(), "model_args": args}, tmp_path / "ckpt.pt")
+    checkpoint = open_checkpoint(tmp_path / "ckpt.pt")
+    assert checkpoint.model_config["vocab_padding"] == 47 and checkpoint.tokenizer.name == "gpt2"
+
+
+@pytest.mark.parametrize("said", ["config", "preset", "flag", None])
+def test_an_original_mingpt_state_dict(tmp_path, said, capsys):
+    theirs = hugging_face(tie_word_embeddings=False)
+    torch.save(originals_names(theirs), tmp_path / "model.pt")
+    if said == "config":  # the heads of a preset, as minGPT writes it before it builds the model
+        theirs = hugging_face(tie_word_embeddings=False, n_layer=3, n_embd=48)
+        weights = originals_names(theirs) | {"transformer.h.2.attn.bias": torch.ones(1, 1, 16, 16)}
+        torch.save(weights, tmp_path / "model.pt")
+        config = {"system": {}, "model": {"model_type": "gpt-nano", "n_layer": None, "n_head": None, "n_embd": None}}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    elif said == "preset":
+        theirs = hugging_face(tie_word_embeddings=False, n_layer=3, n_embd=48)
+        torch.save(originals_names(theirs), tmp_path / "model.pt")
+    if said is None:
+        assert "--n_head" in refused(capsys, "--init_from", tmp_path / "model.pt")
+        return
+    checkpoint = open_checkpoint(tmp_path / "model.pt", n_head=3 if said == "flag" else None)
+    assert (checkpoint.implementation, checkpoint.model_config["n_head"]) == ("mingpt", 3)
+    assert_same_logits(checkpoint.module().model, theirs)
+
+
+@pytest.mark.parametrize("own", ["mingpt", "nanogpt"])
+def test_padding_costs_little_and_is_never_sampled(tmp_path, own):
+    """Even where all logits are far below the 0 that rows of zeros would have."""
+    theirs = hugging_face(tie_word_embeddings=own == "nanogpt")
+    with torch.no_grad():
+        theirs.lm_head.weight[:, 0] = 1.0
+        theirs.transformer.ln_f.bias[0], theirs.transformer.ln_f.weight[0] = -50.0, 0.0
+    checkpoint = open_checkpoint(saved(theirs, tmp_path / "hf"))
+    plain = checkpoint.module().model.eval()
+    padded = adapted(checkpoint, own, vocab_size=64, vocab_padding=44).module().model.eval()
+    idx = torch.randint(0, 20, (4, 17), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before, after = (float(model(idx[:, :-1], idx[:, 1:])[1]) for model in (plain, padded))
+    assert logits(plain, idx[:, :4]).max() < -30
+    assert 1e-3 < after - before < math.log(64 / 20) + 1e-4
+    torch.testing.assert_close(logits(padded, idx[:, :4])[..., :20], logits(plain, idx[:, :4]))
+    torch.manual_seed(0)
+    assert padded.generate(idx[:, :3], 50, do_sample=True, temperature=50.0).max() < 20
+    again = adapted(adapted(checkpoint, own, vocab_size=64, vocab_padding=44), own, vocab_size=20, vocab_padding=0)
+    assert_same_logits(again.module().model, theirs)  # what was padded is cut
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags", "words"),
+    [
+        ({"n_inner": 20}, [], "n_inner is 20"),
+        ({"activation_function": "relu"}, [], "activation_function"),
+        ({"scale_attn_by_inverse_layer_idx": True}, [], "scale_attn_by_inverse_layer_idx"),
+        ({"layer_norm_epsilon": 1e-6}, [], "layer_norm_epsilon"),
+        ({"tie_word_embeddings": False, "activation_function": "gelu"}, [], "no implementation"),
+        ({"tie_word_embeddings": False}, ["--implementation=nanogpt"], "head"),
+        ({"activation_function": "gelu"}, ["--implementation=mingpt"], "tanh GELU only"),
+        ({}, ["--block_size=17"], "--block_size 17"),
+        ({}, ["--n_layer=3"], "--n_layer 3"),
+        ({}, ["--n_head=4"], "--n_head 4"),
+        ({}, ["--model_type=gpt2"], "contradicts"),
+        ({}, ["--gelu=exact"], "GELU"),
+        ({}, ["--bias=false"], "--bias false"),
+        ({}, ["--tokenizer=byte"], "vocabulary of 20"),
+        ({}, ["--resume=runs/x"], "--init_from starts a new run"),
+        ({}, ["--implementation=test_weights_in:Other"], "layout"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line(tmp_path, text_file, capsys, changes, flags, words):
+    folder = saved(hugging_face(**changes), tmp_path / "hf")
+    flags = [*flags, "--data", text_file, *([] if any("block" in flag for flag in flags) else ["--block_size=8"])]
+    assert words in refused(capsys, "--init_from", folder, *flags)
+
+
+def test_folders_that_are_no_gpt2_are_refused_in_one_line(tmp_path, text_file, capsys):
+    folder = saved(hugging_face(), tmp_path / "hf")
+    config = json.loads((folder / "config.json").read_text())
+    for changed, words in ((config | {"model_type": "llama"}, "llama"), (config | {"n_head": "x"}, "n_head")):
+        (folder / "config.json").write_text(json.dumps(changed))
+        assert words in refused(capsys, "--init_from", folder)
+    (folder / "config.json").write_text(json.dumps(config | {"n_embd": 24}))
+    assert "does not fit" in refused(capsys, "--init_from", folder, "--block_size=8", "--data", text_file)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").rename(folder / "other")
+    assert "model.safetensors" in refused(capsys, "--init_from", folder)
+    index = {"weight_map": {"transformer.wte.weight": "../other"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "its own folder" in refused(capsys, "--init_from", folder)
+
+
+@dataclass
+class OtherConfig:
+    vocab_size: int
+    block_size: int
+
+
+class Other(torch.nn.Embedding):
+    """A model of another layout."""
+
+    def __init__(self, config: OtherConfig) -> None:
+        super().__init__(config.vocab_size, config.vocab_size)
+
+    def forward(self, idx, targets=None):
+        logits = super().forward(idx)
+        return logits, None if targets is None else torch.nn.functional.cross_entropy(logits.mT, targets)
+
+
+class Planted:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self):
+        return (Path.touch, (self.file,))
+
+
+@pytest.mark.parametrize("name", ["ckpt.pt", "hf/pytorch_model.bin"])
+def test_files_that_could_run_code_are_refused(tmp_path, capsys, name):
+    saved(hugging_face(), tmp_path / "hf", "bin")
+    torch.save({"model": Planted(tmp_path / "ran"), "model_args": {}}, tmp_path / name)
+    assert "--trust_checkpoint" in refused(capsys, "--init_from", (tmp_path / name).parent)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_hub_names(tmp_path, monkeypatch, capsys):
+    constants = pytest.importorskip("huggingface_hub.constants")
+    names = ("gpt2", "gpt2-xl", "someone/their-gpt2.x", "gpt3", "runs/a/b", "./gpt2", "~/gpt2", "/gpt2")
+    assert [is_hub_name(name) for name in names] == [True, True, True, False, False, False, False, False]
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    assert "config.json and model.safetensors" in refused(capsys, "--init_from", "gpt2")
+    theirs = hugging_face()
+    saved(theirs, tmp_path / "models--gpt2" / "snapshots" / "0123abc")  # the layout of the hub's cache
+    (tmp_path / "models--gpt2" / "refs").mkdir()
+    (tmp_path / "models--gpt2" / "refs" / "main").write_text("0123abc")
+    assert_same_logits(open_checkpoint(find_checkpoint("gpt2", which="best")).module().model, theirs)
+    local = saved(hugging_face(tie_word_embeddings=False), tmp_path / "gpt2")
+    assert find_checkpoint("gpt2", which="best") == local
