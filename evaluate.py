@@ -1,4 +1,4 @@
-"""Scores a checkpoint: ``python evaluate.py --help``."""
+"""Scores checkpoints: ``python evaluate.py --help``."""
 
 import contextlib
 import sys
@@ -9,18 +9,18 @@ from lightning_gpt.cli import parse_evaluate, reporting_errors
 
 @reporting_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parses the command line, scores, and prints a line per number."""
+    """Parses the command line, scores, and prints what was found."""
     options = parse_evaluate(argv)
     from lightning_gpt.evaluation import evaluate, rewrite  # after parsing: --help need not wait for torch
 
     rewrites = options.convert_only or options.export is not None or options.out is not None
     with contextlib.redirect_stdout(sys.stderr):  # libraries print, too: stdout is for the numbers
         folder = rewrite(options) if rewrites else None
-        score = None if rewrites else evaluate(options)
+        report = None if rewrites else evaluate(options)
     if folder:
         print(f"{'exported' if options.export else 'converted':14}{folder}")
-    for name, value in score.found().items() if score else ():
-        print(f"{name:14}{value:.4f}" if isinstance(value, float) else f"{name:14}{value}")
+    if report:
+        print(report.text())
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@ import dataclasses
 import difflib
 import functools
 import itertools
+import json
 import math
 import os
 import sys
+import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,7 +56,7 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
     **dict.fromkeys(
         ("batch_size", "block_size", "n_layer", "n_head", "n_embd", "accumulate_grad_batches", "eval_interval")
         + ("log_every_n_steps", "num_nodes", "learning_rate", "lr_decay_steps", "num_samples", "temperature", "top_k")
-        + ("max_steps", "max_tokens", "max_epochs", "global_batch_tokens", "workers"),
+        + ("max_steps", "max_tokens", "max_epochs", "global_batch_tokens", "workers", "stride"),
         (lambda value: value > 0, "a number above 0"),
     ),
     **dict.fromkeys(
@@ -192,6 +194,23 @@ def _configs_first(argv: Sequence[str]) -> list[str]:
         else:
             (configs if token.startswith("--config=") else others).append(token)
     return configs + others
+
+
+def _gathered(argv: Sequence[str], name: str) -> list[str]:
+    """Makes the values of a flag that takes several, given together or one by one, the one token the parser wants."""
+    values, others, is_value = [], [], False
+    for token in argv:
+        flag, given, value = token.partition("=")
+        is_value = flag == f"--{name}" or (is_value and not token.startswith("--"))
+        if not is_value:
+            others.append(token)
+        elif flag != f"--{name}":
+            values.append(token)
+        elif given:
+            values.append(value)
+    if not values:
+        return list(argv)
+    return [*others, f"--{name}={json.dumps(values) if len(values) > 1 else values[0]}"]
 
 
 def _one_of(given: list[str]) -> list[str]:
@@ -336,6 +355,9 @@ def parse_options(cls: type, argv: Sequence[str] | None = None, *, description: 
     """
     options = options_of(cls)
     argv = _complete(list(sys.argv[1:] if argv is None else argv), options)
+    for o in options:
+        if list[str] in typing.get_args(o.type):
+            argv = _gathered(argv, o.name)
     _first_pass(argv)
     parser = _parser(description)
     _add(parser, options, "options")

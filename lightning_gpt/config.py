@@ -164,8 +164,9 @@ class RunOptions:
 class EvaluateOptions:
     """Which checkpoint is scored, on what, and where."""
 
-    checkpoint: str | None = None
-    """a run folder or any checkpoint, of any strategy and number of devices (default: the latest run)"""
+    checkpoint: list[str] | str | None = None
+    """a run folder or any checkpoint, of any strategy and number of devices; several are compared side by side
+    (default: the latest run)"""
     which: str = "best"
     """best or last, where checkpoint is a run folder"""
     data: str | None = None
@@ -174,6 +175,16 @@ class EvaluateOptions:
     """sequences per device and batch"""
     eval_batches: int = 0
     """score the first this many batches of the validation split; 0 takes the whole split"""
+    block_size: int | None = None
+    """context length in tokens; beyond the one of the training only for a model whose positions go on (default: that
+    of the training)"""
+    stride: int | None = None
+    """windows of block_size tokens start this many tokens apart, and each token is scored where it has the most
+    context (default: block_size, windows side by side)"""
+    lm_eval: str | None = None
+    """score tasks of EleutherAI's lm-eval in place of the validation split: names, separated by commas"""
+    lm_eval_include: str | None = None
+    """a folder with further tasks for lm_eval, as YAML files"""
     strategy: str = TrainerOptions.strategy
     """what it is scored under, as for train.py"""
     deepspeed_config: str | None = None
@@ -189,7 +200,7 @@ class EvaluateOptions:
     precision: int | str = 32
     """16, bf16, 32, or one of Lightning's own names"""
     json: str | None = None
-    """also write the result to this file"""
+    """also write the result to this file, of several checkpoints as a list"""
     convert_only: bool | str = False
     """convert the checkpoint, optimizer state included, and score nothing; "pt" writes model.pt as well"""
     export: str | None = None

@@ -3,6 +3,10 @@
 A model is a class ``Model(config)`` with ``forward(idx, targets=None) -> (logits, loss or None)``: ``idx`` and
 ``targets`` are ``(B, T)`` int64, a target of -1 is ignored, and the loss is the mean over the other targets.
 ``config`` is a dataclass that has at least the fields ``vocab_size`` and ``block_size``.
+
+A model whose weights do not depend on ``block_size`` and whose positions go on beyond it says so with an attribute
+``extends_context = True`` or a property of that name; it can then be scored with a longer context than it was trained
+with.
 """
 
 import dataclasses

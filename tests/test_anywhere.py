@@ -37,7 +37,7 @@ LEGS = [leg for leg in LEGS if HAS_DEEPSPEED or "deepspeed" not in leg[0]]
 STEPS = 2 + 2 * len(LEGS)
 PLACES = ["ddp", "fsdp", *(f"deepspeed_stage_{stage}" for stage in (1, 2, 3) if HAS_DEEPSPEED)]
 OFFLOADED = ["deepspeed_stage_2_offload", "deepspeed_stage_3_offload"]
-PRINTED = ["checkpoint", "hash", "step", "loss", "perplexity", "bits_per_byte", "tokens"]
+PRINTED = "checkpoint hash step loss perplexity bits_per_byte tokens data block_size stride".split()
 
 # Calls of entry points, one after another in one group of processes.
 CALLS = """

@@ -13,6 +13,7 @@ MODELS = ("mingpt", "nanogpt")
 LIBRARY = sorted(p for room in ("lightning_gpt", *MODELS) for p in (REPO / room).rglob("*.py"))
 CODE = [*ENTRY_POINTS, *LIBRARY]
 HEAVY = {"deepspeed", "transformers", "tiktoken", "tokenizers", "datasets", "pyarrow", "zstandard", "huggingface_hub"}
+HEAVY.add("lm_eval")
 
 # Rooms of lightning_gpt, each with those that it may import besides `config` and itself; a folder is one room.
 _FIRST = {"implementations", "compilation", "optim", "strategies", "tokenizers", "models", "checkpoint", "data"}
@@ -30,7 +31,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"implementations", "compilation", "forms", "optim", "scoring", "sharding"},
     "checkpoint": {"implementations", "models", "sharding", "tokenizers", "data"},
     "generation": {"implementations", "checkpoint", "models", "data", "strategies", "tokenizers"},
-    "evaluation": {"implementations", "callbacks", "checkpoint", "models", "data", "strategies", "tokenizers"},
+    "evaluation": {"callbacks", "checkpoint", "models", "data", "strategies", "comparison", "lm_eval_adapter"},
+    "comparison": set(),
+    "lm_eval_adapter": {"tokenizers"},
     "callbacks": {"implementations", "models", "generation", "strategies", "tokenizers"},
     "cli": _FIRST,
     "planning": {"compilation", "implementations", "models", "strategies"},

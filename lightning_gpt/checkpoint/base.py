@@ -192,6 +192,23 @@ class Checkpoint(ABC):
         aliases = [alias for alias, known in self.ties.items() if known == first]
         return next((known for known in (first, *aliases) if known in stored), None)
 
+    def extend_context(self, block_size: int) -> None:
+        """Goes on as a checkpoint of the same model with a longer context than it was trained with.
+
+        Args:
+            block_size: Its length in tokens.
+
+        Raises:
+            UserError: The model does not say that its positions go on (``extends_context``).
+        """
+        config = self.model_config | {"block_size": block_size}
+        if not getattr(empty_model(self.implementation, model_config=config), "extends_context", False):
+            raise UserError(
+                f"--block_size {block_size}: the positions of --implementation {self.implementation} end at the"
+                f" {self.model_config['block_size']} that {self.path} was trained with; give at most that"
+            )
+        self.header = self.header | {"hyper_parameters": self.header["hyper_parameters"] | {"model_config": config}}
+
     def require_fit(self, module: GPTModule) -> None:
         """Checks that the weights belong into a module, which may lie on the meta device.
 

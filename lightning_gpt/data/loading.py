@@ -27,6 +27,7 @@ class TokenData(LightningDataModule):
         seed: Seed of the order.
         num_workers: Worker processes that read batches.
         eval_batches: Length of the validation in batches of a single rank; 0 for the whole split.
+        stride: Tokens from one window of the validation to the next; None for windows side by side. Not for a task.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class TokenData(LightningDataModule):
         seed: int = 0,
         num_workers: int = 0,
         eval_batches: int = 0,
+        stride: int | None = None,
     ) -> None:
         super().__init__()
         self.files = files
@@ -47,6 +49,7 @@ class TokenData(LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.eval_batches = eval_batches
+        self.windows = {"block_size": block_size} | ({} if stride is None else {"stride": stride})
         self.stream = files.train_stream(block_size=block_size, seed=seed)
         self._first_sample = 0
         self._first_step = 0
@@ -75,7 +78,7 @@ class TokenData(LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         """This rank's share of the validation, every rank with the same number of batches."""
         batches = self.files.val_pass(
-            block_size=self.block_size,
+            **self.windows,
             batch_size=self.batch_size,
             rank=self.trainer.global_rank,
             world_size=self.trainer.world_size,

@@ -299,13 +299,15 @@ class EvalPass(IterableDataset[Batch], ABC):
 class EvalBatches(EvalPass):
     """One pass over the tokens of a split.
 
-    Sequence w has the targets w*T+1 to (w+1)*T, the last one as many as are left: every token but the first is scored
-    exactly once.
+    Sequence w reads from token w*S on and has the targets w*S+1 to w*S+T, the last one as many as are left. The first
+    scores all of its targets and the others their last S: every token but the first is scored exactly once, by the
+    sequence that gives it the most context.
 
     Args:
         opener: Called for the tokens, shape (n_tokens,), now and then during a pass; picklable.
         n_tokens: How many tokens that is.
         block_size: Inputs per sequence, T.
+        stride: Tokens from the start of a sequence to that of the next, S, from 1 to T; None means T, no overlap.
         batch_size: See EvalPass for this and the further arguments.
         rank: Which rank this is.
         world_size: How many ranks there are.
@@ -321,6 +323,7 @@ class EvalBatches(EvalPass):
         *,
         n_tokens: int,
         block_size: int,
+        stride: int | None = None,
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
@@ -328,8 +331,10 @@ class EvalBatches(EvalPass):
     ) -> None:
         if n_tokens < 2:
             raise ValueError(f"{n_tokens} tokens are too few to score one")
+        self.stride = stride or block_size
+        assert 1 <= self.stride <= block_size
         super().__init__(
-            -(-(n_tokens - 1) // block_size),
+            1 + max(0, -(-(n_tokens - 1 - block_size) // self.stride)),
             batch_size=batch_size,
             rank=rank,
             world_size=world_size,
@@ -344,12 +349,14 @@ class EvalBatches(EvalPass):
         return functools.partial(self._batch, self.opener().view(np.ndarray))
 
     def _batch(self, tokens: np.ndarray, sequences: np.ndarray) -> Batch:
-        positions = sequences[:, None] * self.block_size + np.arange(self.block_size + 1)  # (B, T + 1)
+        columns = np.arange(self.block_size + 1)
+        positions = sequences[:, None] * self.stride + columns  # (B, T + 1)
         present = (positions < self.n_tokens) & (sequences < self.n_sequences)[:, None]
         picked = tokens[np.where(present, positions, 0)].astype(np.int64)
-        scored = present[:, 1:]
-        idx = np.where(scored, picked[:, :-1], 0)
-        targets = np.where(scored, picked[:, 1:], -1)
+        has_target = present[:, 1:]
+        is_new = (columns[1:] > self.block_size - self.stride) | (sequences == 0)[:, None]
+        idx = np.where(has_target, picked[:, :-1], 0)
+        targets = np.where(has_target & is_new, picked[:, 1:], -1)
         return torch.from_numpy(idx), torch.from_numpy(targets)
 
 

@@ -88,11 +88,11 @@ class TokenFiles:
 
         return TokenStream(self.opener("train"), n_tokens=self.train_tokens, block_size=block_size, seed=seed)
 
-    def val_pass(self, *, block_size: int, **share: Any) -> EvalBatches:
+    def val_pass(self, *, block_size: int, stride: int | None = None, **share: Any) -> EvalBatches:
         """A rank's share of the validation split; `share` are the arguments of EvalPass."""
         from lightning_gpt.data.streams import EvalBatches
 
-        return EvalBatches(self.opener("val"), n_tokens=self.val_tokens, block_size=block_size, **share)
+        return EvalBatches(self.opener("val"), n_tokens=self.val_tokens, block_size=block_size, stride=stride, **share)
 
 
 def is_token_folder(folder: Path) -> bool:
