@@ -191,8 +191,10 @@ def harness(lm: Callable[[], "LM"], *, tasks: str, include: str | None) -> tuple
         raise UserError(f"--lm_eval needs lm-eval, which is not installed ({error}); {INSTALL}") from error
     if include is not None and not Path(include).is_dir():
         raise UserError(f"--lm_eval_include {include} is no folder")
-    manager = TaskManager(include_path=include)
     names = [name.strip() for name in tasks.split(",") if name.strip()]
+    manager = TaskManager(include_path=include, include_defaults=False)
+    if not set(names) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=include)  # reads thousands of files
     for name in names:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, n=1)

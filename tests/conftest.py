@@ -115,3 +115,21 @@ def export(tmp_path, capsys):
         return folder, said.err
 
     return write
+
+
+@pytest.fixture
+def evaluation_refused(capsys):
+    """Calls evaluate.py and checks that it refuses in one line, below what others showed of their progress."""
+    import evaluate
+
+    def call(*flags, mentions):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            evaluate.main([*map(str, flags), "--accelerator=cpu"])
+        out, err = capsys.readouterr()
+        assert stop.value.code == 2 and out == "" and "Traceback" not in err, out + err
+        *before, line = err.splitlines()
+        assert line.startswith("error: ") and all(not text or "/s]" in text for text in before), err
+        assert all(str(text) in line for text in mentions), err
+
+    return call
