@@ -30,6 +30,7 @@ QUESTIONS = [
 TASKS = {
     "tiny_choice": """
 output_type: multiple_choice
+process_docs: !function metrics.unchanged
 doc_to_text: "{{question}}"
 doc_to_choice: choices
 doc_to_target: gold
@@ -59,12 +60,14 @@ metric_list:
 
 @pytest.fixture
 def tasks(tmp_path, monkeypatch):
-    """A folder of three tasks over a local file."""
+    """A folder of three tasks over a local file; one has code that needs Hugging Face's ``evaluate``, not ours."""
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     folder = tmp_path / "tasks"
     folder.mkdir()
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
+    code = "import evaluate\n\nevaluate.load\n\n\ndef unchanged(docs):\n    return docs\n"
+    (folder / "metrics.py").write_text(code)
     for name, body in TASKS.items():
         files = (
             f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {folder / 'rows.jsonl'}\ntest_split: test\n"
@@ -195,7 +198,7 @@ def test_tasks_from_the_command_line(saved_model, tasks, tmp_path, capsys):
     evaluate.main([f"--checkpoint={checkpoint}", str(checkpoint), *flags[1:], "--lm_eval=tiny_choice"])
     header, *rows = capsys.readouterr().out.splitlines()
     assert header.split() == ["checkpoint", "step", "task", "metric", "value"] and len(rows) == 4
-    assert evaluate.__file__.endswith("evaluate.py")
+    assert sys.modules["evaluate"] is evaluate
 
 
 @needs_lm_eval
