@@ -245,18 +245,18 @@ class ParityOptions:
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """How fast text is written, and beside what."""
+    """How fast text is written on this CPU, and beside what."""
 
     shapes: str = "small,124m"
-    """small (6/6/384, block 256: 200 new tokens from one) and 124m (12/12/768, block 1024: 64 from 512)"""
+    """small (6/6/384, block 256: 200 new tokens from one), 124m (12/12/768, block 1024: 64 from 512), or both"""
     batch_sizes: str = "1,8"
-    """how many texts are written together"""
+    """how many texts are written together; several numbers, separated by commas, for one table each"""
     implementation: str = "nanogpt"
-    """mingpt, nanogpt, or another that has their sizes"""
-    rounds: int = 3
+    """mingpt or nanogpt"""
+    rounds: int = 5
     """how often each way is measured, in turns"""
     recompute_steps: int = 8
-    """time this many steps of the plain loop, spread over the lengths, for the sum of all; 0 takes every step"""
+    """how many steps of the plain loop are timed, spread over the lengths, to stand for all; 0 for each of them"""
     threads: int | None = None
     """threads that torch computes with (default: torch's own choice)"""
     json: str | None = None
