@@ -177,7 +177,7 @@ class SampleOptions:
     """a run folder or any checkpoint, of any strategy (default: the latest run; also --init_from)"""
     which: str = "best"
     """best or last, where checkpoint is a run folder"""
-    prompt: str | None = None
+    prompt: str = "\n"
     """the text to continue (default: what stdin holds where it is no terminal, else a line break)"""
     prompt_file: str | None = None
     """a file whose text, to its last character, is the prompt; - for stdin"""

@@ -227,14 +227,15 @@ def _prompts(options: SampleOptions) -> Iterator[str]:
     Raises:
         UserError: More than one place is named, or the file cannot be read.
     """
-    given = [name for name in ("prompt", "prompt_file", "interactive") if getattr(options, name) not in (None, False)]
+    names = ("prompt", "prompt_file", "interactive")
+    given = [name for name in names if getattr(options, name) != getattr(SampleOptions, name)]
     if len(given) > 1:
         raise UserError(f"{' and '.join('--' + name for name in given)} exclude each other; give one of them")
     if "" in options.stop:
         raise UserError("--stop is empty; give at least one character to stop at")
     if options.interactive:
         return _typed()
-    if options.prompt is not None:
+    if options.prompt != SampleOptions.prompt:
         return iter([options.prompt])
     if options.prompt_file not in (None, "-"):
         try:
@@ -254,7 +255,7 @@ def _piped(*, asked_for: bool) -> str:
         raise UserError("the prompt in stdin is not UTF-8 text; convert it") from error
     except OSError:  # stdin is closed
         text = ""
-    return text or ("" if asked_for else "\n")
+    return text or ("" if asked_for else SampleOptions.prompt)
 
 
 def _typed() -> Iterator[str]:

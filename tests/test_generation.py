@@ -69,7 +69,7 @@ def original(model, prompt, steps, *, vocab_size=VOCAB):
     return text[len(prompt) :]
 
 
-LENGTHS = [[1], [5], [BLOCK], [BLOCK + 5], [4, 4, 4], [1, 7, 3], [1, BLOCK, BLOCK - 1, BLOCK + 9, 5, 5]]
+LENGTHS = [[1], [5], [BLOCK], [BLOCK + 5], [4, 4, 4], [2] * 7, [1, 7, 3], [1, BLOCK, BLOCK - 1, BLOCK + 9, 5, 5]]
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
