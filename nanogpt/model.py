@@ -61,12 +61,9 @@ class Cache:
     """The most tokens that a row will have."""
     lengths: torch.Tensor | None = None
     """Tokens of each row (B,) where they differ: the first batch is then padded on the right, which no token sees."""
-    length: int = 0
-    """Tokens of the longest row."""
-    layers: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
-    """Keys and values, each (B, n_head, capacity, head_size)."""
-    mask: torch.Tensor | None = None
-    """What the next token of each row sees (B, 1, 1, length), where rows differ."""
+    length: int = 0  # of the longest row
+    layers: list[tuple[torch.Tensor, ...]] = field(default_factory=list)  # each (B, n_head, capacity, head_size)
+    mask: torch.Tensor | None = None  # what each row's next token sees (B, 1, 1, length), where rows differ
 
     def extend(self, T: int, device: torch.device) -> torch.Tensor:
         """Make room for the next T tokens of each row; return their positions, (T,), or (B, 1) where rows differ."""
@@ -136,14 +133,12 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         heads = self.c_attn(x).view(B, T, 3 * self.n_head, self.head_size).transpose(1, 2)
         q, k, v = heads.split(self.n_head, dim=1)  # each (B, n_head, T, head_size)
-        mask = None
         if cache is not None:
             k, v = cache.append(layer, k, v)
-            mask = cache.mask
+        mask = None if cache is None else cache.mask
         if self.fused:
             p = self.attn_dropout.p if self.training else 0.0
-            causal = cache is None or T > 1
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=causal)
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p, is_causal=cache is None or T > 1)
         else:
             scores = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(self.head_size))  # (B, n_head, T, S)
             S = k.size(2)
