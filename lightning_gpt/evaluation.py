@@ -188,7 +188,8 @@ def _harness_score(checkpoint: Checkpoint, options: EvaluateOptions, devices: De
     tokenizer = checkpoint.tokenizer
     if tokenizer is None:
         raise UserError(f"{checkpoint.path} does not know its tokenizer, which --lm_eval needs")
-    block_size = options.block_size or checkpoint.model_config["block_size"]
+    config = checkpoint.model_config
+    block_size = options.block_size or config["block_size"]
 
     def model() -> Any:
         fabric = Fabric(accelerator=devices.accelerator, devices=devices.devices, precision=devices.precision)
@@ -197,7 +198,7 @@ def _harness_score(checkpoint: Checkpoint, options: EvaluateOptions, devices: De
             block_size=block_size,
             batch_size=options.batch_size,
             device=fabric.device,
-            padding=checkpoint.model_config.get("vocab_padding", 0),
+            vocab_size=config["vocab_size"] - config.get("vocab_padding", 0),
         )
         return adapter(scorer, tokenizer)
 

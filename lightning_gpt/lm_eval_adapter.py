@@ -6,15 +6,18 @@
 
 import contextlib
 import difflib
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_gpt.config import UserError
+from lightning_gpt.generation import GenerationSettings, generate_tokens
+from lightning_gpt.sampling import GrowingText
 from lightning_gpt.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
@@ -24,24 +27,24 @@ INSTALL = "pip install -r requirements/lm_eval.txt"
 
 
 class TokenScorer:
-    """Log-probabilities of tokens, and the likeliest tokens.
+    """Log-probabilities of tokens, and texts of the likeliest tokens.
 
     Args:
-        model: ``(idx, targets)`` to logits and loss, as every implementation has it.
+        model: One of any implementation, in eval mode.
         block_size: The longest sequence that it reads.
         batch_size: Sequences that it reads at once.
         device: Where it computes.
-        padding: How many tokens at the end of the vocabulary are never sampled.
+        vocab_size: How many tokens, from the first, may be chosen: the vocabulary without its padding.
     """
 
     def __init__(
-        self, model: Callable[..., Any], *, block_size: int, batch_size: int, device: torch.device, padding: int = 0
+        self, model: nn.Module, *, block_size: int, batch_size: int, device: torch.device, vocab_size: int
     ) -> None:
         self.model = model
         self.block_size = block_size
         self.batch_size = batch_size
         self.device = device
-        self.padding = padding
+        self.vocab_size = vocab_size
 
     def _logits(self, idx: Tensor, targets: Tensor) -> Tensor:
         """Those at the targets that are not -1, shape (n, vocab_size), float32."""
@@ -81,22 +84,37 @@ class TokenScorer:
             logits = self._logits(idx, targets)
             asked = targets[targets != -1].to(logits.device)
             likely = logits.log_softmax(-1).gather(-1, asked[:, None])[:, 0].double()
-            is_greedy = logits[:, : logits.shape[-1] - self.padding].argmax(-1) == asked
+            is_greedy = logits[:, : self.vocab_size].argmax(-1) == asked
             counts = [len(pairs[i][1]) for i in numbers]
             for i, nats, same in zip(numbers, likely.split(counts), is_greedy.split(counts), strict=True):
                 found[i] = (nats.sum().item(), bool(same.all()))
         return found
 
-    def greedy(self, prompt: list[int]) -> Iterator[int]:
-        """The likeliest tokens after a prompt, without end, each read from the last ``block_size`` before it."""
-        tokens = list(prompt)
-        while True:
-            idx = torch.tensor([tokens[-self.block_size :]])
-            last = torch.full_like(idx, -1)
-            last[0, -1] = 0  # any target: the logits at it are wanted
-            logits = self._logits(idx, last)
-            tokens.append(int(logits[0, : logits.shape[-1] - self.padding].argmax()))
-            yield tokens[-1]
+    def write(
+        self, tokenizer: Tokenizer, prompts: Sequence[list[int]], *, max_new_tokens: int, stop: Sequence[str]
+    ) -> list[str]:
+        """What greedy generation writes after each prompt, up to a stop string or the tokenizer's end of text.
+
+        Args:
+            tokenizer: The model's.
+            prompts: Token ids, one or more of each.
+            max_new_tokens: How many each gets at most.
+            stop: Strings that end a text and are no part of it.
+        """
+        texts = [GrowingText(tokenizer, stop=stop) for _ in prompts]
+        ends = () if tokenizer.end_of_text is None else (tokenizer.end_of_text,)
+        steps = generate_tokens(
+            self.model,
+            prompts,
+            GenerationSettings(max_new_tokens=max_new_tokens, greedy=True, stop_tokens=ends),
+            block_size=self.block_size,
+            vocab_size=self.vocab_size,
+            device=self.device,
+            is_over=lambda row, token: texts[row].add(token),
+        )
+        for _ in steps:
+            pass
+        return [text.end() for text in texts]
 
 
 def first_token(tokenizer: Tokenizer) -> int:
@@ -149,23 +167,22 @@ def adapter(scorer: TokenScorer, tokenizer: Tokenizer) -> "LM":
             return [sum(nats[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-            return [self._write(*request.args) for request in requests]
+            written: list[str] = []
+            for _, group in itertools.groupby((request.args for request in requests), key=lambda args: str(args[1])):
+                alike = list(group)
+                for first in range(0, len(alike), scorer.batch_size):
+                    contexts = [context for context, _ in alike[first : first + scorer.batch_size]]
+                    written += self._write(contexts, alike[0][1])
+            return written
 
-        def _write(self, context: str, settings: dict[str, Any]) -> str:
+        def _write(self, contexts: list[str], settings: dict[str, Any]) -> list[str]:
             asked = normalize_gen_kwargs(settings)
             if asked["do_sample"]:
                 raise UserError("--lm_eval: one of the tasks asks for sampled answers, and the adapter's are greedy")
-            stops = [asked["until"]] if isinstance(asked["until"], str) else asked["until"]
-            written: list[int] = []
-            text = ""
-            for token in scorer.greedy(self.tok_encode(context) or [self.prefix_token_id]):
-                if len(written) == asked["max_gen_toks"] or token == tokenizer.end_of_text:
-                    break
-                written.append(token)
-                text = tokenizer.decode(written)
-                if any(stop and stop in text for stop in stops):
-                    break
-            return text[: min((text.find(stop) for stop in stops if stop and stop in text), default=len(text))]
+            stop = [asked["until"]] if isinstance(asked["until"], str) else asked["until"]
+            prompts = [self.tok_encode(context) or [self.prefix_token_id] for context in contexts]
+            stop = [text for text in stop if text]
+            return scorer.write(tokenizer, prompts, max_new_tokens=asked["max_gen_toks"], stop=stop)
 
     return Adapter()
 

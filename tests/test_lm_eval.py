@@ -76,11 +76,9 @@ def tasks(tmp_path, monkeypatch):
     return folder
 
 
-def scorer_of(checkpoint, *, batch_size=4, padding=0):
+def scorer_of(checkpoint):
     model = open_checkpoint(checkpoint).module().model.eval()
-    return model, TokenScorer(
-        model, block_size=BLOCK, batch_size=batch_size, device=torch.device("cpu"), padding=padding
-    )
+    return model, TokenScorer(model, block_size=BLOCK, batch_size=4, device=torch.device("cpu"), vocab_size=5)
 
 
 def by_hand(model, context: list[int], answer: list[int], *, vocab: int = 5) -> tuple[float, bool]:
@@ -100,14 +98,14 @@ def by_hand(model, context: list[int], answer: list[int], *, vocab: int = 5) -> 
 @pytest.mark.parametrize("implementation", ["mingpt", "nanogpt"])
 @pytest.mark.parametrize("padding", [0, 3])
 def test_continuations_are_sums_of_log_softmax(implementation, padding, saved_model):
-    model, scorer = scorer_of(saved_model(implementation, vocab_padding=padding), padding=padding)
+    model, scorer = scorer_of(saved_model(implementation, vocab_padding=padding))
     draw = np.random.default_rng(0)
     pairs = [
         (draw.integers(0, 5, n).tolist(), draw.integers(0, 5, m).tolist())
         for n, m in [(1, 1), (3, 2), (9, 4), (20, 3), (1, 12), (2, 0), (14, 12), (5, 1)]
     ]
-    likely = [token for token, _ in zip(scorer.greedy(pairs[1][0]), range(3), strict=False)]
-    pairs.append((pairs[1][0], likely))
+    idx = torch.tensor([pairs[1][0]])
+    pairs.append((pairs[1][0], model.generate(idx, 3, do_sample=False)[0, idx.shape[1] :].tolist()))
     found = scorer.continuations(pairs)
     for pair, (nats, is_greedy) in zip(pairs, found, strict=True):
         expected = by_hand(model, *pair)
@@ -115,14 +113,6 @@ def test_continuations_are_sums_of_log_softmax(implementation, padding, saved_mo
     assert found[-1][1] and not all(is_greedy for _, is_greedy in found)
     with pytest.raises(UserError, match="13 tokens"):
         scorer.continuations([([1], [1] * 13)])
-
-
-@pytest.mark.parametrize("implementation", ["mingpt", "nanogpt"])
-def test_greedy_is_the_models_own_across_the_edge(implementation, saved_model):
-    model, scorer = scorer_of(saved_model(implementation))
-    prompt = [0, 1, 2, 3]
-    expected = model.generate(torch.tensor([prompt]), 20, do_sample=False)[0, 4:].tolist()
-    assert [token for token, _ in zip(scorer.greedy(prompt), range(20), strict=False)] == expected
 
 
 def test_what_a_text_begins_with():
@@ -165,6 +155,9 @@ def test_written_until_a_stop(saved_model):
     asked = [{"until": [], "max_gen_toks": 30}, {"until": [stop], "max_gen_toks": 30}, {"until": stop}]
     found = lm.generate_until([SimpleNamespace(args=(context, one)) for one in asked])
     assert found == [text, text[: text.index(stop)], text[: text.index(stop)]]
+    contexts = ["a", "ab ca", "", "cab" * 5, "b", "c"]  # more than a batch, of several lengths
+    together = lm.generate_until([SimpleNamespace(args=(one, asked[0])) for one in contexts])
+    assert together == [lm.generate_until([SimpleNamespace(args=(one, asked[0]))])[0] for one in contexts]
     with pytest.raises(UserError, match="sampled"):
         lm.generate_until([SimpleNamespace(args=(context, {"do_sample": True, "temperature": 1.0}))])
 
