@@ -1,5 +1,7 @@
 """Writes text with a trained model: ``python sample.py --help``."""
 
+import contextlib
+import sys
 from collections.abc import Sequence
 
 from lightning_gpt.cli import parse_sample, reporting_errors
@@ -9,10 +11,11 @@ from lightning_gpt.cli import parse_sample, reporting_errors
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line and writes the samples to stdout."""
     options = parse_sample(argv)
-    from lightning_gpt.generation import samples  # after parsing, so that --help need not wait for torch
+    from lightning_gpt.sampling import write_samples  # after parsing, so that --help need not wait for torch
 
-    for text in samples(options):
-        print(text)
+    out = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):  # libraries print, too: stdout is for the text
+        write_samples(options, out=out)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-from lightning_gpt.generation import complete
 from lightning_gpt.models import GPTModule
+from lightning_gpt.sampling import complete
 from lightning_gpt.strategies import peak_flops
 from lightning_gpt.tokenizers import Tokenizer
 
@@ -195,8 +195,6 @@ class FinalSample(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Samples while the model is still on its devices; on all ranks, since each may hold a share of the weights."""
-        if not hasattr(getattr(pl_module, "model", None), "generate"):
-            return
         assert isinstance(pl_module, GPTModule)
         text = complete(
             pl_module,

@@ -7,6 +7,7 @@ import functools
 import itertools
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,8 +45,9 @@ GROUPS: dict[str, type] = {
 }
 ALIASES = {
     "accumulate_grad_batches": "--grad_accum",
-    "gradient_clip_val": "--grad_clip",
+    "checkpoint": "--init_from",
     "from_file": "--from",
+    "gradient_clip_val": "--grad_clip",
 }
 # What a flag means when it stands alone; flags of type bool mean true.
 STANDING_ALONE = {"compile": "true", "resume": "latest", "convert_only": "true"}
@@ -54,7 +56,7 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
     **dict.fromkeys(
         ("batch_size", "block_size", "n_layer", "n_head", "n_embd", "accumulate_grad_batches", "eval_interval")
         + ("log_every_n_steps", "num_nodes", "learning_rate", "lr_decay_steps", "num_samples", "temperature", "top_k")
-        + ("max_steps", "max_tokens", "max_epochs", "global_batch_tokens", "workers"),
+        + ("max_steps", "max_tokens", "max_epochs", "global_batch_tokens", "workers", "repetition_penalty"),
         (lambda value: value > 0, "a number above 0"),
     ),
     **dict.fromkeys(
@@ -64,6 +66,7 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
     ),
     **dict.fromkeys(("beta1", "beta2"), (lambda value: 0 <= value < 1, "at least 0 and below 1")),
     "val_fraction": (lambda value: 0 < value < 1, "above 0 and below 1"),
+    "top_p": (lambda value: 0 < value <= 1, "a number above 0, at most 1"),
     "seed": (lambda value: 0 <= value < 2**32, "from 0 to 4294967295"),
 }
 
@@ -148,8 +151,10 @@ def _parser(description: str) -> _Parser:
 
 
 def _complete(argv: Sequence[str], options: Sequence[Option]) -> list[str]:
-    """Gives the flags that may stand alone their value."""
+    """Gives the flags that may stand alone their value; what may be given several times is appended."""
     alone = STANDING_ALONE | {o.name: "true" for o in options if o.type is bool}
+    lists = [f"--{o.name}" for o in options if o.type == list[str]]
+    argv = [re.sub(f"^({'|'.join(lists)})(?==|$)", r"\1+", token) if lists else token for token in argv]
     done = []
     for token, after in zip(argv, [*argv, "--"][1:], strict=True):
         name = token.removeprefix("--")

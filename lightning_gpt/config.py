@@ -206,23 +206,39 @@ class SampleOptions:
     """Which checkpoint writes, and how."""
 
     checkpoint: str | None = None
-    """a run folder or a checkpoint file (default: the latest run)"""
+    """a run folder or any checkpoint, of any strategy (default: the latest run; also --init_from)"""
     which: str = "best"
     """best or last, where checkpoint is a run folder"""
     prompt: str = "\n"
-    """the text to continue"""
+    """the text to continue (default: what stdin holds where it is no terminal, else a line break)"""
+    prompt_file: str | None = None
+    """a file whose text, to its last character, is the prompt; - for stdin"""
+    interactive: bool = False
+    """continue each line that is typed; Ctrl-D ends"""
     num_samples: int = 1
-    """how many texts to write"""
+    """how many texts to write, together"""
     max_new_tokens: int = 500
     """length of each in tokens"""
+    stop: list[str] = field(default_factory=list)
+    """end a text before this string; may be given several times"""
+    greedy: bool = False
+    """take the likeliest token each time, draw none"""
     temperature: float = 1.0
     """below 1 is more careful, above 1 more daring"""
     top_k: int | None = None
     """draw from the k likeliest tokens only"""
+    top_p: float = 1.0
+    """draw from the likeliest tokens that together have this probability only"""
+    repetition_penalty: float = 1.0
+    """above 1 makes tokens less likely that the text has already"""
+    stream: bool = False
+    """write each token when it is there"""
     seed: int = 1337
-    """seed of the draw"""
+    """seed of the draw; the second text has the next one, and so on"""
     accelerator: str = "auto"
     """auto, cpu or gpu"""
+    precision: int | str = 32
+    """the type of the weights: 32, bf16, or on a GPU 16"""
     trust_checkpoint: bool = False
     """let a checkpoint that another made run the code that it may hold"""
 
@@ -308,6 +324,26 @@ class PrepareSpeedOptions:
     """threads that tokenize (default: one per processor core)"""
     data: str | None = None
     """a text file, repeated up to that length (default: made-up words in lines)"""
+    json: str | None = None
+    """also write the result to this file"""
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """How fast text is written on this CPU, and beside what."""
+
+    shapes: str = "small,124m"
+    """small (6/6/384, block 256: 200 new tokens from one), 124m (12/12/768, block 1024: 64 from 512), or both"""
+    batch_sizes: str = "1,8"
+    """how many texts are written together; several numbers, separated by commas, for one table each"""
+    implementation: str = "nanogpt"
+    """mingpt or nanogpt"""
+    rounds: int = 5
+    """how often each way is measured, in turns"""
+    recompute_steps: int = 8
+    """how many steps of the plain loop are timed, spread over the lengths, to stand for all; 0 for each of them"""
+    threads: int | None = None
+    """threads that torch computes with (default: torch's own choice)"""
     json: str | None = None
     """also write the result to this file"""
 

@@ -5,7 +5,10 @@ use from Python with any DataLoader of ``(idx, targets)`` pairs and a plain ``li
 strategies that shard, and ``FORMS`` says which strategy row gets which form of ``GPTModule``.
 """
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -14,8 +17,9 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_gpt.compilation import compile_model, recompute_blocks
+from lightning_gpt.compilation import compile_arguments, compile_model, recompute_blocks
 from lightning_gpt.forms import DeepSpeedForm, FSDPForm
+from lightning_gpt.generation import GenerationSettings, generate_tokens
 from lightning_gpt.implementations import get_implementation, token_embedding_name
 from lightning_gpt.optim import adamw, parameter_groups, warmup_cosine
 from lightning_gpt.scoring import ScoreSums
@@ -103,9 +107,83 @@ class GPTModule(LightningModule):
         """The model's own forward: ``idx`` and ``targets`` are (B, T) int64, targets of -1 are ignored."""
         return self.model(idx, targets)
 
-    def generate(self, idx: Tensor, max_new_tokens: int, **settings: Any) -> Tensor:
-        """The model's own ``generate``: (B, T) to (B, T + max_new_tokens)."""
-        return self.model.generate(idx, max_new_tokens, **settings)
+    @torch.no_grad()
+    def predict(self, idx: Tensor, targets: bool = True) -> Tensor:
+        """Logits of every position of ``idx`` (B, T), or without ``targets`` of the last one alone, (B, 1, V)."""
+        return self.model(idx, idx)[0] if targets else self.model(idx)[0][:, -1:]
+
+    def generate(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        do_sample: bool | None = None,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+    ) -> Tensor:
+        """Extends each row, in whichever mode (train or eval) the module is in.
+
+        Args:
+            idx: Token ids (B, T).
+            max_new_tokens: How many to append.
+            temperature: See GenerationSettings for this and top_k, top_p, repetition_penalty.
+            do_sample: Draw, or take the likeliest token (default: as the model's own ``generate`` does, else draw).
+            top_k: Draw among this many.
+            top_p: Draw among those that have this probability.
+            repetition_penalty: On tokens that are in the row already.
+            seed: Row r draws with ``seed + r`` (default: from torch's global random state).
+
+        Returns:
+            Token ids (B, T + max_new_tokens).
+
+        Raises:
+            ValueError: A number makes no sense.
+        """
+        if do_sample is None:
+            own = signature(getattr(self.model, "generate", self.generate)).parameters.get("do_sample")
+            do_sample = own is None or own.default is not False
+        settings = GenerationSettings(
+            max_new_tokens=max_new_tokens,
+            greedy=not do_sample,
+            temperature=temperature if do_sample else 1.0,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            seed=int(torch.randint(2**31, ())) if seed is None else seed,
+        )
+        steps = [[token for _, token in step] for step in self.stream_tokens(idx.tolist(), settings)]
+        new = torch.tensor(steps, dtype=idx.dtype, device=idx.device).view(max_new_tokens, len(idx))
+        return torch.cat((idx, new.T), dim=1)
+
+    def stream_tokens(
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: GenerationSettings,
+        *,
+        is_over: Callable[[int, int], bool] | None = None,
+    ) -> Iterator[list[tuple[int, int]]]:
+        """Continues prompts of any lengths step by step; ``generate_tokens`` says what it takes, yields and raises."""
+        fields = self.model_config
+        steps = generate_tokens(
+            self.model,
+            prompts,
+            settings,
+            block_size=fields["block_size"],
+            vocab_size=fields["vocab_size"] - fields.get("vocab_padding", 0),
+            device=self.device,
+            is_over=is_over,
+        )
+        compiled = compile_arguments(self.compile_setting) is not None
+        while True:
+            # A compiled block would be compiled again for ever new lengths.
+            with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+                new = next(steps, None)
+            if new is None:
+                return
+            yield new
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Mean loss of a micro-batch; ``step_loss`` gathers the mean over the optimizer step's micro-batches."""

@@ -32,10 +32,10 @@ from lightning_gpt.data.preparation import prepare
 from lightning_gpt.data.tasks import find_task
 from lightning_gpt.data.tasks.base import Task
 from lightning_gpt.data.token_files import is_token_folder
-from lightning_gpt.generation import encode_prompt
 from lightning_gpt.implementations import get_implementation
 from lightning_gpt.models import FORMS, GPTModule
 from lightning_gpt.planning import flops_per_token, plan
+from lightning_gpt.sampling import encode_prompt
 from lightning_gpt.strategies import StrategyRow, find_devices, get_strategy
 from lightning_gpt.strategies.devices import Devices
 from lightning_gpt.strategies.saving import WholeFiles

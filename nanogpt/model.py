@@ -1,7 +1,7 @@
 """The nanoGPT language model: GPT-2 with tied embeddings, exact GELU and optional biases."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -61,6 +61,54 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, 1e-5)
 
 
+@dataclass
+class Cache:
+    """Each layer's keys and values of the tokens that a batch has read, so that a next token is read by itself."""
+
+    capacity: int
+    """The most tokens that a row will have."""
+    lengths: torch.Tensor | None = None
+    """Tokens of each row (B,) where they differ: the first batch is then padded on the right, which no token sees."""
+    length: int = 0  # of the longest row
+    layers: list[tuple[torch.Tensor, ...]] = field(default_factory=list)  # each (B, n_head, capacity, head_size)
+    mask: torch.Tensor | None = None  # what each row's next token sees (B, 1, 1, length), where rows differ
+
+    def extend(self, T: int, device: torch.device) -> torch.Tensor:
+        """Make room for the next T tokens of each row; return their positions, (T,), or (B, 1) where rows differ."""
+        read, self.length = self.length, self.length + T
+        if self.length > self.capacity or (read and T > 1):
+            raise ValueError(f"a cache that holds {read} of {self.capacity} tokens takes one more at a time, not {T}")
+        if self.lengths is None or read == 0:
+            return torch.arange(read, self.length, device=device)
+        self.lengths = self.lengths + 1
+        self.mask = (torch.arange(self.length, device=device) < self.lengths[:, None])[:, None, None]
+        return self.lengths[:, None] - 1
+
+    def append(self, layer: int, *new: torch.Tensor) -> list[torch.Tensor]:
+        """Keep a layer's new keys and values, each (B, n_head, T, head_size), and return all that it has."""
+        if layer == len(self.layers):
+            self.layers.append(tuple(x.new_zeros(*x.shape[:2], self.capacity, x.size(3)) for x in new))
+        for kept, x in zip(self.layers[layer], new, strict=True):
+            if self.mask is None:
+                kept[:, :, self.length - x.size(2) : self.length] = x
+            else:
+                kept[torch.arange(len(x), device=x.device), :, self.lengths - 1] = x[:, :, 0]
+        return [kept[:, :, : self.length] for kept in self.layers[layer]]
+
+    def last(self, x: torch.Tensor) -> torch.Tensor:
+        """Each row's last token (B, 1, C) of what was just read (B, T, C)."""
+        if self.lengths is None or x.size(1) == 1:
+            return x[:, -1:]
+        return x[torch.arange(len(x), device=x.device), self.lengths - 1][:, None]
+
+    def keep(self, rows: list[int]) -> None:
+        """Forget all rows but these."""
+        self.layers = [tuple(kept[rows] for kept in layer) for layer in self.layers]
+        if self.lengths is not None:
+            self.lengths = self.lengths[rows]
+            self.length = int(self.lengths.max())
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head self-attention in which a position sees only itself and earlier ones."""
 
@@ -88,17 +136,21 @@ class CausalSelfAttention(nn.Module):
         state_dict.pop(prefix + "bias", None)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map (B, T, C) to (B, T, C), each position reading itself and earlier ones."""
+    def forward(self, x: torch.Tensor, cache: Cache | None = None, layer: int = 0) -> torch.Tensor:
+        """Map (B, T, C) to (B, T, C), each position reading itself and earlier ones, those in the cache too."""
         B, T, C = x.shape
         heads = self.c_attn(x).view(B, T, 3 * self.n_head, self.head_size).transpose(1, 2)
         q, k, v = heads.split(self.n_head, dim=1)  # each (B, n_head, T, head_size)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+        mask = None if cache is None else cache.mask
         if self.fused:
             p = self.attn_dropout.p if self.training else 0.0
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p, is_causal=cache is None or T > 1)
         else:
-            scores = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(self.head_size))  # (B, n_head, T, T)
-            future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+            scores = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(self.head_size))  # (B, n_head, T, S)
+            S = k.size(2)
+            future = torch.ones(T, S, dtype=torch.bool, device=x.device).triu(1 + S - T) if mask is None else ~mask
             y = self.attn_dropout(F.softmax(scores.masked_fill(future, -math.inf), dim=-1)) @ v
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
@@ -131,9 +183,9 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd, config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map (B, T, C) to (B, T, C)."""
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x: torch.Tensor, cache: Cache | None = None, layer: int = 0) -> torch.Tensor:
+        """Map (B, T, C) to (B, T, C); with a cache, this block is its `layer`."""
+        x = x + self.attn(self.ln_1(x), cache, layer)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -152,6 +204,8 @@ class GPT(nn.Module):
 
     # `apply(_init_weights)` sets every parameter, so the model can be built without memory and initialised later.
     initialises_by_apply = True
+    # `forward` with one reads what is new to it alone, and gives the logits of each row's last token.
+    new_cache = Cache
 
     def __init__(self, config: GPTConfig) -> None:
         """Build and initialise the model; it keeps a copy of `config`.
@@ -262,32 +316,39 @@ class GPT(nn.Module):
         return total - self.transformer.wpe.weight.numel() if non_embedding else total
 
     def forward(
-        self, idx: torch.Tensor, targets: torch.Tensor | None = None
+        self, idx: torch.Tensor, targets: torch.Tensor | None = None, *, cache: Cache | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Predict next tokens.
 
         Args:
             idx: Token indices (B, T), T at most block_size.
             targets: Next tokens (B, T); positions holding -1 are ignored.
+            cache: What the rows have read before idx, which is added to it; not while training.
 
         Returns:
-            With targets, logits (B, T, vocab_size) and the mean cross entropy as a scalar; without, the last
-            position's logits (B, 1, vocab_size) and None.
+            With targets, logits (B, T, vocab_size) and the mean cross entropy as a scalar; without, the logits of each
+            row's last token (B, 1, vocab_size) and None.
 
         Raises:
-            ValueError: If T exceeds block_size.
+            ValueError: If T exceeds block_size, or what a cache takes.
         """
         T = idx.size(1)
         if T > self.config.block_size:
             raise ValueError(f"sequence of length {T} is longer than block_size={self.config.block_size}")
-        pos = torch.arange(T, device=idx.device)
+        pos = torch.arange(T, device=idx.device) if cache is None else cache.extend(T, idx.device)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))  # (B, T, C)
-        for block in self.transformer.h:
-            x = block(x)
+        for layer, block in enumerate(self.transformer.h):
+            x = block(x) if cache is None else block(x, cache, layer)
         if targets is None:
-            return self.lm_head(self.transformer.ln_f(x[:, -1:])), None
+            x = x[:, -1:] if cache is None else cache.last(x)
+            return self.lm_head(self.transformer.ln_f(x)), None
         logits = self.lm_head(self.transformer.ln_f(x))
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.reshape(-1), ignore_index=-1)
+
+    @torch.no_grad()
+    def predict(self, idx: torch.Tensor, targets: bool = True) -> torch.Tensor:
+        """Return the logits of every position of idx (B, T), or (B, 1, vocab_size) of the last without `targets`."""
+        return self(idx, idx if targets else None)[0]
 
     @torch.no_grad()
     def generate(
@@ -318,8 +379,12 @@ class GPT(nn.Module):
             raise ValueError(f"temperature must be positive, got {temperature}; use do_sample=False for greedy")
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {top_k}")
+        cache = self.new_cache(min(idx.size(1) + max_new_tokens, self.config.block_size))
         for _ in range(max_new_tokens):
-            logits = self(idx[:, -self.config.block_size :])[0][:, -1]  # (B, vocab_size)
+            if idx.size(1) <= cache.capacity:
+                logits = self(idx[:, cache.length :], cache=cache)[0][:, -1]  # (B, vocab_size)
+            else:  # the window slides, and every token in it has another position
+                logits = self(idx[:, -self.config.block_size :])[0][:, -1]
             logits = logits[:, : self.config.vocab_size - self.config.vocab_padding]
             if do_sample:
                 logits = logits / temperature

@@ -1,5 +1,6 @@
 """The benchmark runs, says what it measured, and leaves nothing behind; how fast anything is, is not asserted."""
 
+import importlib.util
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 import bench
+from lightning_gpt import generation_speed
 from lightning_gpt.config import UserError
 from lightning_gpt.tokenizers import GPT2Tokenizer
 
@@ -46,15 +48,38 @@ def test_prepare_measures_both_paths(tmp_path, monkeypatch, capsys):
     assert f"{found['ratio']['median']:.3f}" in capsys.readouterr().out
 
 
+def test_generate_measures_every_way(tmp_path, monkeypatch, capsys):
+    tiny = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 32, "vocab_size": 11}
+    monkeypatch.setitem(generation_speed.SHAPES, "small", generation_speed.Shape(tiny, prompt=5, new=20))
+    monkeypatch.setattr(generation_speed, "READ_BYTES", 2**20)
+    flags = ["--shapes=small", "--batch_sizes=1,3", "--implementation=mingpt", "--rounds=2", "--recompute_steps=4"]
+    bench.main(["generate", *flags, f"--json={tmp_path / 'speed.json'}"])
+    found = json.loads((tmp_path / "speed.json").read_text(encoding="utf-8"))
+    assert [case["batch_size"] for case in found["cases"]] == [1, 3]
+    ways = ["cached", "recompute", *(["transformers"] if importlib.util.find_spec("transformers") else [])]
+    for case in found["cases"]:
+        assert list(case["seconds"]) == ways and all(len(s) == 2 and min(s) > 0 for s in case["seconds"].values())
+        assert case["gain"]["recompute"] > 0 and 0 < case["floor_fraction"] and case["same_tokens"] in (None, True)
+        # Head, final norm, two blocks of 12 C^2 weights and 13 C biases and norms; 5 + 21 / 2 positions in the cache.
+        weights = 11 * 16 + 2 * (12 * 16**2 + 13 * 16) + 2 * 16
+        read = 4 * (weights + case["batch_size"] * 2 * 2 * 16 * 15.5)
+        assert case["floor_seconds"] * max(case["gigabytes_per_second"]) * 1e9 == pytest.approx(read)
+    table = capsys.readouterr().out
+    assert table.startswith("shape") and "of the floor's speed" in table and "OTHER" not in table
+
+
 @pytest.mark.parametrize(
     "argv, said",
     [
-        (["speed"], "choose one of tax, parity"),
+        (["speed"], "choose one of tax, parity, prepare, generate"),
         (["tax", "--rounds=0"], "--rounds 0"),
         (["parity", "--strategies=zero"], "--strategy zero"),
         (["parity", "--devices=3"], "--devices 3"),
         (["prepare", "--megabytes=0"], "--megabytes 0"),
         (["prepare", "--data=nowhere.txt"], "--data nowhere.txt"),
+        (["generate", "--shapes=large"], "--shapes large is unknown; choose of small, 124m"),
+        (["generate", "--batch_sizes=1,x"], "--batch_sizes 1,x"),
+        (["generate", "--rounds=0"], "--rounds 0"),
         (["tax", "--json=nowhere/tax.json"], "--json nowhere/tax.json"),
     ],
 )

@@ -1,0 +1,270 @@
+"""Writing text with a trained model, as soon as each piece of it is certain."""
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+import torch
+
+from lightning_gpt.checkpoint import ensure_canonical, find_checkpoint
+from lightning_gpt.config import SampleOptions, TrainerOptions, UserError
+from lightning_gpt.generation import GenerationSettings
+from lightning_gpt.models import GPTModule
+from lightning_gpt.strategies import find_devices
+from lightning_gpt.tokenizers import Tokenizer
+
+DTYPES = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32, "64": torch.float64}
+CUT_OFF = "\ufffd"  # what decoders make of bytes that are no character, such as the first ones of one
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> np.ndarray:
+    """The tokens of a prompt, int64 of shape (T,).
+
+    Raises:
+        UserError: The prompt is empty, or holds a character that the tokenizer does not know.
+    """
+    try:
+        ids = tokenizer.encode(prompt)
+    except UserError as error:
+        raise UserError(f"--prompt: {error}") from error
+    if len(ids) == 0:
+        raise UserError("--prompt is empty; give at least one character to continue")
+    return ids
+
+
+class GrowingText:
+    """The text of tokens that come one by one, given out only where no later token can change it.
+
+    What is given out adds up to the text of all tokens, cut before the first stop string.
+
+    Args:
+        tokenizer: Its texts of two token lists joined must be that of the joined list, wherever the first ends with a
+            whole character.
+        stop: Strings that end the text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, stop: Sequence[str] = ()) -> None:
+        self.tokenizer = tokenizer
+        self.stop = stop
+        self.is_over = False
+        self._pending: list[int] = []  # tokens since the last one that ended with a whole character
+        self._decoded = 0  # how many characters of them are in the text below
+        self._text = ""  # decoded and not given out
+
+    def add(self, token: int) -> bool:
+        """Adds a token; returns whether the text has come to a stop string."""
+        self._pending.append(token)
+        text = self.tokenizer.decode(self._pending)
+        # At most the last character is made of bytes that may belong to a character whose other bytes are to come.
+        certain = text.removesuffix(CUT_OFF)
+        self._text += certain[self._decoded :]
+        self._decoded = len(certain)
+        if certain == text:
+            self._pending, self._decoded = [], 0
+        return self._find_stop()
+
+    def take(self) -> str:
+        """What is certain since the last call."""
+        held = 0 if self.is_over else self._begun_stop()
+        piece, self._text = self._text[: len(self._text) - held], self._text[len(self._text) - held :]
+        return piece
+
+    def end(self) -> str:
+        """The rest, where no further token comes; half a character becomes U+FFFD."""
+        if not self.is_over and self._pending:
+            self._text += self.tokenizer.decode(self._pending)[self._decoded :]
+            self._pending = []
+            self._find_stop()
+        piece, self._text = self._text, ""
+        return piece
+
+    def _find_stop(self) -> bool:
+        found = [at for at in map(self._text.find, self.stop) if at >= 0]
+        if found:
+            self._text = self._text[: min(found)]
+            self.is_over = True
+        return self.is_over
+
+    def _begun_stop(self) -> int:
+        """How many characters at the end may be the beginning of a stop string."""
+        begun = (n for stop in self.stop for n in range(len(stop) - 1, 0, -1) if self._text.endswith(stop[:n]))
+        return max(begun, default=0)
+
+
+def stream_text(
+    module: GPTModule,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    settings: GenerationSettings,
+    *,
+    stop: Sequence[str] = (),
+) -> Iterator[tuple[int, str, int]]:
+    """Continues prompts, and gives the new text out in pieces; joined, a row's pieces are its whole new text.
+
+    Args:
+        module: The model, in eval mode.
+        tokenizer: The model's.
+        prompts: Token ids of each row.
+        settings: How tokens are chosen.
+        stop: Strings that end a row's text before them, also where they cross the borders of tokens.
+
+    Yields:
+        A row, a piece of its text, and how many tokens it took; at the end of a row, the last piece with -1 tokens.
+    """
+    texts = [GrowingText(tokenizer, stop=stop) for _ in prompts]
+    live = range(len(prompts))
+    for step in module.stream_tokens(prompts, settings, is_over=lambda row, token: texts[row].add(token)):
+        for row, _ in step:
+            yield row, texts[row].take(), 1
+        for row in set(live) - {row for row, _ in step if not texts[row].is_over}:
+            yield row, texts[row].end(), -1
+        live = [row for row, _ in step if not texts[row].is_over]
+    for row in live:
+        yield row, texts[row].end(), -1
+
+
+def complete(
+    module: GPTModule,
+    *,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    seed: int,
+    top_k: int | None = None,
+) -> str:
+    """The prompt and its continuation; the global random state is left as it was.
+
+    Raises:
+        UserError: The prompt is empty, or holds a character that the tokenizer does not know.
+    """
+    ids = encode_prompt(tokenizer, prompt)
+    was_training = module.training
+    module.eval()
+    settings = GenerationSettings(max_new_tokens=max_new_tokens, seed=seed, top_k=top_k)
+    pieces = [piece for _, piece, _ in stream_text(module, tokenizer, [ids.tolist()], settings)]
+    module.train(was_training)
+    return tokenizer.decode(ids) + "".join(pieces)
+
+
+class _Writer:
+    """Writes the rows of a batch one below the other, the first unfinished one as it grows."""
+
+    def __init__(self, out: TextIO, prompt: str, rows: int, *, stream: bool) -> None:
+        self.out = out
+        self.stream = stream
+        self.texts = [prompt] * rows
+        self.ended = [False] * rows
+        self.row = 0  # the first that is not written to its end
+        self._flush()
+
+    def add(self, row: int, piece: str, *, is_last: bool) -> None:
+        """Takes a piece of a row's text."""
+        self.texts[row] += piece
+        self.ended[row] = is_last
+        self._flush()
+
+    def _flush(self) -> None:
+        while self.row < len(self.texts) and (self.stream or self.ended[self.row]):
+            self.out.write(self.texts[self.row])
+            self.texts[self.row] = ""
+            if not self.ended[self.row]:
+                break
+            self.out.write("\n")
+            self.row += 1
+        self.out.flush()
+
+
+def write_samples(options: SampleOptions, *, out: TextIO) -> None:
+    """Writes what ``sample.py`` is asked for, each text with its prompt and a line break; the speed goes to stderr.
+
+    Raises:
+        UserError: There is no such checkpoint, it does not know its tokenizer, or a prompt cannot be had or encoded.
+    """
+    prompts = _prompts(options)
+    path = find_checkpoint(options.checkpoint or "latest", which=options.which)
+    checkpoint = ensure_canonical(path, trust=options.trust_checkpoint)
+    tokenizer = checkpoint.tokenizer
+    if tokenizer is None:
+        raise UserError(f"{path} does not know its tokenizer")
+    where = find_devices(TrainerOptions(accelerator=options.accelerator, precision=options.precision))
+    gpu = "cuda" if torch.cuda.is_available() else "mps"
+    dtype = DTYPES[where.precision.partition("-")[0]]
+    module = checkpoint.module().to(gpu if where.accelerator == "gpu" else "cpu", dtype).eval()
+    tokens, seconds = 0, 0.0
+    for number, prompt in enumerate(prompts):
+        try:
+            ids = encode_prompt(tokenizer, prompt).tolist()
+        except UserError as error:
+            if not options.interactive:
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            continue
+        settings = GenerationSettings(
+            max_new_tokens=options.max_new_tokens,
+            greedy=options.greedy,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            repetition_penalty=options.repetition_penalty,
+            seed=options.seed + number * options.num_samples,
+        )
+        writer = _Writer(out, tokenizer.decode(ids), options.num_samples, stream=options.stream or options.interactive)
+        began = time.perf_counter()
+        pieces = stream_text(module, tokenizer, [ids] * options.num_samples, settings, stop=options.stop)
+        for row, piece, taken in pieces:
+            tokens += max(taken, 0)
+            writer.add(row, piece, is_last=taken < 0)
+        seconds += time.perf_counter() - began
+    if seconds:
+        print(f"{tokens:,} tokens in {seconds:.2f} s, {tokens / seconds:,.1f} tokens/s", file=sys.stderr)
+
+
+def _prompts(options: SampleOptions) -> Iterator[str]:
+    """What is to be continued: one text, or line by line what is typed.
+
+    Raises:
+        UserError: More than one place is named, or the file cannot be read.
+    """
+    names = ("prompt", "prompt_file", "interactive")
+    given = [name for name in names if getattr(options, name) != getattr(SampleOptions, name)]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join('--' + name for name in given)} exclude each other; give one of them")
+    if "" in options.stop:
+        raise UserError("--stop is empty; give at least one character to stop at")
+    if options.interactive:
+        return _typed()
+    if options.prompt != SampleOptions.prompt:
+        return iter([options.prompt])
+    if options.prompt_file not in (None, "-"):
+        try:
+            return iter([Path(options.prompt_file).read_bytes().decode()])
+        except UnicodeDecodeError as error:
+            raise UserError(f"--prompt_file {options.prompt_file} is not UTF-8 text; convert it") from error
+        except OSError as error:
+            raise UserError(f"--prompt_file {options.prompt_file}: {error.strerror}; name a text file") from error
+    return iter([_piped(asked_for=options.prompt_file == "-")])
+
+
+def _piped(*, asked_for: bool) -> str:
+    """The text in stdin; a line break where none was meant to be there."""
+    try:
+        text = "" if sys.stdin is None or (sys.stdin.isatty() and not asked_for) else sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise UserError("the prompt in stdin is not UTF-8 text; convert it") from error
+    except OSError:  # stdin is closed
+        text = ""
+    return text or ("" if asked_for else SampleOptions.prompt)
+
+
+def _typed() -> Iterator[str]:
+    """The lines of stdin; what asks for them goes to stderr, since stdout is for the text."""
+    while True:
+        print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            print(file=sys.stderr)
+            return
+        yield line.removesuffix("\n")

@@ -1,0 +1,279 @@
+"""New tokens: with the cache as without it, drawn from the right distribution, for any model and any prompts."""
+
+import inspect
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_gpt import GPTModule
+from lightning_gpt.generation import GenerationSettings, draw, generate_tokens, penalise, warp
+from lightning_gpt.implementations import get_implementation
+
+VOCAB, BLOCK = 37, 12
+CPU = torch.device("cpu")
+MODELS = [(name, attention) for name in ("mingpt", "nanogpt") for attention in ("sdpa", "manual")]
+
+
+def model_of(name, attention="sdpa", *, block_size=BLOCK, vocab_size=VOCAB, **fields):
+    """A model whose next token depends on all that it reads, in eval mode."""
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": block_size, "vocab_size": vocab_size}
+    torch.manual_seed(0)
+    model = get_implementation(name).build(sizes | {"attention": attention} | fields)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2 or name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.6 if parameter.dim() == 2 else 0.1)
+    return model.eval()
+
+
+@pytest.fixture(scope="module", params=MODELS, ids="-".join)
+def model(request):
+    return model_of(*request.param)
+
+
+class Plain(nn.Module):
+    """Another's forward, with nothing else of it; keeps the shapes that it was asked to read."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.read = model, []
+
+    def forward(self, idx, targets=None):
+        self.read.append(tuple(idx.shape))
+        return self.model(idx, targets)
+
+
+def prompts_of(lengths):
+    draw_from = torch.Generator().manual_seed(1)
+    return [torch.randint(VOCAB, (n,), generator=draw_from).tolist() for n in lengths]
+
+
+def rows(model, prompts, settings, **options):
+    """The new tokens of each row."""
+    new = [[] for _ in prompts]
+    sizes = {"block_size": BLOCK, "vocab_size": VOCAB, "device": CPU} | options
+    for step in generate_tokens(model, prompts, settings, **sizes):
+        for row, token in step:
+            new[row].append(token)
+    return new
+
+
+def original(model, prompt, steps, *, vocab_size=VOCAB):
+    """What both originals do when they are greedy: read the last tokens again for each new one."""
+    text = list(prompt)
+    with torch.no_grad():
+        for _ in range(steps):
+            logits = model(torch.tensor([text[-BLOCK:]]))[0][0, -1, :vocab_size]
+            text.append(int(logits.argmax()))
+    return text[len(prompt) :]
+
+
+LENGTHS = [[1], [5], [BLOCK], [BLOCK + 5], [4, 4, 4], [2] * 7, [1, 7, 3], [1, BLOCK, BLOCK - 1, BLOCK + 9, 5, 5]]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_greedy_tokens_are_the_originals_across_the_sliding_edge(model, lengths):
+    prompts = prompts_of(lengths)
+    found = rows(model, prompts, GenerationSettings(max_new_tokens=3 * BLOCK, greedy=True))
+    assert found == [original(model, prompt, 3 * BLOCK) for prompt in prompts]
+    assert len({token for row in found for token in row}) > 2  # not one token for ever
+
+
+def test_the_models_own_generate_is_the_originals_too(model):
+    prompts = prompts_of([3, 3])
+    found = model.generate(torch.tensor(prompts), 3 * BLOCK, do_sample=False)
+    assert found.tolist() == [prompt + original(model, prompt, 3 * BLOCK) for prompt in prompts]
+
+
+@pytest.mark.parametrize("lengths", [[6, 6], [2, 6, 4]], ids=str)
+def test_cached_logits_are_those_of_a_full_forward(model, lengths):
+    texts = prompts_of(lengths)
+    uneven = None if min(lengths) == max(lengths) else torch.tensor(lengths)
+    cache = model.new_cache(BLOCK, uneven)
+    idx = torch.tensor([text + [VOCAB - 1] * (6 - len(text)) for text in texts])
+    for step in range(BLOCK - 6 + 1):
+        with torch.no_grad():
+            logits = model(idx, cache=cache)[0]
+            assert logits.shape == (len(texts), 1, VOCAB)
+            for row, text in enumerate(texts):
+                torch.testing.assert_close(logits[row, 0], model(torch.tensor([text]))[0][0, -1], atol=1e-5, rtol=0)
+        if step == 2:  # rows that have ended are forgotten
+            cache.keep([1])
+            texts = texts[1:2]
+        texts = [[*text, (7 * step + row) % VOCAB] for row, text in enumerate(texts)]
+        idx = torch.tensor([text[-1:] for text in texts])
+    with pytest.raises(ValueError, match="one more at a time"):
+        model(torch.tensor([[1, 2]]), cache=cache)
+
+
+def test_a_cached_step_reads_one_token_of_each_row(model, monkeypatch):
+    read = []
+    monkeypatch.setattr(
+        model, "forward", lambda idx, **k: (read.append(tuple(idx.shape)), type(model).forward(model, idx, **k))[1]
+    )
+    rows(model, prompts_of([5, 2, 5]), GenerationSettings(max_new_tokens=4, greedy=True))
+    assert read == [(3, 5), (3, 1), (3, 1), (3, 1)]
+
+
+def test_a_model_of_ones_own_is_read_again_without_padding(model):
+    prompts, settings = prompts_of([3, 1, 3, BLOCK + 3]), GenerationSettings(max_new_tokens=2, greedy=True)
+    plain = Plain(model)
+    assert rows(plain, prompts, settings) == rows(model, prompts, settings)
+    assert plain.read == [(2, 3), (1, 1), (1, BLOCK), (2, 4), (1, 2), (1, BLOCK)]
+
+
+def test_rows_are_continued_as_they_are_alone(model):
+    prompts = prompts_of([4, 2, 9])
+    settings = GenerationSettings(max_new_tokens=20, top_k=9, repetition_penalty=1.2, seed=3)
+    together = rows(model, prompts, settings)
+    for row, prompt in enumerate(prompts):
+        alone = GenerationSettings(max_new_tokens=20, top_k=9, repetition_penalty=1.2, seed=3 + row)
+        assert rows(model, [prompt], alone) == [together[row]]
+
+
+def test_a_seed_repeats_its_draw_and_leaves_the_global_state_alone(model):
+    state, prompts = torch.get_rng_state(), [[1, 2, 3]] * 2
+    first, again, other = (rows(model, prompts, GenerationSettings(max_new_tokens=15, seed=s)) for s in (5, 5, 6))
+    assert first == again and first[0] != first[1]
+    assert other[0] == first[1] and other != first  # row r has the seed's r-th successor
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("top_k", [None, 4])
+def test_draws_follow_the_originals_distribution(top_k):
+    """Chi-squared over 20,000 first tokens, against softmax of logits / temperature among the top_k."""
+    model, prompt, n = model_of("nanogpt", vocab_size=8), [1, 5, 2], 20_000
+    logits = model(torch.tensor([prompt]))[0][0, -1].detach() / 6
+    if top_k:
+        logits[logits < logits.topk(top_k).values[-1]] = -math.inf
+    expected = logits.double().softmax(-1) * n
+    settings = GenerationSettings(max_new_tokens=1, temperature=6, top_k=top_k, seed=11)
+    drawn = rows(model, [prompt] * n, settings, vocab_size=8)
+    counts = torch.bincount(torch.tensor(drawn)[:, 0], minlength=8)
+    possible = expected > 0
+    assert counts[~possible].sum() == 0 and expected[possible].min() > 5
+    chi_squared = float(((counts - expected)[possible] ** 2 / expected[possible]).sum())
+    assert chi_squared < {8: 24.3, 4: 16.3}[int(possible.sum())]  # 0.1 % with 7 and with 3 degrees of freedom
+
+
+def test_later_draws_follow_it_too():
+    """The pair of two tokens: the second step's numbers are independent of the first's."""
+    model, n = model_of("mingpt", vocab_size=3), 12_000
+    drawn = torch.tensor(rows(model, [[1]] * n, GenerationSettings(max_new_tokens=2, temperature=6), vocab_size=3))
+    counts = torch.bincount(drawn[:, 0] * 3 + drawn[:, 1], minlength=9)
+    with torch.no_grad():
+        first = model(torch.tensor([[1]]))[0][0, -1].div(6).softmax(-1)
+        second = model(torch.tensor([[1, token] for token in range(3)]))[0][:, -1].div(6).softmax(-1)
+    expected = (first[:, None] * second).flatten() * n
+    assert expected.min() > 5
+    assert float(((counts - expected) ** 2 / expected).sum()) < 26.1  # 0.1 % with 8 degrees of freedom
+
+
+def test_a_number_picks_the_token_whose_share_it_falls_into():
+    logits = torch.tensor([[-math.inf, math.log(0.25), math.log(0.75), -math.inf]])
+    for number, token in ((0.0, 1), (0.2499, 1), (0.2501, 2), (1 - 2**-53, 2)):
+        assert draw(logits, torch.tensor([number], dtype=torch.float64)).tolist() == [token]
+
+
+def test_processors_are_those_of_hugging_face():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    logits, ids = 3 * torch.randn(50, 200), torch.randint(200, (50, 30))
+    seen = torch.zeros(50, 200, dtype=torch.bool).scatter(1, ids, True)
+    settings = GenerationSettings(max_new_tokens=1, temperature=0.7, top_k=60, top_p=0.8, repetition_penalty=1.3)
+    expected = transformers.LogitsProcessorList(
+        [
+            transformers.RepetitionPenaltyLogitsProcessor(1.3),
+            transformers.TemperatureLogitsWarper(0.7),
+            transformers.TopKLogitsWarper(60),
+            transformers.TopPLogitsWarper(0.8),
+        ]
+    )(ids, logits.clone())
+    found = warp(penalise(logits, seen, penalty=1.3), settings)
+    torch.testing.assert_close(found, expected)
+    assert 1 <= found.isfinite().sum(-1).min() and found.isfinite().sum(-1).max() < 60  # both cut
+    narrow = warp(logits, GenerationSettings(max_new_tokens=1, top_p=1e-6))
+    assert torch.equal(narrow.isfinite().nonzero()[:, 1], logits.argmax(-1))
+
+
+def test_the_penalty_counts_the_prompt_and_new_tokens_but_no_padding(model):
+    prompts = [[3, 3, 8, 1, 20], [2]]
+    found = rows(model, prompts, GenerationSettings(max_new_tokens=BLOCK, greedy=True, repetition_penalty=1.7))
+    for prompt, new in zip(prompts, found, strict=True):
+        text = list(prompt)
+        for token in new:
+            with torch.no_grad():
+                logits = model(torch.tensor([text[-BLOCK:]]))[0][0, -1]
+            for seen in set(text):
+                logits[seen] = logits[seen] * 1.7 if logits[seen] < 0 else logits[seen] / 1.7
+            assert token == int(logits.argmax())
+            text.append(token)
+    assert found != rows(model, prompts, GenerationSettings(max_new_tokens=BLOCK, greedy=True))
+
+
+def test_stop_tokens_end_their_row_alone(model):
+    prompts = prompts_of([3, 5, 1])
+    free = GenerationSettings(max_new_tokens=2 * BLOCK, seed=4)
+    whole = rows(model, prompts, free)
+    stop = whole[0][6]
+    found = rows(model, prompts, GenerationSettings(max_new_tokens=2 * BLOCK, seed=4, stop_tokens=(stop,)))
+    assert found == [row[: row.index(stop)] if stop in row else row for row in whole]
+    assert len(found[0]) <= 6 and len(set(map(len, found))) > 1
+
+
+def test_rows_that_are_over_are_not_read_again(model):
+    plain = Plain(model)
+    settings = GenerationSettings(max_new_tokens=5, greedy=True)
+    found = rows(plain, prompts_of([2, 2, 2]), settings, is_over=lambda row, token: row != 1)
+    assert [len(row) for row in found] == [1, 5, 1]
+    assert plain.read == [(3, 2), (1, 3), (1, 4), (1, 5), (1, 6)]
+
+
+@pytest.mark.parametrize("name", ["mingpt", "nanogpt"])
+def test_padding_of_the_vocabulary_is_never_chosen(name):
+    fields = {"n_layer": 1, "n_head": 1, "n_embd": 8, "vocab_size": 64, "block_size": 8, "vocab_padding": 60}
+    module = GPTModule(name, model_config=fields).eval()
+    for settings in ({"do_sample": True, "seed": 0, "temperature": 9.0}, {"do_sample": False}):
+        assert module.generate(torch.zeros(20, 1, dtype=torch.long), 20, **settings).max() < 4
+
+
+@pytest.mark.parametrize("name", ["mingpt", "nanogpt"])
+def test_the_module_generates_as_its_model_does(name):
+    fields = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": VOCAB, "block_size": BLOCK}
+    module = GPTModule(name, model_config=fields, compile="eager").eval()
+    idx = torch.tensor(prompts_of([4, 4]))
+    greedy = module.model.generate(idx, 2 * BLOCK, do_sample=False)
+    assert torch.equal(module.generate(idx, 2 * BLOCK, do_sample=False), greedy)
+    does_sample = inspect.signature(module.model.generate).parameters["do_sample"].default
+    assert torch.equal(module.generate(idx, 2 * BLOCK), greedy) is not does_sample
+    torch.manual_seed(3)
+    first = module.generate(idx, 20, do_sample=True)
+    torch.manual_seed(3)
+    assert torch.equal(module.generate(idx, 20, do_sample=True), first)  # torch's seed counts where none is given
+    assert torch.equal(module.generate(idx, 0), idx)
+
+
+@pytest.mark.parametrize("name", ["mingpt", "nanogpt"])
+def test_predict_gives_every_position_or_the_last(name):
+    fields = {"n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": VOCAB, "block_size": BLOCK}
+    module = GPTModule(name, model_config=fields).eval()
+    idx = torch.tensor(prompts_of([6, 6]))
+    expected = module.model(idx, idx)[0].detach()
+    for predict in (module.predict, module.model.predict):
+        torch.testing.assert_close(predict(idx, targets=True), expected)
+        torch.testing.assert_close(predict(idx, targets=False), expected[:, -1:])
+        assert predict(idx).shape == (2, 6, VOCAB) and not predict(idx).requires_grad
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": 0.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}, {"repetition_penalty": 0.0}]
+)
+def test_settings_that_make_no_sense_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        GenerationSettings(max_new_tokens=1, **wrong)
+
+
+def test_an_empty_prompt_is_refused(model):
+    with pytest.raises(ValueError, match="at least one token"):
+        rows(model, [[1], []], GenerationSettings(max_new_tokens=1))

@@ -1,0 +1,211 @@
+"""sample.py: prompts from everywhere, text and nothing else on stdout, in whole characters, cut before stop strings."""
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import sample
+from lightning_gpt import GPTModule
+from lightning_gpt.checkpoint import find_checkpoint, open_checkpoint
+from lightning_gpt.config import UserError
+from lightning_gpt.generation import GenerationSettings
+from lightning_gpt.sampling import GrowingText, stream_text
+from lightning_gpt.tokenizers import ByteTokenizer, GPT2Tokenizer
+
+TEXT = "na\u00efve \u4f60\u597d \U0001f600 end"
+
+
+def grown(tokens, *, stop=(), tokenizer=None):
+    """What is given out after each token, and the rest."""
+    text = GrowingText(tokenizer or ByteTokenizer(), stop=stop)
+    pieces = []
+    for token in tokens:
+        over = text.add(token)
+        pieces.append(text.take())
+        if over:
+            break
+    return pieces, text.end()
+
+
+@pytest.mark.parametrize("name", ["byte", "gpt2"])
+def test_no_piece_holds_a_part_of_a_character(name):
+    tokenizer = {"byte": ByteTokenizer, "gpt2": GPT2Tokenizer}[name]()
+    try:
+        tokens = tokenizer.encode(TEXT).tolist()
+    except UserError as error:
+        pytest.skip(str(error))
+    pieces, rest = grown(tokens, tokenizer=tokenizer)
+    assert "".join(pieces) == TEXT and rest == ""
+    assert len(pieces) > len([piece for piece in pieces if piece]) > 5  # held back, and yet at once where it can be
+
+
+def test_bytes_that_are_no_text_are_what_decoding_all_of_them_gives():
+    draw = np.random.default_rng(0)
+    leads = np.frombuffer(b"a\xe4\xbd\xa0\xf0\x9f\x98\x80\xc3\xff\xed\xa0", dtype=np.uint8)
+    for _ in range(300):
+        tokens = draw.choice(leads, size=12).tolist()
+        pieces, rest = grown(tokens)
+        assert "".join(pieces) + rest == ByteTokenizer().decode(tokens)
+        held = [len("".join(pieces[: n + 1])) for n in range(12)]
+        whole = [len(ByteTokenizer().decode(tokens[: n + 1])) for n in range(12)]
+        assert all(w - h <= 1 for h, w in zip(held, whole, strict=True))  # no more than the last character waits
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "expected"),
+    [
+        ("one two three", ["two"], "one "),
+        ("one two three", ["three", "ne t"], "o"),
+        ("aaab", ["aab"], "a"),
+        ("abcabd", ["abd"], "abc"),
+        ("abcab", ["abd"], "abcab"),
+        ("na\u00efve", ["\u00efv"], "na"),
+        ("begin", ["begin"], ""),
+        ("xyz", ["z", "yz"], "x"),
+    ],
+)
+def test_text_ends_before_a_stop_string(text, stop, expected):
+    pieces, rest = grown(text.encode(), stop=stop)
+    assert "".join(pieces) + rest == expected
+    assert all(expected.startswith("".join(pieces[: n + 1])) for n in range(len(pieces)))  # nothing is taken back
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_run):
+    """The module and the tokenizer of the tiny run."""
+    checkpoint = open_checkpoint(find_checkpoint(str(tiny_run), which="best"))
+    return checkpoint.module().eval(), checkpoint.tokenizer
+
+
+def test_streamed_rows_are_the_whole_texts(trained):
+    module, tokenizer = trained
+    prompts = [tokenizer.encode(prompt).tolist() for prompt in ("the cat", "a", "on a mat and under the moon")]
+    settings = GenerationSettings(max_new_tokens=40, seed=2)
+    tokens = [[], [], []]
+    for step in module.stream_tokens(prompts, settings):
+        for row, token in step:
+            tokens[row].append(token)
+    whole = [tokenizer.decode(row) for row in tokens]
+    stop = [whole[0][20:23]]
+    for stops, expected in (([], whole), (stop, [text.partition(stop[0])[0] for text in whole])):
+        texts, ended = ["", "", ""], []
+        for row, piece, taken in stream_text(module, tokenizer, prompts, settings, stop=stops):
+            assert row not in ended
+            texts[row] += piece
+            ended += [row] if taken < 0 else []
+        assert texts == expected and sorted(ended) == [0, 1, 2]
+
+
+@pytest.fixture
+def written(tiny_run, capsys, monkeypatch):
+    """Runs sample.py on the tiny run; what it wrote to stdout and to stderr."""
+
+    def written(*flags, stdin="", terminal=False):
+        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+        monkeypatch.setattr("sys.stdin.isatty", lambda: terminal, raising=False)
+        sample.main([f"--checkpoint={tiny_run}", "--accelerator=cpu", "--max_new_tokens=20", *flags])
+        return capsys.readouterr()
+
+    return written
+
+
+def test_stdout_is_the_text_and_stderr_the_speed(written):
+    out, err = written("--prompt=the cat")
+    assert out.startswith("the cat") and len(out) == 7 + 20 + 1
+    assert err.startswith("20 tokens in ") and err.endswith(" tokens/s\n") and err.count("\n") == 1
+
+
+def test_all_ways_to_give_a_prompt_are_one(written, tmp_path):
+    out, _ = written("--prompt=a mat\n")
+    (tmp_path / "prompt.txt").write_text("a mat\n")
+    assert written(f"--prompt_file={tmp_path / 'prompt.txt'}").out == out
+    assert written(stdin="a mat\n").out == written("--prompt_file=-", stdin="a mat\n").out == out
+    nothing = written().out
+    assert nothing == written(terminal=True, stdin="not read").out == written("--prompt=\n").out
+
+
+def test_streaming_and_another_name_of_the_checkpoint_change_no_byte(written, tiny_run):
+    flags = ["--prompt=the", "--num_samples=3", "--stop= c", "--stop", "\n"]
+    out, err = written(*flags)
+    assert out == written(*flags, "--stream").out and out.count("\n") == 3
+    assert out == written(*flags, f"--init_from={tiny_run}").out
+    assert " c" not in out
+
+
+def test_samples_together_are_those_one_by_one(written):
+    together = written("--prompt=the", "--num_samples=3", "--seed=7", "--stop=\n").out.splitlines()
+    alone = [written("--prompt=the", f"--seed={7 + n}", "--stop=\n").out.splitlines()[0] for n in range(3)]
+    assert together == alone and len(set(alone)) == 3
+    greedy = written("--prompt=the", "--num_samples=2", "--greedy", "--stop=\n").out.splitlines()
+    assert greedy[0] == greedy[1] == written("--prompt=the", "--top_k=1", "--stop=\n").out.splitlines()[0]
+
+
+def test_interactive_continues_line_by_line_and_outlives_a_mistake(written):
+    out, err = written("--interactive", "--stop=\n", stdin="the cat\n\ncat\u00e9\non a")
+    first, second = out.splitlines()
+    assert first == written("--prompt=the cat", "--stop=\n").out.splitlines()[0]
+    assert second.startswith("on a")
+    assert err.count("> ") == 5 and err.count("error: ") == 2 and "U+00E9" in err and "tokens/s" in err
+
+
+def test_precision_and_penalties_reach_the_model(written):
+    flags = ["--prompt=the", "--greedy"]
+    assert written(*flags, "--repetition_penalty=5").out != written(*flags).out
+    assert written("--prompt=the", "--top_p=1e-9").out == written(*flags).out
+    assert len(written(*flags, "--precision=bf16").out) == 3 + 20 + 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "mentions"),
+    [
+        (["--prompt=a", "--prompt_file=b"], "--prompt and --prompt_file"),
+        (["--prompt=a", "--interactive"], "--prompt and --interactive"),
+        (["--prompt_file=nowhere.txt"], "--prompt_file nowhere.txt: No such file"),
+        (["--prompt_file=-"], "--prompt is empty"),
+        (["--prompt=a", "--stop="], "--stop is empty"),
+        (["--prompt=a", "--top_p=0"], "--top_p 0"),
+        (["--prompt=a", "--repetition_penalty=0"], "--repetition_penalty 0"),
+        (["--prompt=a", "--precision=16"], "--precision 16 needs a GPU"),
+    ],
+)
+def test_mistakes_are_one_line(written, capsys, flags, mentions):
+    with pytest.raises(SystemExit) as stop:
+        written(*flags)
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1 and mentions in err
+
+
+@pytest.mark.slow
+def test_every_rank_of_a_sharded_model_samples(tmp_path, text_file, tiny_flags, capsys):
+    """After training under FSDP, when the weights are in shares, two processes write what the checkpoint writes."""
+    train = Path(sample.__file__).with_name("train.py")
+    flags = [f"--data={text_file}", "--strategy=fsdp", "--devices=2", "--sample_tokens=40", "--prompt=the cat"]
+    command = [sys.executable, str(train), *tiny_flags, *flags, f"--out_dir={tmp_path / 'run'}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    printed = done.stdout.partition("--- sample ---\n")[2].partition("\n------")[0]
+    sample.main([f"--checkpoint={tmp_path / 'run'}", "--which=last", "--prompt=the cat", "--max_new_tokens=40"])
+    assert capsys.readouterr().out == printed + "\n" and len(printed) == 7 + 40
+
+
+def test_generation_from_python_under_compile_reads_uncompiled(monkeypatch):
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    module = GPTModule(
+        "nanogpt", model_config={"n_layer": 1, "n_head": 1, "n_embd": 8, "vocab_size": 9, "block_size": 8}
+    )
+    module.compile_setting = "eager"
+    for block in module.model.transformer.h:
+        block.compile(backend=backend)
+    module.eval().generate(torch.zeros(1, 1, dtype=torch.long), 12, do_sample=False)
+    assert not compiled
