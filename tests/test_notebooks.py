@@ -1,6 +1,7 @@
 """The notebooks run from top to bottom, and what is saved in them is what they say.
 
-``HF_HUB_OFFLINE=1 jupyter execute --inplace --NotebookClient.coalesce_streams=True examples/*.ipynb`` saves them anew.
+They are saved anew with ``HF_HUB_OFFLINE=1 jupyter execute --inplace --NotebookClient.coalesce_streams=True
+--NotebookClient.record_timing=False examples/*.ipynb``.
 """
 
 import re
