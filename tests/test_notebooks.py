@@ -1,7 +1,6 @@
 """The notebooks run from top to bottom, and what is saved in them is what they say.
 
-They are saved anew with ``HF_HUB_OFFLINE=1 jupyter execute --inplace --NotebookClient.coalesce_streams=True
---NotebookClient.record_timing=False examples/*.ipynb``.
+``HF_HUB_OFFLINE=1 jupyter execute --inplace examples/*.ipynb`` saves them anew.
 """
 
 import re
