@@ -16,6 +16,8 @@ _HOMES = {
     "Task": "lightning_gpt.data.tasks.base",
     "TokenData": "lightning_gpt.data.loading",
     "UserError": "lightning_gpt.config",
+    "load": "lightning_gpt.checkpoint",
+    "parse_train": "lightning_gpt.cli",
     "prepare": "lightning_gpt.data.preparation",
     "train": "lightning_gpt.training",
 }

@@ -164,11 +164,11 @@ class RunMetrics(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints what a validation found, also of weights a run starts from, and starts the clock again."""
         bar = trainer.progress_bar_callback
-        if bar is not None and trainer.is_global_zero:
+        if trainer.is_global_zero:
             known = trainer.callback_metrics
             names = [name for name in ("train_loss", "val_loss", "val_accuracy") if name in known]
             shown = ", ".join(f"{name} {float(known[name]):.4f}" for name in names)
-            say = print if trainer.sanity_checking else bar.print  # the bar is not there yet
+            say = print if bar is None or trainer.sanity_checking else bar.print  # the bar is not there yet
             say(f"step {trainer.global_step}: {shown}")
         self._since = (trainer.global_step, time.perf_counter())
 

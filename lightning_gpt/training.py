@@ -315,13 +315,15 @@ def _check_trainer_options(options: TrainerOptions) -> None:
 
 
 def _callbacks(config: TrainConfig, run_dir: Path, metrics: RunMetrics) -> list[Callback]:
+    wanted = config.trainer.trainer.get("enable_progress_bar", True)
+    bar = [ProgressBar(refresh_rate=10 * config.optim.accumulate_grad_batches)] if wanted else []
     checkpoints = dict(dirpath=run_dir / "checkpoints", enable_version_counter=False, save_on_train_epoch_end=False)
     return [
         DropoutSeed(config.run.seed),
         ValidateAtEnd(),
         ModelCheckpoint(filename="best", monitor="val_loss", **checkpoints),
         ModelCheckpoint(filename="last", **checkpoints),
-        ProgressBar(refresh_rate=10 * config.optim.accumulate_grad_batches),
+        *bar,
         metrics,  # after the bar, which must be closed before the closing line is printed
     ]
 
@@ -379,12 +381,12 @@ def _header(
     """Prints what is about to run."""
     parameters = sum(p.numel() for p in module.parameters())
     fields, batch_size, accumulate = module.model_config, config.data.batch_size, config.optim.accumulate_grad_batches
-    sizes = "/".join(str(fields[s]) for s in SIZES if s in fields)
+    named = f"{module.implementation.name} {'/'.join(str(fields[s]) for s in SIZES if s in fields)}".strip()
     tokens_per_step = batch_size * accumulate * where.world_size * fields["block_size"]
     derived = config.optim.global_batch_tokens is not None
     print(
         *(f"{line}\n" for line in loaded),
-        f"model     {module.implementation.name} {sizes}, block {fields['block_size']}, {parameters:,} parameters\n"
+        f"model     {named}, block {fields['block_size']}, {parameters:,} parameters\n"
         f"data      {source.describe()}, vocabulary {source.vocab_size:,}\n"
         f"steps     {max_steps:,} of {tokens_per_step:,} tokens ({batch_size} x {fields['block_size']} x {accumulate}"
         f" micro-batches x {where.world_size} devices{', from --global_batch_tokens' if derived else ''})\n"

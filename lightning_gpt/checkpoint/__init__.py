@@ -17,6 +17,8 @@ from lightning_gpt.checkpoint.originals import FILES, MinGPTCheckpoint, NanoGPTC
 from lightning_gpt.checkpoint.resume import ExactResume
 from lightning_gpt.checkpoint.single import SingleFileCheckpoint
 from lightning_gpt.config import UserError
+from lightning_gpt.models import GPTModule
+from lightning_gpt.tokenizers import Tokenizer
 
 __all__ = [
     "RUNS",
@@ -27,6 +29,7 @@ __all__ = [
     "ensure_canonical",
     "find_checkpoint",
     "is_own",
+    "load",
     "open_checkpoint",
     "remember_run",
     "tied_names",
@@ -134,3 +137,23 @@ def ensure_canonical(path: Path, *, trust: bool = False) -> Checkpoint:
         if not is_converted(folder, source=path):
             convert(checkpoint, folder)
         return CanonicalCheckpoint(folder)
+
+
+def load(
+    path: str | Path = "latest", *, which: str = "best", trust: bool = False
+) -> tuple[GPTModule, Tokenizer | None]:
+    """A trained model on the CPU, ready to write or to be scored (in eval mode), and its tokenizer.
+
+    Args:
+        path: As for ``find_checkpoint``.
+        which: As for ``find_checkpoint``.
+        trust: As for ``open_checkpoint``.
+
+    Returns:
+        The module, and the tokenizer, None where the checkpoint does not know it.
+
+    Raises:
+        UserError: There is no such checkpoint, it is damaged, or does not fit its model.
+    """
+    checkpoint = ensure_canonical(find_checkpoint(str(path), which=which), trust=trust)
+    return checkpoint.module().eval(), checkpoint.tokenizer

@@ -1,0 +1,95 @@
+"""The notebooks run from top to bottom, and what is saved in them is what they say.
+
+``HF_HUB_OFFLINE=1 jupyter execute --inplace examples/*.ipynb`` saves them anew.
+"""
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+from nbclient import NotebookClient
+
+from lightning_gpt import UserError, load, parse_train, train
+from lightning_gpt.models import GPTModule
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
+# What each must have found, somewhere in its output.
+FOUND = {
+    "demo": r"^201012 -> 001122\n[\s\S]*^1[78]\d of 182 sorted$",
+    "generate": r"^Training a small model instead\.\n[\s\S]*^def main\(",
+    "plug_in_a_model": r"^strategy  FSDP[\s\S]*below 0\.001: True$[\s\S]*^bits_per_byte [ \d.]+$",
+}
+
+
+def _read(path: Path) -> nbformat.NotebookNode:
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    return notebook
+
+
+def _outputs(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    return [output for cell in notebook.cells for output in cell.get("outputs", [])]
+
+
+def _text(notebook: nbformat.NotebookNode) -> str:
+    return "".join(output.get("text", "") for output in _outputs(notebook)).replace("\r\n", "\n")
+
+
+def test_there_are_three():
+    assert {path.stem for path in NOTEBOOKS} == set(FOUND)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_saved_as_run_and_clean(path):
+    notebook = _read(path)
+    counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
+    assert counts == list(range(1, len(counts) + 1)), "run it from top to bottom before it is saved"
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert all(output.output_type == "stream" and output.name == "stdout" for output in _outputs(notebook))
+    assert re.search(FOUND[path.stem], _text(notebook), re.MULTILINE)
+    raw = path.read_bytes()
+    assert raw.isascii() and len(raw) < 20_000
+    assert not re.search(rb"(?<![\w.*])/\w|it/s|Warning", raw), "a path of one machine, a progress bar, or a warning"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
+    places = {name: tmp_path / name for name in ("TMPDIR", "IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "HF_HUB_CACHE")}
+    for name, place in places.items():
+        place.mkdir()
+        monkeypatch.setenv(name, str(place))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # half a GB is no test
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    before = sorted(EXAMPLES.rglob("*"))
+    notebook = _read(path)
+    saved = _text(notebook)
+    client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": EXAMPLES}})
+    client.execute()
+    assert re.search(FOUND[path.stem], _text(notebook), re.MULTILINE)
+    assert all(output.name == "stdout" for output in _outputs(notebook))
+    for line in re.findall(r"^(?:model|steps) .*", _text(notebook), re.MULTILINE):
+        assert line in saved, "saved before it was last changed"
+    assert sorted(EXAMPLES.rglob("*")) == before
+    assert not list(places["TMPDIR"].iterdir())
+
+
+def test_load_gives_what_was_trained(tiny_run):
+    module, tokenizer = load(tiny_run)
+    trained = torch.load(tiny_run / "checkpoints" / "best.ckpt", weights_only=True)
+    assert isinstance(module, GPTModule) and not module.training
+    assert tokenizer.to_dict() == trained["TokenData"]["tokenizer"]
+    assert all(torch.equal(tensor, trained["state_dict"][name]) for name, tensor in module.state_dict().items())
+    with pytest.raises(UserError, match="does not exist"):
+        load(tiny_run / "no-such-run")
+
+
+def test_without_a_bar_the_validations_are_told(tiny_flags, text_file, tmp_path, capsys):
+    flags = [*tiny_flags, f"--data={text_file}", f"--out_dir={tmp_path / 'run'}", "--sample_tokens=0"]
+    train(parse_train([*flags, "--trainer.enable_progress_bar=false"]))
+    said = capsys.readouterr()
+    assert re.findall(r"^step (\d+): .*val_loss \d\.\d{4}$", said.out, re.MULTILINE) == ["2", "4"]
+    assert "it/s" not in said.out + said.err
