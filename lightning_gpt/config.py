@@ -83,8 +83,8 @@ class OptimOptions:
     """AdamW's decay of the squared gradient"""
     gradient_clip_val: float = 1.0
     """clip the norm of the whole gradient to this; 0 turns clipping off"""
-    accumulate_grad_batches: int = 1
-    """micro-batches per optimizer step (also --grad_accum)"""
+    accumulate_grad_batches: int | None = None
+    """micro-batches per optimizer step (also --grad_accum; default: 1, or what --global_batch_tokens makes)"""
     global_batch_tokens: int | None = None
     """tokens per optimizer step over all devices, from which accumulate_grad_batches then follows: the same schedule on
     any number of devices"""

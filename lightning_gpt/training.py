@@ -203,10 +203,10 @@ def _open_folder(run_dir: Path, config: TrainConfig) -> None:
 
 
 def _accumulating(config: TrainConfig, *, world_size: int) -> TrainConfig:
-    """The run with the accumulation that makes up its global batch."""
-    wanted = config.optim.global_batch_tokens
+    """The run with a number for its accumulation: the given one, or what makes up its global batch."""
+    wanted, given = config.optim.global_batch_tokens, config.optim.accumulate_grad_batches
     if wanted is None:
-        return config
+        return replace(config, optim=replace(config.optim, accumulate_grad_batches=given or 1))
     batch_size, block_size = config.data.batch_size, config.model.block_size
     tokens = batch_size * block_size * world_size
     if wanted % tokens:

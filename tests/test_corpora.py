@@ -7,6 +7,7 @@ import pytest
 from lightning_gpt.config import UserError
 from lightning_gpt.data import corpora
 from lightning_gpt.data.corpora import Corpus, load_corpus
+from lightning_gpt.data.token_files import is_token_folder
 
 
 def _content(corpus: Corpus) -> bytes:
@@ -71,6 +72,11 @@ def test_folder(tmp_path: Path) -> None:
 def test_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="missing: no such file or folder"):
         load_corpus(str(tmp_path / "missing"))
+    with pytest.raises(UserError, match="no such file or folder"):
+        load_corpus("a" * 300)
+    with pytest.raises(UserError, match="no such file or folder"):  # not the current folder
+        load_corpus("")
+    assert not is_token_folder(Path("a" * 300))
     with pytest.raises(UserError, match="no text files"):
         load_corpus(str(tmp_path))
     (tmp_path / "empty.txt").touch()

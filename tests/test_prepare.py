@@ -305,6 +305,22 @@ def test_changed_inputs_begin_anew(story, tmp_path, small_units, capsys):
     assert (tmp_path / "out" / "train.bin").read_bytes() == b"x\0" * 2500
 
 
+@pytest.mark.parametrize("change", [4000, -4000])
+def test_a_text_that_changes_while_it_is_read_is_refused(story, tmp_path, small_units, monkeypatch, capsys, change):
+    text, append = tmp_path / "text.txt", writing.TokenWriter.append
+    text.write_bytes(story.read_bytes())
+
+    def append_and_change(writer: writing.TokenWriter, split: writing.Split, tokens: bytes) -> None:
+        os.truncate(text, len(story.read_bytes()) + change)
+        append(writer, split, tokens)
+
+    monkeypatch.setattr(writing.TokenWriter, "append", append_and_change)
+    with pytest.raises(SystemExit):
+        prepare.main([str(text), f"--out={tmp_path / 'out'}", "--tokenizer=byte"])
+    assert "text.txt changed while it was read" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [text]
+
+
 @pytest.mark.parametrize("call", [1, 2])
 def test_stopped_while_the_folder_takes_its_place(story, tmp_path, monkeypatch, call):
     command = [str(story), f"--out={tmp_path / 'out'}", "--tokenizer=byte"]

@@ -80,12 +80,12 @@ def test_gpt2_recipe_is_nanogpts():
     assert config.trainer.max_steps == 600_000 and optim.global_batch_tokens == 12 * 1024 * 40
 
 
-@pytest.mark.parametrize("gpus, accumulate", [(1, 40), (8, 5)])
-def test_global_batch_is_the_same_on_any_number_of_devices(gpus, accumulate, text_file, capsys):
-    flags = ["--data", str(text_file), "--tokenizer=byte", f"--gpus={gpus}", "--dry_run"]
+@pytest.mark.parametrize("nodes, gpus, accumulate", [(1, 1, 48), (1, 8, 6), (2, 8, 3)])
+def test_global_batch_is_the_same_on_any_number_of_devices(nodes, gpus, accumulate, text_file, capsys):
+    flags = ["--data", str(text_file), "--tokenizer=byte", f"--gpus={gpus}", f"--num_nodes={nodes}", "--dry_run"]
     train.main([f"--config={CONFIGS / 'train_gpt2.yaml'}", *flags])
     out = capsys.readouterr().out
-    assert f"of 491,520 tokens (12 x 1024 x {accumulate} micro-batches x {gpus} devices, from --global_b" in out
+    assert f"of 491,520 tokens (10 x 1024 x {accumulate} micro-batches x {nodes * gpus} devices, from --global_b" in out
 
 
 def test_global_batch_trains_as_its_accumulation_does(tiny_flags, text_file, tmp_path, capsys):
@@ -96,7 +96,9 @@ def test_global_batch_trains_as_its_accumulation_does(tiny_flags, text_file, tmp
         losses.append([line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")])
     assert losses[0] == losses[1] != []
     resumed = parse_train([f"--resume={tmp_path / 'derived'}", "--max_steps=9"]).optim
-    assert (resumed.global_batch_tokens, resumed.accumulate_grad_batches) == (3 * 4 * 16, 1)
+    assert (resumed.global_batch_tokens, resumed.accumulate_grad_batches) == (3 * 4 * 16, None)
+    again = parse_train([f"--config={tmp_path / 'derived' / 'config.yaml'}"]).optim
+    assert again == resumed
     resumed = parse_train([f"--resume={tmp_path / 'derived'}", "--max_steps=9", "--grad_accum=2"]).optim
     assert (resumed.global_batch_tokens, resumed.accumulate_grad_batches) == (None, 2)
 

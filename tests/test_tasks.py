@@ -208,6 +208,15 @@ def test_resume_is_bit_identical(tmp_path):
     torch.testing.assert_close(ours["state_dict"], theirs["state_dict"], rtol=0, atol=0)
 
 
+def test_a_folder_called_as_a_task_is_not_in_its_way(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train.main([*TINY, "--data=adder", "--ndigit=1", "--max_steps=1", "--out_dir=adder"])
+    train.main(["--resume=adder", "--max_steps=2"])
+    evaluate.main(["--checkpoint=adder", "--accelerator=cpu"])
+    assert "accuracy" in capsys.readouterr().out
+    assert parse_train(["--data=./adder"]).task_fields == {}
+
+
 def test_the_task_decides_flags_and_block_size(tmp_path):
     config = parse_train(["--data=adder", "--ndigit=3"])
     assert config.task_fields == {"ndigit": 3} and config.model.block_size == 9

@@ -379,3 +379,10 @@ def test_resuming_with_another_tokenizer(tiny_run, tmp_path, capsys) -> None:
         train.main([f"--resume={tiny_run}", "--tokenizer=byte", f"--out_dir={tmp_path}/new", "--max_steps=5"])
     assert exit_.value.code == 2
     assert "--tokenizer byte is not what the run was trained with (char)" in capsys.readouterr().err
+
+
+def test_a_tokenizer_json_with_other_line_ends_is_known_again(byte_level_file, tmp_path) -> None:
+    file = tmp_path / "tokenizer.json"
+    file.write_bytes(byte_level_file.read_bytes().replace(b"\n", b"\r\n"))
+    tokenizer = build_tokenizer(str(file), corpus=None, source="x")
+    assert tokenizer.answers_to(str(file))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -82,9 +83,9 @@ def find_corpus(paths: Sequence[str], *, field: str = "text", flag: str = "") ->
     files: list[Path] = []
     for name in paths:
         path = Path(name).expanduser()
-        if path.is_dir():
+        if name and os.path.isdir(path):  # an empty name would be the current folder
             files += _in_folder(path, flag)
-        elif path.is_file():
+        elif name and os.path.isfile(path):
             files.append(path)
         else:
             raise UserError(f"{flag}{name}: no such file or folder; give a text file, or a folder of text files")

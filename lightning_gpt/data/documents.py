@@ -208,7 +208,9 @@ def _text_of_row(line: bytes, field: str, where: str) -> bytes:
         raise UserError(f"{where} is not a JSON object with a field {field!r}")
     if not isinstance(row.get(field), str):
         texts = ", ".join(key for key, value in row.items() if isinstance(value, str))
-        raise UserError(f"{where} has no text in a field {field!r} (texts: {texts or 'none'}); name one with --field")
+        raise UserError(
+            f"{where} has no text in a field {field!r} (texts: {texts or 'none'}); name one by prepare.py --field"
+        )
     try:
         return row[field].encode("utf-8")
     except UnicodeEncodeError as error:
@@ -253,7 +255,8 @@ def _check_column(path: Path, schema: Any, field: str) -> None:
     texts = [c.name for c in schema if any(fits(c.type) for fits in (types.is_string, types.is_large_string))]
     if field not in texts:
         raise UserError(
-            f"{path} has no text column {field!r} (text columns: {', '.join(texts) or 'none'}); name one with --field"
+            f"{path} has no text column {field!r} (text columns: {', '.join(texts) or 'none'}); name one by "
+            "prepare.py --field"
         )
 
 

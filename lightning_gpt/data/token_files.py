@@ -97,7 +97,7 @@ class TokenFiles:
 
 def is_token_folder(folder: Path) -> bool:
     """Whether a folder holds token files, perhaps not all of them."""
-    return any((folder / f"{split}.bin").is_file() for split in SPLITS)
+    return any(os.path.isfile(folder / f"{split}.bin") for split in SPLITS)
 
 
 def token_dtype(vocab_size: int) -> str:

@@ -100,14 +100,15 @@ def write_corpus(
         UserError: The text does not suit the tokenizer or is too short to split, or the folder cannot be written.
     """
     try:
-        job = {"documents": corpus.documents.identity(), "plan": plan.to_dict()}
+        documents = corpus.documents.identity()
+        job = {"documents": documents, "plan": plan.to_dict()}
         with TokenWriter(folder, job=job) as writer:
             if writer.finished:
                 writer.discard()
                 return json.loads((folder / "meta.json").read_text(encoding="ascii"))
             if writer.discarded:
                 say("what an earlier start left is of other inputs or settings: beginning anew")
-            return _write(writer, corpus, plan, say)
+            return _write(writer, corpus, plan, say, documents=documents)
     except OSError as error:
         raise UserError(
             f"{error.filename or folder}: {error.strerror or error}; what is done so far is kept, and the same command "
@@ -115,7 +116,9 @@ def write_corpus(
         ) from error
 
 
-def _write(writer: TokenWriter, corpus: Corpus, plan: Plan, say: Callable[[str], object]) -> dict[str, Any]:
+def _write(
+    writer: TokenWriter, corpus: Corpus, plan: Plan, say: Callable[[str], object], *, documents: list[Any]
+) -> dict[str, Any]:
     state = _State(**writer.state)
     if writer.resumed and state.disk:
         say(f"going on where an earlier start was stopped: {state.disk / 1e6:,.0f} MB are done")
@@ -145,6 +148,8 @@ def _write(writer: TokenWriter, corpus: Corpus, plan: Plan, say: Callable[[str],
     else:
         spans = by_document(read, val_fraction=plan.val_fraction, seed=plan.seed or 0, start=start)
     _encode(writer, state, spans, tokenizer, plan, corpus)
+    if corpus.documents.identity() != documents:
+        raise UserError(f"{corpus.source} changed while it was read; start again when it is complete")
     return _finish(writer, state, tokenizer, plan, corpus)
 
 

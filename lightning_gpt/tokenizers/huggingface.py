@@ -48,7 +48,7 @@ class HuggingFaceTokenizer(Tokenizer):
         """
         path = Path(spelling).expanduser()
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_bytes().decode("utf-8")
         except OSError as error:
             raise UserError(f"--tokenizer {spelling}: {error.strerror}; give the path of a tokenizer.json") from error
         except UnicodeDecodeError as error:

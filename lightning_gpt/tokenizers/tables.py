@@ -86,7 +86,7 @@ def keep_tables(name: str, path: str) -> None:
         UserError: A file is missing or is not what tiktoken expects; nothing is copied then.
     """
     given = Path(path).expanduser()
-    if not given.exists():
+    if not os.path.exists(given):
         raise UserError(f"--tokenizer_file {path}: no such file or folder")
     found: dict[str, bytes] = {}
 

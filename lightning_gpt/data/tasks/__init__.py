@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_gpt.config import UserError
@@ -31,14 +30,14 @@ def find_task(data: str) -> type[Task] | None:
             folder of that name.
 
     Returns:
-        Its class, imported now; None where `data` has neither form, or is a file.
+        Its class, imported now; None where `data` has neither form, or is a file with a dotted name.
 
     Raises:
         UserError: There is no such module or class, or it is no task.
     """
     module_name, _, class_name = TASKS.get(data, data).partition(":")
     is_dotted = all(part.isidentifier() for part in (*module_name.split("."), class_name))
-    if not is_dotted or module_name == "chargpt" or Path(data).exists():
+    if not is_dotted or module_name == "chargpt" or (data not in TASKS and os.path.exists(data)):
         return None
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a script's own folder is on the path, the folder it is called from is not
