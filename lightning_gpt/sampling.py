@@ -1,5 +1,8 @@
 """Writing text with a trained model, as soon as each piece of it is certain."""
 
+import contextlib
+import os
+import select
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -167,6 +170,13 @@ class _Writer:
         self._flush()
 
     def _flush(self) -> None:
+        try:
+            self._write()
+        except BrokenPipeError:  # who reads has enough, as head does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.out.fileno())  # else it fails once more when it is closed
+            sys.exit(0)
+
+    def _write(self) -> None:
         while self.row < len(self.texts) and (self.stream or self.ended[self.row]):
             self.out.write(self.texts[self.row])
             self.texts[self.row] = ""
@@ -197,6 +207,7 @@ def write_samples(options: SampleOptions, *, out: TextIO) -> None:
     for number, prompt in enumerate(prompts):
         try:
             ids = encode_prompt(tokenizer, prompt).tolist()
+            _require_known(ids, module)
         except UserError as error:
             if not options.interactive:
                 raise
@@ -220,6 +231,13 @@ def write_samples(options: SampleOptions, *, out: TextIO) -> None:
         seconds += time.perf_counter() - began
     if seconds:
         print(f"{tokens:,} tokens in {seconds:.2f} s, {tokens / seconds:,.1f} tokens/s", file=sys.stderr)
+
+
+def _require_known(ids: Sequence[int], module: GPTModule) -> None:
+    """Refuses tokens that the model has no embedding of, where its tokenizer has more than it."""
+    rows = module.model_config["vocab_size"]
+    if max(ids) >= rows:
+        raise UserError(f"--prompt holds token {max(ids)}, and the model knows {rows}: it has another's tokenizer")
 
 
 def _prompts(options: SampleOptions) -> Iterator[str]:
@@ -251,7 +269,10 @@ def _prompts(options: SampleOptions) -> Iterator[str]:
 def _piped(*, asked_for: bool) -> str:
     """The text in stdin; a line break where none was meant to be there."""
     try:
-        text = "" if sys.stdin is None or (sys.stdin.isatty() and not asked_for) else sys.stdin.read()
+        is_there = sys.stdin is not None and (asked_for or not sys.stdin.isatty())
+        if is_there:
+            _say_if_waiting()
+        text = sys.stdin.read() if is_there else ""
     except UnicodeDecodeError as error:
         raise UserError("the prompt in stdin is not UTF-8 text; convert it") from error
     except OSError:  # stdin is closed
@@ -259,11 +280,27 @@ def _piped(*, asked_for: bool) -> str:
     return text or ("" if asked_for else SampleOptions.prompt)
 
 
+def _say_if_waiting() -> None:
+    """Tells whoever left stdin open, and meant no prompt by it, what the program does."""
+    with contextlib.suppress(OSError, ValueError):  # it is no file, or the system cannot ask a pipe
+        if not select.select([sys.stdin], [], [], 0)[0]:
+            print("waiting for the prompt in stdin; --prompt says it at once", file=sys.stderr, flush=True)
+
+
 def _typed() -> Iterator[str]:
-    """The lines of stdin; what asks for them goes to stderr, since stdout is for the text."""
+    """The lines of stdin; what asks for them goes to stderr, since stdout is for the text.
+
+    Raises:
+        UserError: It is closed, as under nohup, or no UTF-8 text.
+    """
     while True:
         print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError as error:
+            raise UserError("what is typed in stdin is not UTF-8 text; convert it") from error
+        except (AttributeError, OSError) as error:
+            raise UserError("--interactive reads stdin, which is closed; give --prompt") from error
         if not line:
             print(file=sys.stderr)
             return

@@ -162,6 +162,11 @@ def test_safetensors_are_the_canonical_form(request, export, run):
     assert after.tokenizer.to_dict() == before.tokenizer.to_dict()
 
 
+def test_a_plain_state_dict_has_the_heads_of_its_config_not_of_the_preset_of_its_size(saved_model, export):
+    path = saved_model("mingpt", n_layer=3, n_head=4, n_embd=48)  # gpt-nano has 3
+    assert open_checkpoint(export(path, "pt")[0] / "model.pt").model_config["n_head"] == 4
+
+
 @pytest.mark.parametrize("implementation", ["mingpt", "nanogpt"])
 @pytest.mark.parametrize("form", ["safetensors", "pt"])
 def test_padding_is_cut(saved_model, export, implementation, form):

@@ -153,6 +153,32 @@ def test_interactive_continues_line_by_line_and_outlives_a_mistake(written):
     assert err.count("> ") == 5 and err.count("error: ") == 2 and "U+00E9" in err and "tokens/s" in err
 
 
+@pytest.mark.parametrize(
+    ("stdin", "mentions"),
+    [
+        (None, "which is closed"),
+        (io.TextIOWrapper(io.BufferedWriter(io.BytesIO())), "which is closed"),  # for writing only: nohup's
+        (io.TextIOWrapper(io.BytesIO(b"a\xff\n"), encoding="utf-8"), "not UTF-8"),
+    ],
+)
+def test_typing_into_a_stdin_that_cannot_be_read_is_one_line(tiny_run, monkeypatch, capsys, stdin, mentions):
+    monkeypatch.setattr("sys.stdin", stdin)
+    with pytest.raises(SystemExit) as stop:
+        sample.main([f"--checkpoint={tiny_run}", "--accelerator=cpu", "--interactive"])
+    assert stop.value.code == 2 and mentions in capsys.readouterr().err
+
+
+def test_a_stdin_left_open_is_told_and_a_stdout_closed_early_is_no_error(tiny_run):
+    command = [sys.executable, "sample.py", f"--checkpoint={tiny_run}", "--accelerator=cpu", "--stream"]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, cwd=Path(sample.__file__).parent, **pipes) as process:
+        assert process.stderr.readline().startswith(b"waiting for the prompt in stdin")
+        process.stdout.close()
+        process.stdin.write(b"the")
+        process.stdin.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 0)
+
+
 def test_precision_and_penalties_reach_the_model(written):
     flags = ["--prompt=the", "--greedy"]
     assert written(*flags, "--repetition_penalty=5").out != written(*flags).out

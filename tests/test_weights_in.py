@@ -10,11 +10,14 @@ import torch
 
 import mingpt.model
 import nanogpt.model
+import sample
 import train
 from lightning_gpt.checkpoint import find_checkpoint, open_checkpoint
 from lightning_gpt.checkpoint.adapted import AdaptedCheckpoint, fields_for
+from lightning_gpt.checkpoint.hf_tokenizer import tokenizer_json
 from lightning_gpt.checkpoint.huggingface import is_hub_name
 from lightning_gpt.implementations import get_implementation
+from lightning_gpt.tokenizers import CharTokenizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -192,6 +195,18 @@ def test_an_original_mingpt_state_dict(tmp_path, said, capsys):
     checkpoint = open_checkpoint(tmp_path / "model.pt", n_head=3 if said == "flag" else None)
     assert (checkpoint.implementation, checkpoint.model_config["n_head"]) == ("mingpt", 3)
     assert_same_logits(checkpoint.module().model, theirs)
+
+
+def test_a_tokenizer_of_another_size_than_the_embedding(tmp_path, capsys):
+    for name, rows in (("more", 20), ("fewer", 3)):
+        folder = saved(hugging_face(vocab_size=rows), tmp_path / name)
+        (folder / "tokenizer.json").write_text(tokenizer_json(CharTokenizer("abcdefgh")))
+    flags = ["--accelerator=cpu", "--max_new_tokens=300", "--temperature=50", "--prompt=h"]
+    sample.main([f"--checkpoint={tmp_path / 'more'}", *flags])  # rows beyond the tokens are padding
+    assert len(capsys.readouterr().out) == 302
+    with pytest.raises(SystemExit):
+        sample.main([f"--checkpoint={tmp_path / 'fewer'}", *flags])
+    assert "token 7, and the model knows 3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("own", ["mingpt", "nanogpt"])

@@ -48,6 +48,9 @@ class HuggingFaceCheckpoint(ForeignCheckpoint):
             config["tie_word_embeddings"] = True
         row = row_for(traits_from_gpt2(config, source=str(path)), source=str(path))
         fields = fields_from_gpt2(row, config, source=str(path))
+        tokenizer = _tokenizer(path, vocab_size=fields["vocab_size"])
+        if tokenizer and tokenizer.vocab_size < fields["vocab_size"]:  # rows that no token stands for
+            fields["vocab_padding"] = fields["vocab_size"] - tokenizer.vocab_size
         super().__init__(
             path,
             row=row,
@@ -55,7 +58,7 @@ class HuggingFaceCheckpoint(ForeignCheckpoint):
             names=names,
             tensors=tensors.stored,
             read=tensors.read,
-            tokenizer=_tokenizer(path, vocab_size=fields["vocab_size"]),
+            tokenizer=tokenizer,
             transposed=True,
         )
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_gpt.checkpoint.base import MappedFile
+from lightning_gpt.checkpoint.canonical import FORMAT
 from lightning_gpt.checkpoint.foreign import ForeignCheckpoint
 from lightning_gpt.checkpoint.gpt2 import TOKENS, gpt2_names, row_for
 from lightning_gpt.config import UserError
@@ -119,9 +120,10 @@ def _presets() -> dict[str, dict[str, int]]:
 
 
 def _heads_beside(path: Path) -> int | None:
-    """What minGPT's own ``config.json`` says, which names either the heads or a preset."""
+    """What a ``config.json`` says: minGPT's own, which names either the heads or a preset, or ours, of an export."""
     try:
-        said = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))["model"]
+        content = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
+        said = content["model_config" if content.get("format") == FORMAT else "model"]
         heads = said.get("n_head") or _presets()[said["model_type"]]["n_head"]
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
