@@ -18,14 +18,8 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 
 from lightning_gpt.callbacks import DropoutSeed, FinalSample, ProgressBar, RunMetrics, ValidateAtEnd, quiet_lightning
 from lightning_gpt.checkpoint import RUNS, Checkpoint, ExactResume, open_checkpoint, remember_run
-from lightning_gpt.checkpoint.initial import (
-    InitialWeights,
-    describe,
-    fitted_embeddings,
-    fitted_vocabulary,
-    fitted_weights,
-    open_source,
-)
+from lightning_gpt.checkpoint.initial import InitialWeights, begin, fitted_vocabulary, open_source
+from lightning_gpt.checkpoint.resume import require_resumable
 from lightning_gpt.config import SIZES, OptimOptions, TrainConfig, TrainerOptions, UserError
 from lightning_gpt.data.loading import Source, TokenData
 from lightning_gpt.data.preparation import prepare
@@ -101,8 +95,8 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Path | 
     form = "fsdp" if run.dry_run else strategy.form
     module = _module(config, strategy, form=form, vocabulary=(vocab_size, padding), max_steps=max_steps)
     if checkpoint:
-        _check_resume(checkpoint, module, max_steps)
-    loaded, begin = _begin(config, module, weights)
+        require_resumable(checkpoint, module, max_steps=max_steps)
+    loaded, start_up = begin(run, module, weights)
     if run.dry_run:
         _header(config, module, source, loaded, where=where, strategy=strategy.name, max_steps=max_steps)
         _dry_run(config, module, where=where, strategy=strategy, max_steps=max_steps)
@@ -112,7 +106,7 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Path | 
         tokens_per_step=samples_per_step * config.model.block_size,
         flops_per_token=flops_per_token(module.model, block_size=config.model.block_size),
     )
-    own = [ExactResume(checkpoint), *begin, *_callbacks(config, run_dir, metrics), *sample]
+    own = [ExactResume(checkpoint), *start_up, *_callbacks(config, run_dir, metrics), *sample]
     trainer = _trainer(config, strategy, where, run_dir, [*own, *callbacks], max_steps)
     if trainer.world_size != where.world_size:
         raise UserError(
@@ -138,22 +132,6 @@ def _tokenizer(config: TrainConfig, start: Checkpoint | None) -> str | Tokenizer
         raise UserError(f"--tokenizer {said} is not what the run was trained with ({own.name}); leave it out")
     tokens = config.data.data != "stdlib" and is_token_folder(Path(config.data.data).expanduser())
     return said if other or (tokens and not goes_on) else own or said
-
-
-def _check_resume(checkpoint: Checkpoint, module: GPTModule, max_steps: int) -> None:
-    checkpoint.require_fit(module)
-    row, have, want = module.implementation, checkpoint.model_config, module.model_config
-    for name in ("n_head", "gelu") if row.gpt2 else ():  # which no shape shows
-        said, theirs = want.get(name), have.get(name, getattr(row.load(row.config), name, None))
-        if said is not None and theirs is not None and said != theirs:
-            raise UserError(f"--{name} {said} contradicts {checkpoint.path}, whose {name} is {theirs}; say the same")
-    if not checkpoint.has_optimizer:
-        raise UserError(f"{checkpoint.path} holds weights alone; start from it with --init_from")
-    for name, parameter in module.model.named_parameters():
-        if parameter.requires_grad and not checkpoint.was_trained(name):
-            raise UserError(f"{checkpoint.path} did not train {name}; resume it with --freeze_embeddings")
-    if checkpoint.step >= max_steps:
-        raise UserError(f"{checkpoint.path} is at step {checkpoint.step} of {max_steps} already; raise --max_steps")
 
 
 def _source(config: TrainConfig, start: Checkpoint | None) -> Source:
@@ -238,21 +216,6 @@ def _strategy(config: TrainConfig, where: Devices) -> StrategyRow:
         "gradient_clipping": optim.gradient_clip_val,
     }
     return get_strategy(config.trainer, where=where, decided=decided)
-
-
-def _begin(config: TrainConfig, module: GPTModule, source: Checkpoint | None) -> tuple[list[str], list[InitialWeights]]:
-    """What a new run starts from: lines that say it, and the callback that writes it."""
-    run = config.run
-    if run.resume or not (source or run.pretrained_embeddings):
-        return [], []
-    lines, weights, embeddings = [], None, None
-    if source:
-        weights = fitted_weights(source, module)
-        lines.append(f"weights   {describe(weights, name=run.init_from)}")
-    if run.pretrained_embeddings:
-        embeddings = fitted_embeddings(run.pretrained_embeddings, module, trust=run.trust_checkpoint)
-        lines.append(f"embedding {run.pretrained_embeddings}: {embeddings.shape[0]:,} x {embeddings.shape[1]}")
-    return lines, [InitialWeights(weights, embeddings)]
 
 
 def _module(

@@ -275,6 +275,8 @@ def test_nanogpt_reads_the_same_model(saved_model, export, fields):
     meta = pickle.loads(Path(os.path.join("data", content["config"]["dataset"], "meta.pkl")).read_bytes())
     assert meta["vocab_size"] == 5 and [meta["stoi"][c] for c in "cab"] == CHAR.encode("cab").tolist()
     assert "".join(meta["itos"][i] for i in (0, 3, 2)) == CHAR.decode([0, 3, 2])
+    again = open_checkpoint(folder / "ckpt.pt")
+    assert again.tokenizer is not None and again.tokenizer.to_dict() == CHAR.to_dict()
 
 
 def test_nanogpt_goes_on_with_the_training(nano_run, export):

@@ -115,6 +115,18 @@ def test_continuations_are_sums_of_log_softmax(implementation, padding, saved_mo
         scorer.continuations([([1], [1] * 13)])
 
 
+def test_padding_is_no_rival_of_the_likeliest_token():
+    logits = torch.tensor([0.0, 0, 0, 1, 0, 2])  # the last one is padding
+    scorer = TokenScorer(
+        lambda idx, targets: (logits.expand(*idx.shape, -1), None),
+        block_size=BLOCK,
+        batch_size=4,
+        device=torch.device("cpu"),
+        vocab_size=5,
+    )
+    assert [is_greedy for _, is_greedy in scorer.continuations([([0], [3, 3]), ([0], [3, 2])])] == [True, False]
+
+
 def test_what_a_text_begins_with():
     assert first_token(CHARS) == CHARS.encode("\n")[0] and first_token(ByteTokenizer()) == 10
     with pytest.raises(UserError, match="char tokenizer"):

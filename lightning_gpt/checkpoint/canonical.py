@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lightning_gpt.checkpoint.base import Checkpoint, read_header, unreadable
 from lightning_gpt.config import UserError
+from lightning_gpt.tokenizers import Tokenizer, tokenizer_from_dict
 
 try:
     import fcntl
@@ -69,7 +70,8 @@ class CanonicalCheckpoint(Checkpoint):
         if (path / TRAINING).exists():
             header = read_header(path / TRAINING, trust=False)
         else:
-            tokenizer = read_json(path / TOKENIZER) if (path / TOKENIZER).exists() else None
+            tokenizer = tokenizer_beside(path / WEIGHTS)
+            tokenizer = tokenizer.to_dict() if tokenizer else None
             header = {
                 "hyper_parameters": {k: config[k] for k in ("implementation", "model_config") if k in config},
                 "global_step": config.get("step", 0),
@@ -282,6 +284,16 @@ def read_config(folder: Path) -> dict[str, Any] | None:
         return None
     config = read_json(folder / CONFIG)
     return config if isinstance(config, dict) and config.get("format") == FORMAT else None
+
+
+def tokenizer_beside(path: Path) -> Tokenizer | None:
+    """The tokenizer that we left beside a file of weights, if we did.
+
+    Raises:
+        UserError: Its file is damaged.
+    """
+    file = path.with_name(TOKENIZER)
+    return tokenizer_from_dict(read_json(file)) if file.is_file() else None
 
 
 def read_json(path: Path) -> Any:

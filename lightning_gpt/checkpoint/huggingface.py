@@ -9,11 +9,11 @@ from pathlib import Path
 from torch import Tensor
 
 from lightning_gpt.checkpoint.base import MappedFile, meta, unreadable
-from lightning_gpt.checkpoint.canonical import CONFIG, TOKENIZER, WEIGHTS, layout, read_json, read_tensor
+from lightning_gpt.checkpoint.canonical import CONFIG, WEIGHTS, layout, read_json, read_tensor, tokenizer_beside
 from lightning_gpt.checkpoint.foreign import ForeignCheckpoint
 from lightning_gpt.checkpoint.gpt2 import TOKENS, fields_from_gpt2, gpt2_names, row_for, traits_from_gpt2
 from lightning_gpt.config import UserError
-from lightning_gpt.tokenizers import GPT2Tokenizer, HuggingFaceTokenizer, Tokenizer, tokenizer_from_dict
+from lightning_gpt.tokenizers import GPT2Tokenizer, HuggingFaceTokenizer, Tokenizer
 
 PICKLED = "pytorch_model.bin"
 # The first that is there is read; an index names the files that the weights are spread over.
@@ -124,8 +124,8 @@ def _shards(index: Path) -> list[str]:
 
 
 def _tokenizer(folder: Path, *, vocab_size: int) -> Tokenizer | None:
-    if (folder / TOKENIZER).is_file():
-        return tokenizer_from_dict(read_json(folder / TOKENIZER))
+    if own := tokenizer_beside(folder / WEIGHTS):
+        return own
     if (folder / _TOKENIZER).is_file():
         return HuggingFaceTokenizer.build(str(folder / _TOKENIZER), corpus=None, source=str(folder))
     return GPT2Tokenizer() if vocab_size == TOKENS else None

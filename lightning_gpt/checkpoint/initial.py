@@ -10,7 +10,7 @@ from lightning_gpt.checkpoint.adapted import AdaptedCheckpoint, fields_for, with
 from lightning_gpt.checkpoint.base import Checkpoint
 from lightning_gpt.checkpoint.embeddings import read_embeddings
 from lightning_gpt.checkpoint.resume import restore_weights, write_weight
-from lightning_gpt.config import UserError
+from lightning_gpt.config import RunOptions, UserError
 from lightning_gpt.data.loading import Source
 from lightning_gpt.implementations import Implementation, token_embedding_name
 from lightning_gpt.models import FORMS, GPTModule
@@ -98,6 +98,20 @@ class InitialWeights(Callback):
         if self.embeddings is not None:
             write_weight(pl_module.model.get_parameter(_embedding_name(pl_module)), self.embeddings)
         self.weights = self.embeddings = None  # files are open, and memory is dear
+
+
+def begin(run: RunOptions, module: GPTModule, source: Checkpoint | None) -> tuple[list[str], list[InitialWeights]]:
+    """What a new run starts from: lines that say it, and the callback that writes it."""
+    if run.resume or not (source or run.pretrained_embeddings):
+        return [], []
+    lines, weights, embeddings = [], None, None
+    if source:
+        weights = fitted_weights(source, module)
+        lines.append(f"weights   {describe(weights, name=run.init_from)}")
+    if run.pretrained_embeddings:
+        embeddings = fitted_embeddings(run.pretrained_embeddings, module, trust=run.trust_checkpoint)
+        lines.append(f"embedding {run.pretrained_embeddings}: {embeddings.shape[0]:,} x {embeddings.shape[1]}")
+    return lines, [InitialWeights(weights, embeddings)]
 
 
 def fitted_weights(source: Checkpoint, module: GPTModule) -> AdaptedCheckpoint:

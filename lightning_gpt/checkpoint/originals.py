@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_gpt.checkpoint.base import MappedFile
-from lightning_gpt.checkpoint.canonical import FORMAT
+from lightning_gpt.checkpoint.canonical import FORMAT, tokenizer_beside
 from lightning_gpt.checkpoint.foreign import ForeignCheckpoint
 from lightning_gpt.checkpoint.gpt2 import TOKENS, gpt2_names, row_for
 from lightning_gpt.config import UserError
@@ -53,7 +53,7 @@ class NanoGPTCheckpoint(ForeignCheckpoint):
             tensors=content["model"],
             read=lambda key: file.read(lambda content: content["model"][key]),
             step=int(content.get("iter_num", 0)),
-            tokenizer=GPT2Tokenizer() if 0 <= padding < 64 else None,
+            tokenizer=tokenizer_beside(file.path) or (GPT2Tokenizer() if 0 <= padding < 64 else None),
         )
 
     @staticmethod
@@ -98,7 +98,7 @@ class MinGPTCheckpoint(ForeignCheckpoint):
             names=names,
             tensors=content,
             read=lambda key: file.read(lambda content: content[key]),
-            tokenizer=GPT2Tokenizer() if sizes["vocab_size"] == TOKENS else None,
+            tokenizer=tokenizer_beside(file.path) or (GPT2Tokenizer() if sizes["vocab_size"] == TOKENS else None),
         )
 
     @staticmethod

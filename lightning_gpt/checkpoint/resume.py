@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_gpt.checkpoint.base import Checkpoint
+from lightning_gpt.config import UserError
+from lightning_gpt.models import GPTModule
 from lightning_gpt.sharding import shard_like, write_parameter
 
 
@@ -152,3 +154,24 @@ def _write_master(parameter: Tensor, full: Tensor, key: str | None = None) -> No
         parameter._z3_optimizer.set_local_hp_param(mine, parameter, key)
     elif getattr(parameter, "_hp_mapping", None) is not None:
         parameter.set_full_hp_param(full, key)
+
+
+def require_resumable(checkpoint: Checkpoint, module: GPTModule, *, max_steps: int) -> None:
+    """Checks that a run can go on from a checkpoint.
+
+    Raises:
+        UserError: It does not fit the module, is weights alone, or is at the end of the run already.
+    """
+    checkpoint.require_fit(module)
+    row, have, want = module.implementation, checkpoint.model_config, module.model_config
+    for name in ("n_head", "gelu") if row.gpt2 else ():  # which no shape shows
+        said, theirs = want.get(name), have.get(name, getattr(row.load(row.config), name, None))
+        if said is not None and theirs is not None and said != theirs:
+            raise UserError(f"--{name} {said} contradicts {checkpoint.path}, whose {name} is {theirs}; say the same")
+    if not checkpoint.has_optimizer:
+        raise UserError(f"{checkpoint.path} holds weights alone; start from it with --init_from")
+    for name, parameter in module.model.named_parameters():
+        if parameter.requires_grad and not checkpoint.was_trained(name):
+            raise UserError(f"{checkpoint.path} did not train {name}; resume it with --freeze_embeddings")
+    if checkpoint.step >= max_steps:
+        raise UserError(f"{checkpoint.path} is at step {checkpoint.step} of {max_steps} already; raise --max_steps")

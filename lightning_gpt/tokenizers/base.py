@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,7 @@ class Tokenizer(ABC):
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         """The text of some token ids.
 
-        Bytes that are not UTF-8 (a sample may end inside a character) become U+FFFD.
+        Bytes that are not UTF-8 (a sample may end inside a character) and unused ids of the vocabulary become U+FFFD.
 
         Raises:
             UserError: An id is not in the vocabulary.
@@ -102,14 +103,17 @@ class Tokenizer(ABC):
         array = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), dtype=np.int64)
         outside = array[(array < 0) | (array >= self.vocab_size)]
         if outside.size:
-            raise self._unknown(int(outside[0]))
+            raise UserError(
+                f"token {outside[0]} is not in the {self.name} tokenizer's vocabulary of {self.vocab_size}: "
+                "the model was trained with another tokenizer"
+            )
         return array
 
-    def _unknown(self, token: int) -> UserError:
-        return UserError(
-            f"token {token} is not in the {self.name} tokenizer's vocabulary of {self.vocab_size}: "
-            "the model was trained with another tokenizer, or too little to avoid unused ids"
-        )
+
+def around_gaps(tokens: list[int], is_known: Callable[[int], bool], decode: Callable[[list[int]], str]) -> str:
+    """The text of tokens, with U+FFFD for an id that the vocabulary leaves unused, which a model may draw as well."""
+    runs = ((known, list(run)) for known, run in itertools.groupby(tokens, is_known))
+    return "".join(decode(run) if known else "\ufffd" * len(run) for known, run in runs)
 
 
 def as_text(data: bytes, *, source: str, offset: int = 0) -> str:

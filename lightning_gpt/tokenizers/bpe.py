@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from lightning_gpt.config import UserError
-from lightning_gpt.tokenizers.base import Tokenizer, as_text
+from lightning_gpt.tokenizers.base import Tokenizer, around_gaps, as_text
 from lightning_gpt.tokenizers.tables import keep_tables, load_encoding
 
 # An encoding splits a text into pieces by a regular expression, left to right and without looking back, and encodes
@@ -103,8 +104,8 @@ class TiktokenTokenizer(Tokenizer):
         tokens = self._checked(ids).tolist()
         try:
             return encoding.decode(tokens, errors="replace")
-        except KeyError:  # a gap in the vocabulary
-            raise self._unknown(next(token for token in tokens if not _is_known(encoding, token))) from None
+        except KeyError:
+            return around_gaps(tokens, partial(_is_known, encoding), partial(encoding.decode, errors="replace"))
 
     def cut(self, data: bytes, start: int) -> int | None:
         """At the newline between two lines, the second of which begins with a visible ASCII character."""

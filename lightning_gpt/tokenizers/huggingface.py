@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lightning_gpt.config import UserError
-from lightning_gpt.tokenizers.base import Tokenizer, as_text, without_surrogates
+from lightning_gpt.tokenizers.base import Tokenizer, around_gaps, as_text, without_surrogates
 from lightning_gpt.tokenizers.bpe import CUT_BEFORE_NEWLINE, cut_where
 
 _ENDS_OF_TEXT = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
@@ -95,10 +95,8 @@ class HuggingFaceTokenizer(Tokenizer):
         """
         tokenizer = _load(self.text)
         tokens = self._checked(ids).tolist()
-        for token in tokens:
-            if tokenizer.id_to_token(token) is None:  # a gap in the vocabulary, which the library leaves out
-                raise self._unknown(token)
-        return tokenizer.decode(tokens, skip_special_tokens=False)
+        decode = functools.partial(tokenizer.decode, skip_special_tokens=False)
+        return around_gaps(tokens, lambda token: tokenizer.id_to_token(token) is not None, decode)
 
     def cut(self, data: bytes, start: int) -> int | None:
         """As GPT-2's where the file splits as GPT-2 does; otherwise nowhere, and a text is encoded in one piece."""
