@@ -26,17 +26,16 @@ from lightning_gpt.config import (
     EvaluateOptions,
     ModelOptions,
     OptimOptions,
-    Option,
     PrepareOptions,
     RunOptions,
     SampleOptions,
     TrainConfig,
     TrainerOptions,
     UserError,
-    options_of,
 )
 from lightning_gpt.data.tasks import find_task
 from lightning_gpt.implementations import flag_options, get_implementation
+from lightning_gpt.options import Option, options_of
 
 GROUPS: dict[str, type] = {
     "model": ModelOptions,

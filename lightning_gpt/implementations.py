@@ -21,7 +21,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lightning_gpt.config import SIZES, Option, UserError, options_in_file, options_of
+from lightning_gpt.config import SIZES, UserError
+from lightning_gpt.options import Option, options_in_file, options_of
 
 if TYPE_CHECKING:
     from torch import nn
