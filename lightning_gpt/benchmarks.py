@@ -74,7 +74,7 @@ class Tax:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything measured, and its medians, in plain types."""
-        paths = {name: _spread(timing.ms_per_step) | asdict(timing) for name, timing in self.paths.items()}
+        paths = {name: spread(timing.ms_per_step) | asdict(timing) for name, timing in self.paths.items()}
         model = MODEL | {"implementation": "nanogpt", "block_size": BLOCK_SIZE, "vocab_size": VOCAB_SIZE}
         return {
             "benchmark": "tax",
@@ -84,7 +84,7 @@ class Tax:
             "model": model,
             "batch_size": BATCH_SIZE,
             "paths": paths,
-            "ratio": _spread(self.ratios) | {"rounds": self.ratios},
+            "ratio": spread(self.ratios) | {"rounds": self.ratios},
             "machine": self.machine,
         }
 
@@ -138,8 +138,7 @@ def measure_tax(*, rounds: int = 7, steps: int = 100, threads: int | None = None
                     _record(tax.paths[name], run, config, device, steps)
     finally:
         torch.set_num_threads(before)
-    if json:
-        Path(json).write_text(dumps(tax.to_dict(), indent=2) + "\n", encoding="utf-8")
+    write_result(json, tax.to_dict())
     return tax
 
 
@@ -153,7 +152,14 @@ def require_writable(json: str | None) -> None:
         raise UserError(f"--json {json} cannot be written: name a file in a folder that can")
 
 
-def _spread(values: list[float]) -> dict[str, float]:
+def write_result(json: str | None, result: dict[str, Any]) -> None:
+    """Writes a result as JSON where that was asked for."""
+    if json:
+        Path(json).write_text(dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """What is told of the rounds of a measurement."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 

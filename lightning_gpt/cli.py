@@ -244,7 +244,8 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
     Raises:
         UserError: The command line or a YAML file is wrong.
     """
-    options = [o for cls in GROUPS.values() for o in options_of(cls)]
+    groups = {title: options_of(cls) for title, cls in GROUPS.items()}
+    options = [o for group in groups.values() for o in group]
     argv = _complete(list(sys.argv[1:] if argv is None else argv), options)
     from_files, known = _first_pass(argv)
     saved: dict[str, Any] = {}
@@ -282,8 +283,8 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
     task = find_task(data)
     task_options = options_of(task) if task else []
     parser = _parser("Train a GPT. Every option is a flag, or a line of a YAML file.")
-    for title, cls in GROUPS.items():
-        _add(parser, options_of(cls), title)
+    for title, group in groups.items():
+        _add(parser, group, title)
         if title == "model":
             _add(parser, model_options, f"model: fields of {row.name}'s own config")
         if title == "data" and task:

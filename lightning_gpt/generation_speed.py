@@ -2,18 +2,16 @@
 
 import contextlib
 import importlib.util
-import json as json_format
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_gpt.benchmarks import machine_facts, require_writable
+from lightning_gpt.benchmarks import machine_facts, require_writable, write_result
 from lightning_gpt.checkpoint.gpt2 import gpt2_config, is_transposed
 from lightning_gpt.config import UserError
 from lightning_gpt.generation import GenerationSettings
@@ -189,8 +187,7 @@ def measure_generation(
         torch.set_num_threads(before)
     machine = machine_facts(torch.device("cpu"), threads or before) | {"transformers": _transformers_version()}
     speeds = Speeds(row.name, rounds, recompute_steps, cases, machine)
-    if json:
-        Path(json).write_text(json_format.dumps(speeds.to_dict(), indent=2) + "\n", encoding="utf-8")
+    write_result(json, speeds.to_dict())
     return speeds
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lightning_gpt.benchmarks import machine_facts, require_writable
+from lightning_gpt.benchmarks import machine_facts, require_writable, write_result
 from lightning_gpt.checkpoint import open_checkpoint
 from lightning_gpt.cli import parse_train
 from lightning_gpt.config import TrainerOptions, UserError
@@ -213,8 +213,7 @@ def measure_parity(
             found += deviations(name, folder=Path(folder), **settings)
     device = torch.device("cuda" if accelerator == "gpu" else "cpu")
     parity = Parity(found, steps, devices, machine_facts(device, torch.get_num_threads()))
-    if json:
-        Path(json).write_text(dumps(asdict(parity), indent=2) + "\n", encoding="utf-8")
+    write_result(json, asdict(parity))
     return parity
 
 

@@ -5,14 +5,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from json import dumps
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from lightning_gpt.benchmarks import machine_facts, require_writable
+from lightning_gpt.benchmarks import machine_facts, require_writable, spread, write_result
 from lightning_gpt.config import UserError
 from lightning_gpt.data.corpora import find_corpus
 from lightning_gpt.data.encoding import UNIT_BYTES
@@ -51,10 +50,7 @@ class PrepareSpeed:
             "megabytes": self.megabytes,
             "workers": self.workers,
             "machine": self.machine,
-        } | {
-            name: {"median": statistics.median(v), "min": min(v), "max": max(v), "rounds": v}
-            for name, v in measured.items()
-        }
+        } | {name: spread(values) | {"rounds": values} for name, values in measured.items()}
 
     def table(self) -> str:
         """The same for people."""
@@ -119,8 +115,7 @@ def measure_prepare(
                 run()
                 speeds[name].append(size / (time.perf_counter() - started))
     speed = PrepareSpeed(size, workers, speeds, machine)
-    if json:
-        Path(json).write_text(dumps(speed.to_dict(), indent=2) + "\n", encoding="utf-8")
+    write_result(json, speed.to_dict())
     return speed
 
 

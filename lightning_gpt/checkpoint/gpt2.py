@@ -110,10 +110,9 @@ def fields_from_gpt2(row: Implementation, config: dict[str, Any], *, source: str
     for name, value in sizes.items():
         if type(value) is not int or value < 1:
             raise UserError(f"{source}: {name} is {value!r}, it must be a positive whole number")
+    traits = traits_from_gpt2(config, source=source)
     try:
-        fields = row.gpt2.fields(traits_from_gpt2(config, source=source))
-    except UserError:
-        raise
+        fields = row.gpt2.fields(traits)
     except ValueError as error:
         raise UserError(f"{source} does not fit --implementation {row.name}: {error}") from error
     return fields | {"block_size" if name == "n_positions" else name: value for name, value in sizes.items()}

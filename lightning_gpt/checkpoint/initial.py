@@ -149,9 +149,10 @@ def _embedding_name(module: GPTModule) -> str:
 def describe(weights: AdaptedCheckpoint, *, name: str) -> str:
     """What was loaded and how it was fitted, in a line."""
     source = weights.source
-    elements = sum(source.stored[source._stored_as(known, source.stored)].numel() for known in source.names())
+    layout = source.layout()
+    elements = sum(tensor.numel() for tensor in layout.values())
     have, want = source.model_config, weights.model_config
-    parts = [f"{len(source.names())} tensors, {elements:,} parameters"]
+    parts = [f"{len(layout)} tensors, {elements:,} parameters"]
     if weights.implementation != source.implementation:
         parts.append(f"as {weights.implementation}")
     if want["block_size"] != have["block_size"]:
