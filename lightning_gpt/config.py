@@ -29,7 +29,7 @@ class ModelOptions:
     """Which model is built. Fields of the implementation's own config become further flags of this group."""
 
     implementation: str = "mingpt"
-    """mingpt, nanogpt, or package.module:Class for a model of your own"""
+    """mingpt, nanogpt, moderngpt, or package.module:Class for a model of your own"""
     model_type: str | None = None
     """a preset of sizes, gpt-nano to gpt2-4xl; single sizes given beside it replace the preset's (default: gpt-micro
     unless all of n_layer, n_head and n_embd are given)"""
@@ -345,7 +345,7 @@ class GenerateOptions:
     batch_sizes: str = "1,8"
     """how many texts are written together; several numbers, separated by commas, for one table each"""
     implementation: str = "nanogpt"
-    """mingpt or nanogpt"""
+    """mingpt, nanogpt or moderngpt"""
     rounds: int = 5
     """how often each way is measured, in turns"""
     recompute_steps: int = 8

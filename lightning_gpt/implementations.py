@@ -1,4 +1,4 @@
-"""The registry of model implementations: what a model must offer, and the rows of the built-in two.
+"""The registry of model implementations: what a model must offer, and the rows of those built in.
 
 A model is a class ``Model(config)`` with ``forward(idx, targets=None) -> (logits, loss or None)``: ``idx`` and
 ``targets`` are ``(B, T)`` int64, a target of -1 is ignored, and the loss is the mean over the other targets.
@@ -108,6 +108,59 @@ def _nanogpt_fields(traits: GPT2Traits) -> dict[str, Any]:
     return {"gelu": traits.gelu, "bias": traits.bias}
 
 
+@dataclass(frozen=True)
+class HuggingFaceForm:
+    """How a model is written for transformers, where an architecture of theirs computes exactly the same.
+
+    Attributes:
+        config: Their ``config.json``, tokens aside.
+        names: Parts of our parameters' names, and what stands there in theirs; all that occur are replaced.
+    """
+
+    config: dict[str, Any]
+    names: dict[str, str]
+
+    def rename(self, name: str) -> str:
+        """Their name of a parameter of ours."""
+        for ours, theirs in self.names.items():
+            name = name.replace(ours, theirs)
+        return name
+
+
+def _nanochat(fields: dict[str, Any]) -> HuggingFaceForm:
+    """moderngpt as transformers' NanoChat, which has neither windows nor embeddings for pairs of tokens."""
+    for name in ("window", "bigram"):
+        if fields[name]:
+            raise ValueError(f"no architecture of Hugging Face's has what --{name} {fields[name]} does")
+    config = {
+        "architectures": ["NanoChatForCausalLM"],
+        "model_type": "nanochat",
+        "vocab_size": fields["vocab_size"],
+        "hidden_size": fields["n_embd"],
+        "intermediate_size": 4 * fields["n_embd"],
+        "num_hidden_layers": fields["n_layer"],
+        "num_attention_heads": fields["n_head"],
+        "num_key_value_heads": fields["n_kv_head"] or fields["n_head"],
+        "max_position_embeddings": fields["block_size"],
+        "final_logit_softcapping": fields["softcap"],
+        "attention_dropout": fields["dropout"],
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "tie_word_embeddings": False,
+    }
+    names = {
+        "transformer.wte.": "model.embed_tokens.",
+        "transformer.h.": "model.layers.",
+        ".attn.c_proj.": ".self_attn.o_proj.",
+        ".attn.c_q.": ".self_attn.q_proj.",
+        ".attn.c_k.": ".self_attn.k_proj.",
+        ".attn.c_v.": ".self_attn.v_proj.",
+        ".mlp.c_fc.": ".mlp.fc1.",
+        ".mlp.c_proj.": ".mlp.fc2.",
+    }
+    return HuggingFaceForm(config, names)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Implementation:
     """One row of the registry.
@@ -121,6 +174,8 @@ class Implementation:
         presets: Where to find the named sizes, as ``module:NAME``.
         decays: ``(module, parameter name) -> bool``, whether weight decay applies.
         gpt2: How it is translated to GPT-2 and back, where it has GPT-2's layout.
+        hugging_face: From the complete fields of its config to another architecture of theirs that is the same model;
+            ValueError where there is none.
     """
 
     name: str
@@ -131,6 +186,7 @@ class Implementation:
     presets: str | None = None
     decays: Callable[["nn.Module", str], bool] = decay_matrices
     gpt2: GPT2Layout | None = None
+    hugging_face: Callable[[dict[str, Any]], HuggingFaceForm] | None = None
     builtin: bool = field(default=False, repr=False)
 
     def load(self, name: str) -> Any:
@@ -170,6 +226,10 @@ class Implementation:
         """
         given = {k: v for k, v in fields.items() if v is not None}
         return (self.sizes(model_type) if model_type else {}) | given
+
+    def complete(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """Config fields with the config's own defaults for those that are left out."""
+        return {f.name: f.default for f in dataclasses.fields(self.load(self.config))} | fields
 
     @property
     def initialises_by_apply(self) -> bool:
@@ -221,6 +281,14 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
             gpt2=GPT2Layout(
                 traits=lambda fields: GPT2Traits(gelu=fields["gelu"], bias=fields["bias"]), fields=_nanogpt_fields
             ),
+            builtin=True,
+        ),
+        Implementation(
+            name="moderngpt",
+            module="moderngpt.model",
+            presets="mingpt.model:PRESETS",
+            decays=decay_linear,
+            hugging_face=_nanochat,
             builtin=True,
         ),
     )

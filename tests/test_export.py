@@ -51,7 +51,7 @@ def logits(checkpoint: Path, idx: torch.Tensor, vocab_size: int) -> torch.Tensor
 def assert_opens_in_hf(folder: Path, checkpoint: Path) -> torch.nn.Module:
     model, report = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(report.values()), report
-    idx = torch.randint(model.config.vocab_size, (2, model.config.n_positions))
+    idx = torch.randint(model.config.vocab_size, (2, model.config.max_position_embeddings))
     with torch.no_grad():
         theirs = model.eval()(idx).logits
     torch.testing.assert_close(theirs, logits(checkpoint, idx, model.config.vocab_size), atol=1e-4, rtol=0)
@@ -76,6 +76,26 @@ def test_hf_gives_the_same_logits(saved_model, export, name):
     # What the file says of the end of texts is not GPT-2's, which a vocabulary of 5 does not have.
     assert model.generate(torch.zeros(1, 2, dtype=torch.long), max_new_tokens=3, do_sample=False).shape == (1, 5)
     assert model.config.eos_token_id is None
+
+
+@pytest.mark.parametrize("fields", [{}, {"n_kv_head": 1, "softcap": 3.0, "vocab_padding": 5}], ids=["plain", "all"])
+def test_moderngpt_is_nanochat(saved_model, export, fields):
+    checkpoint = saved_model("moderngpt", **fields)
+    folder, _ = export(checkpoint, "hf")
+    model = assert_opens_in_hf(folder, checkpoint)
+    assert isinstance(model, transformers.NanoChatForCausalLM) and model.config.vocab_size == 5
+    assert len(transformers.AutoTokenizer.from_pretrained(folder)) == 5
+
+
+@pytest.mark.parametrize("flag", ["--window 4", "--bigram 25"])
+def test_what_nanochat_is_not(saved_model, export, evaluation_refused, tmp_path, flag):
+    name, number = flag.removeprefix("--").split()
+    checkpoint = saved_model("moderngpt", vocab_padding=3, **{name: int(number)})
+    flags = (f"--checkpoint={checkpoint}", "--export=hf", f"--out={tmp_path / 'hf'}")
+    evaluation_refused(*flags, mentions=[checkpoint, flag, "--export safetensors"])
+    folder, _ = export(checkpoint, "safetensors")
+    idx = torch.randint(5, (2, 12))
+    torch.testing.assert_close(logits(folder, idx, 5), logits(checkpoint, idx, 5))
 
 
 def test_hf_keeps_the_precision(saved_model, export):

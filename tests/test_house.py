@@ -9,7 +9,7 @@ import pytest
 
 REPO = Path(__file__).parent.parent
 ENTRY_POINTS = sorted(REPO.glob("*.py"))
-MODELS = ("mingpt", "nanogpt")
+MODELS = ("mingpt", "nanogpt", "moderngpt")
 LIBRARY = sorted(p for room in ("lightning_gpt", *MODELS) for p in (REPO / room).rglob("*.py"))
 CODE = [*ENTRY_POINTS, *LIBRARY]
 HEAVY = {"deepspeed", "transformers", "tiktoken", "tokenizers", "datasets", "pyarrow", "zstandard", "huggingface_hub"}

@@ -87,10 +87,11 @@ GPT = [f"--n_layer={N_LAYER}", "--n_head=2", "--n_embd=64"]
 MODELS = {
     "mingpt": ["--implementation=mingpt", *GPT, *(f"--{part}_pdrop=0" for part in ("embd", "resid", "attn"))],
     "nanogpt": ["--implementation=nanogpt", *GPT],
+    "moderngpt": ["--implementation=moderngpt", *GPT, "--bigram=501", "--window=7", "--n_kv_head=1"],
     "mine": ["--implementation=mine:Mine"],
     "applied": ["--implementation=mine:Applied"],
 }
-RECOMPUTED = ["mingpt", "nanogpt", "mine"]
+RECOMPUTED = ["mingpt", "nanogpt", "moderngpt", "mine"]
 RUNS = {
     **MODELS,
     **{f"{name} recompute": [*MODELS[name], "--recompute"] for name in RECOMPUTED},
@@ -320,7 +321,7 @@ def test_initial_weights_have_the_standard_deviation_of_the_closed_form(under, s
 @every_row
 @pytest.mark.parametrize("model", MODELS)
 def test_tied_weights_are_one_parameter(under, strategy, model):
-    head = {"mingpt": set(), "nanogpt": {"lm_head.weight", "transformer.wte.weight"}}
+    head = {"mingpt": set(), "moderngpt": set(), "nanogpt": {"lm_head.weight", "transformer.wte.weight"}}
     assert all(seen.ties == head.get(model, {"head.weight", "tokens.weight"}) for seen in under(strategy)[model])
 
 
@@ -328,6 +329,8 @@ def decays(model, name):
     """By name alone, what the implementations' rules come to."""
     if model == "mingpt":
         return name.endswith("weight") and not any(part in name for part in (".ln_", "wte", "wpe"))
+    if model == "moderngpt":
+        return "wte" not in name and "bigram" not in name
     return name.endswith(("weight", "places")) and ".ln_" not in name
 
 

@@ -32,7 +32,7 @@ from lightning_gpt.checkpoint.canonical import (
 from lightning_gpt.checkpoint.gpt2 import gpt2_config, gpt2_traits, is_transposed
 from lightning_gpt.checkpoint.hf_tokenizer import tokenizer_config, tokenizer_json
 from lightning_gpt.config import UserError
-from lightning_gpt.implementations import get_implementation
+from lightning_gpt.implementations import Implementation, get_implementation
 from lightning_gpt.tokenizers import CharTokenizer, Tokenizer
 
 MANIFEST = "lightning_gpt_export.txt"
@@ -134,9 +134,29 @@ def _pt(checkpoint: Checkpoint, folder: Path) -> Files:
 
 
 def _hf(checkpoint: Checkpoint, folder: Path) -> Files:
-    """A folder that ``AutoModelForCausalLM`` opens as a GPT-2, and ``AutoTokenizer`` with the same tokens."""
-    config = gpt2_config(get_implementation(checkpoint.implementation), checkpoint.model_config)
-    stored = checkpoint.layout()
+    """A folder that ``AutoModelForCausalLM`` opens as the same model, and ``AutoTokenizer`` with the same tokens."""
+    row = get_implementation(checkpoint.implementation)
+    config, entries, read = (_as_gpt2 if row.hugging_face is None else _renamed)(row, checkpoint)
+    tokenizer = checkpoint.tokenizer
+    # Said also where there is none: Hugging Face's own defaults are GPT-2's.
+    config |= dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.end_of_text if tokenizer else None)
+    config["torch_dtype"] = str(next(iter(entries.values())).dtype).removeprefix("torch.")
+    files: Files = {CONFIG: _json(config), WEIGHTS: partial(write_safetensors, entries=entries, read=read)}
+    if tokenizer is None:
+        print(f"{checkpoint.path} does not know its tokenizer: AutoTokenizer cannot open the export", file=sys.stderr)
+        return files
+    text = tokenizer_json(tokenizer)
+    beside = tokenizer_config(tokenizer, text, block_size=checkpoint.model_config["block_size"])
+    files["tokenizer.json"] = lambda path: path.write_text(text, encoding="utf-8")
+    return files | {"tokenizer_config.json": _json(beside)}
+
+
+# Their config, their weights' shapes by their names, and what reads one of them.
+_Translated = tuple[dict[str, Any], dict[str, Tensor], Callable[[str], Tensor]]
+
+
+def _as_gpt2(row: Implementation, checkpoint: Checkpoint) -> _Translated:
+    config, stored = gpt2_config(row, checkpoint.model_config), checkpoint.layout()
     entries: dict[str, Tensor] = {}
     for name, tensor in stored.items():
         bias = name.removesuffix("weight") + "bias"
@@ -149,18 +169,23 @@ def _hf(checkpoint: Checkpoint, folder: Path) -> Files:
             return torch.zeros_like(entries[name], device="cpu")
         return checkpoint.weight(name).t() if is_transposed(name) else checkpoint.weight(name)
 
-    tokenizer = checkpoint.tokenizer
-    # Said also where there is none: Hugging Face's own defaults are GPT-2's.
-    config |= dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.end_of_text if tokenizer else None)
-    config["torch_dtype"] = str(stored["transformer.wte.weight"].dtype).removeprefix("torch.")
-    files: Files = {CONFIG: _json(config), WEIGHTS: partial(write_safetensors, entries=entries, read=read)}
-    if tokenizer is None:
-        print(f"{checkpoint.path} does not know its tokenizer: AutoTokenizer cannot open the export", file=sys.stderr)
-        return files
-    text = tokenizer_json(tokenizer)
-    beside = tokenizer_config(tokenizer, text, block_size=checkpoint.model_config["block_size"])
-    files["tokenizer.json"] = lambda path: path.write_text(text, encoding="utf-8")
-    return files | {"tokenizer_config.json": _json(beside)}
+    return config, entries, read
+
+
+def _renamed(row: Implementation, checkpoint: Checkpoint) -> _Translated:
+    try:
+        form = row.hugging_face(row.complete(checkpoint.model_config))
+    except ValueError as error:
+        raise UserError(
+            f"--export hf cannot express {checkpoint.path}: {error}; use --export safetensors or pt"
+        ) from error
+    stored = checkpoint.layout()
+    names = {form.rename(name): name for name in stored}
+    return (
+        form.config,
+        {theirs: stored[ours] for theirs, ours in names.items()},
+        lambda name: checkpoint.weight(names[name]),
+    )
 
 
 def _nanogpt(checkpoint: Checkpoint, folder: Path) -> Files:

@@ -4,7 +4,6 @@ Names are those of ``transformers.GPT2LMHeadModel``, which minGPT and nanoGPT sh
 ``config.json`` of ``model_type: gpt2``.
 """
 
-import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
@@ -130,8 +129,7 @@ def gpt2_traits(row: Implementation, fields: dict[str, Any]) -> GPT2Traits:
     """
     if row.gpt2 is None:
         raise UserError(f"--implementation {row.name} does not have GPT-2's layout, so it cannot be expressed as one")
-    defaults = {f.name: f.default for f in dataclasses.fields(row.load(row.config))}
-    return row.gpt2.traits(defaults | fields)
+    return row.gpt2.traits(row.complete(fields))
 
 
 def gpt2_config(row: Implementation, fields: dict[str, Any]) -> dict[str, Any]:

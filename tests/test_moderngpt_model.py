@@ -1,0 +1,175 @@
+"""Behaviour of moderngpt.model, with transformers' NanoChat as the independent reference."""
+
+import math
+
+import pytest
+import torch
+from transformers import NanoChatConfig, NanoChatForCausalLM
+
+from moderngpt.model import GPT, GPTConfig
+
+L, H, C, V, S = 3, 4, 32, 61, 16
+
+
+def model_of(**fields) -> GPT:
+    """A model in eval mode whose every weight is random, so that every term shows in the logits."""
+    sizes = {"n_layer": L, "n_head": H, "n_embd": C, "vocab_size": V, "block_size": S}
+    model = GPT(GPTConfig(**(sizes | fields)))
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=draw) * 0.3)
+    return model.eval()
+
+
+def tokens(B: int = 3, T: int = S) -> torch.Tensor:
+    return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def logits_of(model: GPT, idx: torch.Tensor) -> torch.Tensor:
+    return model(idx, idx)[0]
+
+
+THEIRS = {
+    "transformer.wte.": "model.embed_tokens.",
+    "transformer.h.": "model.layers.",
+    "attn.c_proj": "self_attn.o_proj",
+    "attn.c_q": "self_attn.q_proj",
+    "attn.c_k": "self_attn.k_proj",
+    "attn.c_v": "self_attn.v_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+
+
+@pytest.mark.parametrize("n_kv_head", [None, 2, 1])
+@pytest.mark.parametrize("softcap", [15.0, 2.0])
+def test_matches_transformers(n_kv_head, softcap):
+    model = model_of(n_kv_head=n_kv_head, softcap=softcap)
+    reference = NanoChatForCausalLM(
+        NanoChatConfig(
+            vocab_size=V,
+            hidden_size=C,
+            intermediate_size=4 * C,
+            num_hidden_layers=L,
+            num_attention_heads=H,
+            num_key_value_heads=n_kv_head or H,
+            max_position_embeddings=S,
+            final_logit_softcapping=softcap,
+        )
+    ).eval()
+    weights = model.state_dict()
+    for ours, theirs in THEIRS.items():
+        weights = {name.replace(ours, theirs): w for name, w in weights.items()}
+    reference.load_state_dict(weights)
+    idx = tokens()
+    with torch.no_grad():
+        expected = reference(idx, labels=idx)
+        logits, _ = model(idx)
+    torch.testing.assert_close(logits_of(model, idx), expected.logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits, expected.logits[:, -1:], atol=1e-5, rtol=0)
+    assert logits.abs().max() < softcap < 20 * logits.abs().max()
+
+
+def test_the_loss_leaves_out_targets_of_minus_one():
+    model, idx = model_of(), tokens()
+    targets = idx.roll(-1, 1)
+    targets[:, -3:] = -1
+    logits, loss = model(idx, targets)
+    expected = -torch.log_softmax(logits[:, :-3], -1).gather(-1, targets[:, :-3, None]).mean()
+    torch.testing.assert_close(loss, expected)
+
+
+def test_initial_weights():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=2, n_head=H, n_embd=256, vocab_size=4096, block_size=S, bigram=5000))
+    _, loss = model(tokens(), tokens())
+    assert loss.item() == pytest.approx(math.log(4096), rel=1e-6)  # the head is zero
+    for name, p in model.named_parameters():
+        if name.endswith("c_proj.weight") or name == "lm_head.weight":
+            assert not p.any()
+        elif "h." in name:
+            assert p.std().item() == pytest.approx(256**-0.5, rel=0.02)
+        else:
+            assert p.std().item() == pytest.approx(0.02, rel=0.02)
+
+
+@pytest.mark.parametrize("window", [1, 4, S, S + 9])
+def test_a_window_hides_what_is_further_back(window):
+    """Of five layers the first three have it, the fourth and the last see all."""
+    model, idx = model_of(n_layer=5, window=window), tokens(1)
+    seen: dict[int, torch.Tensor] = {}
+    for layer, block in enumerate(model.transformer.h):
+        block.register_forward_hook(lambda _, inputs, out, layer=layer: seen.update({layer: out - inputs[0]}))
+    logits_of(model, idx)
+    before = dict(seen)
+    other = idx.clone()
+    other[0, 3] = (other[0, 3] + 1) % V
+    logits_of(model, other)
+    changed = [(before[layer] != seen[layer]).any(-1)[0].nonzero()[:, 0].tolist() for layer in range(5)]
+    reach = [min(S, 3 + window + layer * (window - 1)) for layer in range(3)]
+    assert changed == [*(list(range(3, end)) for end in reach), list(range(3, S)), list(range(3, S))]
+
+
+@pytest.mark.parametrize("padding", [0, 7])
+def test_a_pair_has_its_row(padding):
+    """Changing one row of the table changes the text from the pair's second token on, and no other text."""
+    model = model_of(vocab_size=V + padding, vocab_padding=padding, bigram=V * V)
+    idx = torch.arange(S)[None] * 3
+    before, first = logits_of(model, idx), logits_of(model, idx[:, 5:])
+    with torch.no_grad():
+        model.transformer.bigram.weight[idx[0, 4] * V + idx[0, 5]] += 1
+    after = logits_of(model, idx)
+    changed = (before != after).any(-1)[0]
+    assert not changed[:5].any() and changed[5:].all()
+    assert torch.equal(logits_of(model, idx[:, 5:]), first)  # at the beginning it is no pair's second
+
+
+def test_pairs_share_the_rows_of_a_small_table():
+    model = model_of(bigram=10)
+    assert torch.isfinite(logits_of(model, tokens())).all() and model.transformer.bigram.weight.shape == (10, C)
+
+
+@pytest.mark.parametrize("fields", [{}, {"window": 5, "bigram": 97, "n_kv_head": 2}], ids=["plain", "all"])
+def test_it_cannot_see_the_future(fields):
+    model, idx = model_of(**fields), tokens(1)
+    other = idx.clone()
+    other[0, 9] = (other[0, 9] + 1) % V
+    changed = (logits_of(model, idx) != logits_of(model, other)).any(-1)[0]
+    assert not changed[:9].any() and changed[9:].all()
+
+
+def test_it_reads_further_than_it_was_trained():
+    short, long = model_of(), model_of(block_size=2 * S)
+    assert short.extends_context
+    long.load_state_dict(short.state_dict())
+    idx = tokens(2, 2 * S)
+    torch.testing.assert_close(logits_of(long, idx)[:, :S], logits_of(short, idx[:, :S]), atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match=f"{2 * S} is longer than block_size={S}"):
+        short(idx)
+
+
+def test_dropout_acts_in_training_alone():
+    model, idx = model_of(dropout=0.5), tokens()
+    expected = logits_of(model_of(), idx)
+    assert torch.equal(logits_of(model, idx), expected)
+    assert not torch.equal(logits_of(model.train(), idx), expected)
+
+
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        ({"n_embd": 36}, "n_embd=36 is not divisible by twice n_head=4"),
+        ({"n_kv_head": 3}, "n_head=4 is not divisible by n_kv_head=3"),
+        ({"n_kv_head": -1}, "n_kv_head must be at least 1"),
+        ({"n_layer": 0}, "n_layer must be at least 1"),
+        ({"window": -1}, "window must not be negative"),
+        ({"bigram": -1}, "bigram must not be negative"),
+        ({"softcap": 0.0}, "softcap must be above 0"),
+        ({"vocab_padding": V}, "vocab_padding must be from 0"),
+    ],
+)
+def test_bad_sizes(fields, said):
+    with pytest.raises(ValueError, match=said):
+        model_of(**fields)
