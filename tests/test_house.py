@@ -43,7 +43,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": _FIRST | {"callbacks", "evaluation", "planning", "sampling"},
     "generation_speed": _FIRST | {"benchmarks", "generation"},
     "benchmarks": _FIRST | {"cli", "training"},
-    "time_to_loss": _FIRST | {"benchmarks", "cli"},
+    "time_to_loss": _FIRST | {"benchmarks", "cli", "learning_curves"},
+    "learning_curves": {"benchmarks"},
     "throughput": {"benchmarks", "data", "tokenizers"},
 }
 
