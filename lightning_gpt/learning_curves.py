@@ -40,7 +40,7 @@ class Trained:
     """The runs of a row.
 
     Attributes:
-        flags: What ``train.py`` got, but for the data, the folder and the seed.
+        flags: What ``train.py`` got, besides the data, the folder and the seed.
         curves: A run of each seed.
     """
 

@@ -17,7 +17,7 @@ from lightning_gpt.learning_curves import Curve, TimeToLoss, Trained, read_resul
 from lightning_gpt.models import GPTModule
 
 TRIAL_STEPS = 10
-_EVERY_RUN = "--devices=1 --logger=none --sample_tokens=0 --trainer.enable_progress_bar=false"
+_EVERY_RUN = "--devices=1 --eval_batches=0 --logger=none --sample_tokens=0 --trainer.enable_progress_bar=false"
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,14 @@ def _measure(
     shared, device = RECIPES[recipe], torch.device(RECIPES[recipe].device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--recipe {recipe} trains on a GPU and none is found here; give --recipe cpu")
-    flags = {name: [*_EVERY_RUN.split(), *shared.flags.split(), *row.flags.split()] for name, row in rows.items()}
+    flags = {
+        name: [
+            *f"{_EVERY_RUN} {shared.flags} {row.flags}".split(),
+            f"--max_steps={row.steps}",
+            f"--eval_interval={row.eval_interval}",
+        ]
+        for name, row in rows.items()
+    }
     for own in flags.values():  # all of them, before the first is tried
         parse_train(own)
     before = torch.get_num_threads()
@@ -228,11 +235,10 @@ def _measure(
             trial = [f"--max_steps={TRIAL_STEPS}", f"--eval_interval={TRIAL_STEPS}", "--eval_batches=1"]
             _run([*flags[name], *trial, f"--data={data}"], _Recorder(Curve(RunOptions.seed)))
         for seed in range(RunOptions.seed, RunOptions.seed + seeds):
-            for name, row in rows.items():
+            for name in rows:
                 curve = Curve(seed)
-                length = [f"--max_steps={row.steps}", f"--eval_interval={row.eval_interval}", "--eval_batches=0"]
                 recorder = _Recorder(curve)
-                _run([*flags[name], *length, f"--data={data}", f"--seed={seed}"], recorder)
+                _run([*flags[name], f"--data={data}", f"--seed={seed}"], recorder)
                 found.val_tokens = recorder.val_tokens
                 found.rows[name].curves.append(curve)
                 said = f"{name}, seed {seed}: loss {curve.losses[-1]:.4f} after {curve.seconds[-1]:.1f} s of training"
