@@ -6,7 +6,14 @@ from dataclasses import asdict
 from importlib import import_module
 
 from lightning_gpt.cli import parse_options, reporting_errors
-from lightning_gpt.config import GenerateOptions, ParityOptions, PrepareSpeedOptions, TaxOptions, UserError
+from lightning_gpt.config import (
+    GenerateOptions,
+    ParityOptions,
+    PrepareSpeedOptions,
+    TaxOptions,
+    TimeToLossOptions,
+    UserError,
+)
 
 # Options, what measures, and what is measured.
 BENCHMARKS = {
@@ -14,6 +21,7 @@ BENCHMARKS = {
     "parity": (ParityOptions, "parity:measure_parity", "losses and weights under every strategy, to a single process"),
     "prepare": (PrepareSpeedOptions, "throughput:measure_prepare", "speed of prepare.py, to tiktoken's batch encoder"),
     "generate": (GenerateOptions, "generation_speed:measure_generation", "new tokens per second, and the floor of it"),
+    "time_to_loss": (TimeToLossOptions, "time_to_loss:measure_time_to_loss", "steps and seconds to nanoGPT's loss"),
 }
 
 
@@ -23,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     name, *rest = (sys.argv[1:] if argv is None else argv) or [""]
     if name in ("-h", "--help"):
         print("usage: bench.py NAME [--help]\n")
-        print("\n".join(f"{name:10}{what}" for name, (*_, what) in BENCHMARKS.items()))
+        print("\n".join(f"{name:14}{what}" for name, (*_, what) in BENCHMARKS.items()))
         return
     if name not in BENCHMARKS:
         raise UserError(f"there is no benchmark {name!r}; choose one of {', '.join(BENCHMARKS)}")

@@ -118,9 +118,7 @@ def measure_tax(*, rounds: int = 7, steps: int = 100, threads: int | None = None
     Raises:
         UserError: A count is not positive, or the file cannot be written.
     """
-    for name, value in (("rounds", rounds), ("steps", steps), ("threads", threads)):
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value} leaves nothing to measure; give a positive number")
+    require_positive(rounds=rounds, steps=steps, threads=threads)
     require_writable(json)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     before = torch.get_num_threads()
@@ -142,14 +140,25 @@ def measure_tax(*, rounds: int = 7, steps: int = 100, threads: int | None = None
     return tax
 
 
-def require_writable(json: str | None) -> None:
-    """Checks the file for the result before anything is measured.
+def require_positive(**counts: int | None) -> None:
+    """Checks options that count what is measured; one that is not given may be None.
+
+    Raises:
+        UserError: One of them is below 1.
+    """
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value} leaves nothing to measure; give a positive number")
+
+
+def require_writable(file: str | None, *, flag: str = "json") -> None:
+    """Checks the file for a result before anything is measured.
 
     Raises:
         UserError: It cannot be written.
     """
-    if json and (Path(json).is_dir() or not os.access(Path(json).resolve().parent, os.W_OK)):
-        raise UserError(f"--json {json} cannot be written: name a file in a folder that can")
+    if file and (Path(file).is_dir() or not os.access(Path(file).resolve().parent, os.W_OK)):
+        raise UserError(f"--{flag} {file} cannot be written: name a file in a folder that can")
 
 
 def write_result(json: str | None, result: dict[str, Any]) -> None:
@@ -261,10 +270,14 @@ class _ClockCallback(Callback):
         self.clock.step_ended(trainer.global_step, pl_module.step_loss)
 
 
-def _through_trainer(config: TrainConfig, clock: _Clock) -> None:
-    """The whole of ``train.py``; the progress bar is on, but its text goes nowhere."""
+def train_unseen(config: TrainConfig, callback: Callback) -> None:
+    """The whole of ``train.py``, but what it writes to the terminal goes nowhere."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        train(config, callbacks=[_ClockCallback(clock)])
+        train(config, callbacks=[callback])
+
+
+def _through_trainer(config: TrainConfig, clock: _Clock) -> None:
+    train_unseen(config, _ClockCallback(clock))
 
 
 def _hand_written(config: TrainConfig, clock: _Clock) -> None:

@@ -357,6 +357,32 @@ class GenerateOptions:
 
 
 @dataclass(frozen=True)
+class TimeToLossOptions:
+    """What is trained to see how soon it has learnt, and where the numbers go."""
+
+    data: str = "data/shakespeare_char"
+    """tiny Shakespeare, as a text file or as token files (default: what `prepare.py shakespeare_char --out
+    data/shakespeare_char` writes)"""
+    recipe: str = "cpu"
+    """nanoGPT's settings that all rows share: cpu (4/4/128, block 64, batch 12, 2000 steps) or gpu (6/6/384, block 256,
+    batch 64, 5000 steps)"""
+    rows: str | None = None
+    """names of rows, separated by commas, the first being what the others are compared with (default: all)"""
+    seeds: int = 3
+    """how many runs of each row"""
+    steps: int | None = None
+    """optimizer steps of the longest rows, the others shortened alike, for a trial (default: the recipe's)"""
+    threads: int | None = None
+    """threads that torch computes with (default: torch's own choice)"""
+    json: str | None = None
+    """also write the result, curves included, to this file"""
+    plot: str | None = None
+    """also draw the curves into this PNG file"""
+    from_file: str | None = None
+    """show an earlier result, of --json, in place of training (also --from)"""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One resolved training run: the option groups, and the fields of the model's own config and of the task."""
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightning_gpt.benchmarks import machine_facts, require_writable, spread, write_result
+from lightning_gpt.benchmarks import machine_facts, require_positive, require_writable, spread, write_result
 from lightning_gpt.config import UserError
 from lightning_gpt.data.corpora import find_corpus
 from lightning_gpt.data.encoding import UNIT_BYTES
@@ -88,9 +88,7 @@ def measure_prepare(
     Raises:
         UserError: Nothing to measure, GPT-2's tables cannot be had, or a file cannot be read or written.
     """
-    for name, value in (("rounds", rounds), ("megabytes", megabytes), ("workers", workers)):
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value} leaves nothing to measure; give a positive number")
+    require_positive(rounds=rounds, megabytes=megabytes, workers=workers)
     require_writable(json)
     import tiktoken
 

@@ -13,7 +13,7 @@ MODELS = ("mingpt", "nanogpt", "moderngpt")
 LIBRARY = sorted(p for room in ("lightning_gpt", *MODELS) for p in (REPO / room).rglob("*.py"))
 CODE = [*ENTRY_POINTS, *LIBRARY]
 HEAVY = {"deepspeed", "transformers", "tiktoken", "tokenizers", "datasets", "pyarrow", "zstandard", "huggingface_hub"}
-HEAVY.add("lm_eval")
+HEAVY |= {"lm_eval", "matplotlib"}
 
 # Rooms of lightning_gpt, each with those that it may import besides `config` and itself; a folder is one room.
 _FIRST = {"implementations", "compilation", "optim", "strategies", "tokenizers", "models", "checkpoint", "data"}
@@ -43,6 +43,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": _FIRST | {"callbacks", "evaluation", "planning", "sampling"},
     "generation_speed": _FIRST | {"benchmarks", "generation"},
     "benchmarks": _FIRST | {"cli", "training"},
+    "time_to_loss": _FIRST | {"benchmarks", "cli", "learning_curves"},
+    "learning_curves": {"benchmarks"},
     "throughput": {"benchmarks", "data", "tokenizers"},
 }
 

@@ -1,0 +1,198 @@
+"""``bench.py time_to_loss`` trains as ``train.py`` does, times that alone, and says when a loss was reached."""
+
+import builtins
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import bench
+import evaluate
+import train
+from lightning_gpt import time_to_loss
+from lightning_gpt.cli import parse_train
+from lightning_gpt.learning_curves import Curve, TimeToLoss, Trained
+from lightning_gpt.models import GPTModule
+from lightning_gpt.time_to_loss import RECIPES, Recipe, Row
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+ON_OTHER_BRANCHES = ("muon", "moderngpt")
+ROWS = [(recipe, name) for recipe in RECIPES for name in RECIPES[recipe].rows]
+TINY = "--accelerator=cpu --implementation=nanogpt --n_layer=1 --n_head=1 --n_embd=16 --block_size=16 --batch_size=4"
+MACHINE = {"hardware": "a CPU", "cores": 2, "threads": 1, "torch": "2", "lightning": "2", "python": "3"}
+
+
+@pytest.fixture
+def tiny_rows(monkeypatch):
+    """In place of the CPU recipe: a slow row, and a fast one that is half as long and validated twice as often."""
+    rows = {"slow": Row("--learning_rate=1e-4", 80, 20), "fast": Row("--learning_rate=1e-2", 40, 10)}
+    monkeypatch.setitem(RECIPES, "cpu", Recipe(TINY, "cpu", rows))
+
+
+def _result(rows, *, goal=None) -> TimeToLoss:
+    curves = {name: Trained([], [Curve(seed, *run) for seed, run in enumerate(runs)]) for name, runs in rows.items()}
+    return TimeToLoss("python bench.py time_to_loss", "cpu", goal, 99, MACHINE, curves)
+
+
+@pytest.mark.usefixtures("tiny_rows")
+def test_a_run_is_that_of_train_py(text_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    files = ["--json=found.json", "--plot=found.png"]
+    bench.main(["time_to_loss", f"--data={text_file}", "--steps=8", "--seeds=2", "--threads=1", *files])
+    said = capsys.readouterr()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["found.json", "found.png"]
+    found = json.loads(Path("found.json").read_text(encoding="utf-8"))
+    slow, fast = (found["rows"][name]["curves"] for name in ("slow", "fast"))
+    assert [(c["seed"], c["steps"]) for c in slow] == [(1337, [2, 4, 6, 8]), (1338, [2, 4, 6, 8])]
+    assert [(c["seed"], c["steps"]) for c in fast] == [(1337, [1, 2, 3, 4]), (1338, [1, 2, 3, 4])]
+    for curve in slow + fast:
+        assert 0 < curve["seconds"][0] and curve["seconds"] == sorted(curve["seconds"])
+    assert found["target"] == pytest.approx((slow[0]["losses"][-1] + slow[1]["losses"][-1]) / 2)
+    assert found["machine"].keys() >= {"hardware", "threads", "torch"} and "--steps 8" in found["command"]
+    assert said.out.startswith("row") and f"steps to {found['target']:.3f}" in said.out
+    turns = [line.partition(":")[0] for line in said.err.splitlines() if "seed" in line]
+    assert turns == [f"{name}, seed {seed}" for seed in (1337, 1338) for name in ("slow", "fast")]
+
+    # The same run by train.py, and its loss by evaluate.py in batches of another size.
+    alone = [*TINY.split(), "--learning_rate=1e-4", "--max_steps=8", "--seed=1338", f"--data={text_file}"]
+    train.main([*alone, "--out_dir=alone", "--logger=none", "--sample_tokens=0"])
+    evaluate.main(["--checkpoint=alone", "--which=last", "--accelerator=cpu", "--json=score.json"])
+    score = json.loads(Path("score.json").read_text(encoding="utf-8"))
+    assert slow[1]["losses"][-1] == pytest.approx(score["loss"], abs=1e-5)
+    assert found["val_tokens"] == score["tokens"]
+
+    capsys.readouterr()
+    bench.main(["time_to_loss", "--from=found.json", "--plot=again.png"])
+    assert capsys.readouterr().out == said.out
+    for picture in ("found.png", "again.png"):
+        content = Path(picture).read_bytes()
+        assert content.startswith(b"\x89PNG\r\n") and len(content) < 100_000
+
+
+@pytest.mark.usefixtures("tiny_rows")
+def test_seconds_are_of_training_alone(text_file, tmp_path, monkeypatch):
+    def slower(name, seconds):
+        plain = getattr(GPTModule, name)
+
+        def slow(*args, **kwargs):
+            time.sleep(seconds)
+            return plain(*args, **kwargs)
+
+        monkeypatch.setattr(GPTModule, name, slow)
+
+    slower("training_step", 0.05)
+    slower("setup", 0.6)
+    for name in ("on_validation_epoch_start", "on_validation_epoch_end", "on_save_checkpoint"):
+        slower(name, 0.15)
+    out = tmp_path / "found.json"
+    bench.main(["time_to_loss", f"--data={text_file}", "--rows=slow", "--steps=8", "--seeds=1", f"--json={out}"])
+    [curve] = json.loads(out.read_text(encoding="utf-8"))["rows"]["slow"]["curves"]
+    assert curve["steps"] == [2, 4, 6, 8]
+    assert all(seconds >= 0.05 * step for step, seconds in zip(curve["steps"], curve["seconds"], strict=True))
+    assert curve["seconds"][-1] < 8 * 0.05 + 0.5
+
+
+def test_where_a_loss_is_reached():
+    first = [([10, 20], [1.0, 2.0], [3.0, 2.0]), ([10, 20], [2.0, 4.0], [2.0, 2.2])]
+    other = [([5, 10, 15], [0.5, 1.0, 1.5], [2.2, 2.1, 1.0]), ([5, 10, 15], [0.5, 1.0, 1.5], [2.3, 2.11, 2.2])]
+    found = _result({"first": first, "other": other})
+    assert found.target == pytest.approx(2.1)  # the mean of 2.0 and 2.2
+    assert found.reached("first") == [(20, 2.0), (20, 4.0)]  # at its end, though one seed has it before, one never
+    assert found.reached("other") == [(10, 1.0), None]
+    told = found.summary("other")
+    assert told["seeds_that_reached"] == 1 and told["last_loss"]["mean"] == pytest.approx(1.6)
+    assert told["steps_ratio"]["mean"] == 0.5 and told["seconds_ratio"]["mean"] == 0.5
+    assert (told["ms_per_step"]["min"], told["ms_per_step"]["max"]) == (pytest.approx(100), pytest.approx(100))
+    assert "other: 1 of 2 seeds reached 2.100" in found.table()
+
+
+def test_ratios_are_taken_seed_by_seed():
+    first = [([20], [2.0], [2.0]), ([20], [4.0], [2.0])]
+    other = [([10], [1.0], [1.9]), ([10], [3.0], [1.9])]
+    ratio = _result({"first": first, "other": other}).summary("other")["seconds_ratio"]
+    assert ratio == {"mean": 0.625, "median": 0.625, "min": 0.5, "max": 0.75}
+
+
+def test_a_fixed_goal_is_reached_or_not():
+    first = [([10, 20, 30], [1.0, 2.0, 3.0], [1.6, 1.46, 1.5])]  # overfits
+    found = _result({"first": first, "late": [([10], [1.0], [1.5])], "soon": [([4], [0.5], [1.47])]}, goal=1.47)
+    assert [found.reached(name) for name in found.rows] == [[(20, 2.0)], [None], [(4, 0.5)]]
+    assert found.summary("soon")["seconds_ratio"]["mean"] == 0.25
+    assert found.summary("late")["seconds_ratio"] is None
+    line = next(line for line in found.table().splitlines() if line.startswith("late"))
+    assert line.split()[1:] == ["1.500", "-", "-", "-", "-", "100.0"]
+
+
+@pytest.mark.parametrize("recipe, name", ROWS)
+def test_rows_are_runs_that_train_py_knows(recipe, name):
+    if any(word in name for word in ON_OTHER_BRANCHES):
+        pytest.skip("its flags come with another branch")
+    settings = RECIPES[recipe]
+    config = parse_train([*settings.flags.split(), *settings.rows[name].flags.split()])
+    yaml = {"cpu": "shakespeare_char_cpu.yaml", "gpu": "train_shakespeare_char.yaml"}[recipe]
+    known = parse_train([f"--config={CONFIGS / yaml}"])
+    sizes = ("n_layer", "n_head", "n_embd")
+    assert [config.model_fields[size] for size in sizes] == [known.model_fields[size] for size in sizes]
+    assert (config.model.block_size, config.data.batch_size) == (known.model.block_size, known.data.batch_size)
+    assert settings.rows[name].steps <= known.trainer.max_steps
+
+
+@pytest.mark.parametrize("recipe, yaml", [("cpu", "shakespeare_char_cpu.yaml"), ("gpu", "train_shakespeare_char.yaml")])
+def test_the_published_row_is_nanogpts(recipe, yaml):
+    settings = RECIPES[recipe]
+    config = parse_train([*settings.flags.split(), *settings.rows["nanogpt-published"].flags.split()])
+    rate = ["--learning_rate=1e-3", "--min_learning_rate=1e-4"]
+    known = parse_train([f"--config={CONFIGS / yaml}", *rate])
+    assert config.model == known.model and config.model_fields == known.model_fields and config.optim == known.optim
+    assert settings.rows["nanogpt-published"].steps == known.trainer.max_steps
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--recipe=tpu"], "--recipe tpu is unknown; choose one of cpu, gpu"),
+        (["--rows=nanogpt-adamw,gpt3"], "--rows gpt3 is unknown; choose of nanogpt-published, nanogpt-adamw"),
+        (["--seeds=0"], "--seeds 0"),
+        (["--steps=-1"], "--steps -1"),
+        (["--threads=0"], "--threads 0"),
+        (["--json=nowhere/found.json"], "--json nowhere/found.json cannot be written"),
+        (["--plot=nowhere/found.png"], "--plot nowhere/found.png cannot be written"),
+        (["--rows=nanogpt-published", "--data=nowhere.txt"], "--data nowhere.txt"),
+        (["--from=nowhere.json"], "--from nowhere.json: No such file"),
+        (["--from=README.md"], "--from README.md is not what --json of this benchmark wrote"),
+        (["--from=other.json"], "--from other.json is not what --json of this benchmark wrote"),
+    ],
+)
+def test_a_mistake_is_one_line(flags, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("README.md").write_text("no JSON", encoding="ascii")
+    Path("other.json").write_text('{"benchmark": "tax", "rounds": 7}', encoding="ascii")
+    _refused(flags, said, capsys)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "other.json"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_gpu_recipe_needs_a_gpu(capsys):
+    _refused(["--recipe=gpu", "--rows=nanogpt-published"], "--recipe gpu trains on a GPU", capsys)
+
+
+def test_without_matplotlib_nothing_is_trained(tmp_path, monkeypatch, capsys):
+    plain = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.partition(".")[0] == "matplotlib":
+            raise ModuleNotFoundError(name)
+        return plain(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setattr(time_to_loss, "train_unseen", None)
+    _refused([f"--plot={tmp_path / 'x.png'}"], "pip install -r requirements/bench.txt", capsys)
+
+
+def _refused(flags, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench.main(["time_to_loss", *flags])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and said in error and error.count("\n") == 1
