@@ -97,6 +97,7 @@ def generate_tokens(
         raise ValueError("a prompt needs at least one token")
     texts = [list(map(int, prompt)) for prompt in prompts]
     reader = _Reader(model, texts, block_size=block_size, room=settings.max_new_tokens, device=device)
+    linears = _linears(model, device)
     numbers = None if settings.greedy else _random_numbers(len(texts), settings)
     seen = None
     if settings.repetition_penalty != 1:
@@ -105,7 +106,7 @@ def generate_tokens(
             seen[row, text] = True
     rows = list(range(len(texts)))
     for step in range(settings.max_new_tokens):
-        with torch.no_grad(), _quick_linears(model, rows=len(rows), device=device):
+        with torch.no_grad(), _quick(linears, rows=len(rows)):
             logits = reader.logits(rows)[:, :vocab_size].float()  # (R, V)
             if seen is not None:
                 logits = penalise(logits, seen[rows].to(device), penalty=settings.repetition_penalty)
@@ -163,18 +164,23 @@ def _random_numbers(rows: int, settings: GenerationSettings) -> Tensor:
 
 
 @contextmanager
-def _quick_linears(model: nn.Module, *, rows: int, device: torch.device) -> Iterator[None]:
+def _quick(linears: Sequence[nn.Linear], *, rows: int) -> Iterator[None]:
     """Lets Linear layers take the product of few rows the quicker way round, where there is one."""
-    swapped = []
-    if rows in FEW_ROWS and torch.device(device).type == "cpu" and torch.backends.mkl.is_available():
-        swapped = [m for m in model.modules() if type(m) is nn.Linear and "forward" not in m.__dict__]
-    for linear in swapped:
-        linear.forward = partial(_linear, linear)
+    swapped = linears if rows in FEW_ROWS else ()
+    for linear in swapped:  # past its slow setattr
+        linear.__dict__["forward"] = partial(_linear, linear)
     try:
         yield
     finally:
         for linear in swapped:
-            del linear.forward
+            linear.__dict__.pop("forward", None)
+
+
+def _linears(model: nn.Module, device: torch.device) -> list[nn.Linear]:
+    """Those that have a quicker way round."""
+    if torch.device(device).type != "cpu" or not torch.backends.mkl.is_available():
+        return []
+    return [m for m in model.modules() if type(m) is nn.Linear and "forward" not in m.__dict__]
 
 
 def _linear(linear: nn.Linear, x: Tensor) -> Tensor:

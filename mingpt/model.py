@@ -91,7 +91,7 @@ class Cache:
     lengths: torch.Tensor | None = None
     """Tokens of each row (B,) where they differ: the first batch is then padded on the right, which no token sees."""
     length: int = 0  # of the longest row
-    layers: list[tuple[torch.Tensor, ...]] = field(default_factory=list)  # each (B, n_head, capacity, head_size)
+    layers: list[torch.Tensor] = field(default_factory=list)  # keys above values: (B, 2 n_head, capacity, head_size)
     mask: torch.Tensor | None = None  # what each row's next token sees (B, 1, 1, length), where rows differ
 
     def extend(self, T: int, device: torch.device) -> torch.Tensor:
@@ -105,16 +105,16 @@ class Cache:
         self.mask = (torch.arange(self.length, device=device) < self.lengths[:, None])[:, None, None]
         return self.lengths[:, None] - 1
 
-    def append(self, layer: int, *new: torch.Tensor) -> list[torch.Tensor]:
-        """Keep a layer's new keys and values, each (B, n_head, T, head_size), and return all that it has."""
+    def append(self, layer: int, new: torch.Tensor) -> torch.Tensor:
+        """Keep a layer's new keys and values (B, 2 n_head, T, head_size), and return all that it has."""
         if layer == len(self.layers):
-            self.layers.append(tuple(x.new_zeros(*x.shape[:2], self.capacity, x.size(3)) for x in new))
-        for kept, x in zip(self.layers[layer], new, strict=True):
-            if self.mask is None:
-                kept[:, :, self.length - x.size(2) : self.length] = x
-            else:
-                kept[torch.arange(len(x), device=x.device), :, self.lengths - 1] = x[:, :, 0]
-        return [kept[:, :, : self.length] for kept in self.layers[layer]]
+            self.layers.append(new.new_zeros(*new.shape[:2], self.capacity, new.size(3)))
+        kept = self.layers[layer]
+        if self.mask is None:
+            kept.narrow(2, self.length - new.size(2), new.size(2)).copy_(new)
+        else:
+            kept[torch.arange(len(new), device=new.device), :, self.lengths - 1] = new[:, :, 0]
+        return kept.narrow(2, 0, self.length)
 
     def last(self, x: torch.Tensor) -> torch.Tensor:
         """Each row's last token (B, 1, C) of what was just read (B, T, C)."""
@@ -124,7 +124,7 @@ class Cache:
 
     def keep(self, rows: list[int]) -> None:
         """Forget all rows but these."""
-        self.layers = [tuple(kept[rows] for kept in layer) for layer in self.layers]
+        self.layers = [kept[rows] for kept in self.layers]
         if self.lengths is not None:
             self.lengths = self.lengths[rows]
             self.length = int(self.lengths.max())
@@ -165,7 +165,7 @@ class CausalSelfAttention(nn.Module):
         heads = self.c_attn(x).view(B, T, 3 * self.n_head, self.head_size).transpose(1, 2)
         q, k, v = heads.split(self.n_head, dim=1)  # each (B, n_head, T, head_size)
         if cache is not None:
-            k, v = cache.append(layer, k, v)
+            k, v = cache.append(layer, heads.narrow(1, self.n_head, 2 * self.n_head)).chunk(2, dim=1)
         mask = None if cache is None else cache.mask
         if self.fused:
             p = self.attn_dropout.p if self.training else 0.0
