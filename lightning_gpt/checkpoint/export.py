@@ -133,9 +133,16 @@ def _pt(checkpoint: Checkpoint, folder: Path) -> Files:
     return {CONFIG: _json(describe(checkpoint)), STATE_DICT: lambda path: torch.save(checkpoint.state_dict(), path)}
 
 
+def _as_gpt2(checkpoint: Checkpoint) -> dict[str, Any]:
+    try:
+        return gpt2_config(get_implementation(checkpoint.implementation), checkpoint.model_config)
+    except UserError as error:
+        raise UserError(f"{checkpoint.path}: {error}; use --export safetensors or pt") from error
+
+
 def _hf(checkpoint: Checkpoint, folder: Path) -> Files:
     """A folder that ``AutoModelForCausalLM`` opens as a GPT-2, and ``AutoTokenizer`` with the same tokens."""
-    config = gpt2_config(get_implementation(checkpoint.implementation), checkpoint.model_config)
+    config = _as_gpt2(checkpoint)
     stored = checkpoint.layout()
     entries: dict[str, Tensor] = {}
     for name, tensor in stored.items():
@@ -165,6 +172,7 @@ def _hf(checkpoint: Checkpoint, folder: Path) -> Files:
 
 def _nanogpt(checkpoint: Checkpoint, folder: Path) -> Files:
     """A ``ckpt.pt`` that the original's sample.py reads, and with the optimizer's state its train.py, too."""
+    config = _as_gpt2(checkpoint)
     row = get_implementation(checkpoint.implementation)
     traits = gpt2_traits(row, checkpoint.model_config)
     lacks = ["the tanh GELU"] if traits.gelu != "exact" else []
@@ -180,7 +188,6 @@ def _nanogpt(checkpoint: Checkpoint, folder: Path) -> Files:
             f"--export nanogpt cannot express the {tokenizer.name} tokenizer of {checkpoint.path}: nanoGPT knows"
             f" {' and '.join(NANOGPT_TOKENIZERS)} only; use --export hf, safetensors or pt"
         )
-    config = gpt2_config(row, checkpoint.model_config)
     args = {name: config[name] for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
     args |= {"block_size": config["n_positions"], "bias": traits.bias}
     args["dropout"] = checkpoint.model_config.get("dropout", 0.0)
