@@ -125,8 +125,8 @@ def alibi_slopes(n_head: int, device: torch.device | None = None) -> torch.Tenso
 
 
 def alibi_bias(slopes: torch.Tensor, pos: torch.Tensor, S: int) -> torch.Tensor:
-    """Return what is added to scores of S keys (n_head, T, S) for queries at pos (T,), (B, n_head, T, S) for (B, T)."""
-    distance = (pos[..., None] - torch.arange(S, device=pos.device)).unsqueeze(-3)
+    """Return what is added to the scores of queries at pos, (T,) or (B, T), with S keys: (1 or B, n_head, T, S)."""
+    distance = (pos[..., None] - torch.arange(S, device=pos.device)).view(-1, 1, pos.size(-1), S)
     return (-slopes[:, None, None] * distance).masked_fill(distance < 0, -math.inf)
 
 
