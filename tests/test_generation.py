@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 MODELS = {
     f"{name}-{attention}": (name, attention, {}) for name in ("mingpt", "nanogpt") for attention in ("sdpa", "manual")
 }
-MODELS |= {f"alibi-{attention}": ("nanogpt", attention, {"position": "alibi"}) for attention in ("sdpa", "manual")}
+MODELS |= {f"alibi-{name}": ("nanogpt", name, {"position": "alibi", "n_layer": 3}) for name in ("sdpa", "manual")}
 
 
 def model_of(name, attention="sdpa", *, block_size=BLOCK, vocab_size=VOCAB, **fields):
