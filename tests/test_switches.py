@@ -224,8 +224,9 @@ def test_a_run_starts_from_weights_of_its_own_positions_alone(saved_model, tmp_p
     for block, word in ((6, "cropped"), (30, "extended")):
         train.main([*flags, *source, f"--block_size={block}", f"--out_dir={tmp_path / str(block)}"])
         assert f"block 12 {word} to {block}" in capsys.readouterr().out
-    err = refused(capsys, train.main, f"--resume={tmp_path / '6'}", "--max_steps=4", "--position=learned")
-    assert "--position learned contradicts" in err and "whose position is alibi" in err
+    for wrong, have in (("--position learned", "position is alibi"), ("--block_size 8", "block_size is 6")):
+        err = refused(capsys, train.main, f"--resume={tmp_path / '6'}", "--max_steps=4", *wrong.split())
+        assert f"{wrong} contradicts" in err and f"whose {have}" in err
 
 
 @pytest.mark.parametrize("flags", [ALIBI, [*ALIBI, "--attention=manual"], [*NANO, "--attention=manual"]], ids=" ".join)
