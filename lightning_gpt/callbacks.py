@@ -196,13 +196,14 @@ class FinalSample(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Samples while the model is still on its devices; on all ranks, since each may hold a share of the weights."""
         assert isinstance(pl_module, GPTModule)
-        text = complete(
-            pl_module,
-            tokenizer=self.tokenizer,
-            prompt=self.prompt,
-            max_new_tokens=self.max_new_tokens,
-            seed=self.seed,
-            top_k=self.top_k,
-        )
+        with trainer.precision_plugin.forward_context():
+            text = complete(
+                pl_module,
+                tokenizer=self.tokenizer,
+                prompt=self.prompt,
+                max_new_tokens=self.max_new_tokens,
+                seed=self.seed,
+                top_k=self.top_k,
+            )
         if trainer.is_global_zero:
             print(f"--- sample ---\n{text}\n--------------")

@@ -118,6 +118,8 @@ def evaluate(options: EvaluateOptions) -> Report | None:
     if options.lm_eval or options.lm_eval_include:
         _require_for_harness(options, devices)
     checkpoints = [_opened(path, options) for path in _named(options)]
+    for checkpoint in checkpoints:
+        checkpoint.compute_on(devices.device_type, devices.dtype)
     if options.lm_eval:
         report = Report([_harness_score(checkpoint, options, devices) for checkpoint in checkpoints])
     else:

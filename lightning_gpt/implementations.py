@@ -7,6 +7,10 @@ A model is a class ``Model(config)`` with ``forward(idx, targets=None) -> (logit
 A model whose weights do not depend on ``block_size`` and whose positions go on beyond it says so with an attribute
 ``extends_context = True`` or a property of that name; it can then be scored with a longer context than it was trained
 with.
+
+A model that cannot compute everywhere has a method ``refuses(device_type, dtype)``: None where it can, else the reason
+and the fields of its config with which the same weights mean the same there. Training refuses it before it begins;
+what was trained elsewhere is scored and sampled with those fields.
 """
 
 import dataclasses
@@ -25,6 +29,7 @@ from lightning_gpt.config import SIZES, UserError
 from lightning_gpt.options import Option, options_in_file, options_of
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 
@@ -73,11 +78,13 @@ class GPT2Traits:
         gelu: "tanh", as in the published GPT-2, or "exact".
         tied: Whether the head is the token embedding.
         bias: Whether Linear layers and norms have biases.
+        position: "learned", or what else an implementation has, which is then no GPT-2.
     """
 
     gelu: str = "tanh"
     tied: bool = True
     bias: bool = True
+    position: str = "learned"
 
 
 @dataclass(frozen=True)
@@ -279,7 +286,8 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
             module="nanogpt.model",
             presets="mingpt.model:PRESETS",
             gpt2=GPT2Layout(
-                traits=lambda fields: GPT2Traits(gelu=fields["gelu"], bias=fields["bias"]), fields=_nanogpt_fields
+                traits=lambda fields: GPT2Traits(**{name: fields[name] for name in ("gelu", "bias", "position")}),
+                fields=_nanogpt_fields,
             ),
             builtin=True,
         ),
@@ -293,6 +301,16 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         ),
     )
 }
+
+
+def refused_by(model: "nn.Module", *, device_type: str, dtype: "torch.dtype") -> tuple[str, dict[str, Any]]:
+    """Why a model cannot compute on a type of device in a type of numbers, and the config fields with which it can.
+
+    Returns:
+        An empty reason and no fields where nothing is against it.
+    """
+    refuses = getattr(model, "refuses", None)
+    return (refuses and refuses(device_type, dtype)) or ("", {})
 
 
 def get_implementation(name: str) -> Implementation:

@@ -348,7 +348,7 @@ class NanoGPT(GPTModule):
         weight_decay: See GPTModule for this and the further arguments.
         learning_rate: Peak learning rate.
         betas: AdamW's betas.
-        attention: "sdpa" or "manual".
+        attention: "sdpa", "flash" or "manual".
         gelu: "exact", or "tanh" as in GPT-2's weights.
         vocab_padding: How many tokens at the end of the vocabulary are never sampled.
         warmup_steps: Optimizer steps of linear warm-up.
@@ -357,6 +357,7 @@ class NanoGPT(GPTModule):
         compile: Whether, or with which backend or mode, blocks are compiled in place.
         recompute: Whether blocks compute their activations again in the backward pass.
         freeze_embeddings: Whether the token embeddings are not trained.
+        position: "learned" or "alibi".
     """
 
     def __init__(
@@ -381,6 +382,7 @@ class NanoGPT(GPTModule):
         compile: bool | str = False,
         recompute: bool = False,
         freeze_embeddings: bool = False,
+        position: str = "learned",
     ) -> None:
         config = get_implementation("nanogpt").resolve(
             model_type=model_type,
@@ -392,6 +394,7 @@ class NanoGPT(GPTModule):
             dropout=dropout,
             bias=bias,
             attention=attention,
+            position=position,
             gelu=gelu,
             vocab_padding=vocab_padding,
         )

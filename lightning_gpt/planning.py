@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_gpt.compilation import recompute_blocks
 from lightning_gpt.config import UserError
-from lightning_gpt.implementations import Implementation
+from lightning_gpt.implementations import Implementation, refused_by
 from lightning_gpt.models import GPTModule
 from lightning_gpt.strategies.memory import Memory, MemoryRules, Moment, StepTrace
 
@@ -126,7 +126,10 @@ def plan(
     implementation = module.implementation
     try:
         with FakeTensorMode():
-            model = _build(implementation, module.model_config, dtype=_dtypes(rules, precision)[1])
+            dtype = _dtypes(rules, precision)[1]
+            # It is counted on the CPU, where a kernel of GPUs gives way to one that keeps as much.
+            fields = module.model_config | refused_by(module.model, device_type="cpu", dtype=dtype)[1]
+            model = _build(implementation, fields, dtype=dtype)
             flops = flops_per_token(model, block_size=block_size)
             trace = trace_step(
                 model,

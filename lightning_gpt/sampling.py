@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TextIO
 
 import numpy as np
-import torch
 
 from lightning_gpt.checkpoint import ensure_canonical, find_checkpoint
 from lightning_gpt.config import SampleOptions, TrainerOptions, UserError
@@ -19,7 +18,6 @@ from lightning_gpt.models import GPTModule
 from lightning_gpt.strategies import find_devices
 from lightning_gpt.tokenizers import Tokenizer
 
-DTYPES = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32, "64": torch.float64}
 CUT_OFF = "\ufffd"  # what decoders make of bytes that are no character, such as the first ones of one
 
 
@@ -200,9 +198,8 @@ def write_samples(options: SampleOptions, *, out: TextIO) -> None:
     if tokenizer is None:
         raise UserError(f"{path} does not know its tokenizer")
     where = find_devices(TrainerOptions(accelerator=options.accelerator, precision=options.precision))
-    gpu = "cuda" if torch.cuda.is_available() else "mps"
-    dtype = DTYPES[where.precision.partition("-")[0]]
-    module = checkpoint.module().to(gpu if where.accelerator == "gpu" else "cpu", dtype).eval()
+    checkpoint.compute_on(where.device_type, where.dtype)
+    module = checkpoint.module().to(where.device_type, where.dtype).eval()
     tokens, seconds = 0, 0.0
     for number, prompt in enumerate(prompts):
         try:

@@ -26,7 +26,7 @@ from lightning_gpt.data.preparation import prepare
 from lightning_gpt.data.tasks import find_task
 from lightning_gpt.data.tasks.base import Task
 from lightning_gpt.data.token_files import is_token_folder
-from lightning_gpt.implementations import get_implementation
+from lightning_gpt.implementations import get_implementation, refused_by
 from lightning_gpt.models import FORMS, GPTModule
 from lightning_gpt.planning import flops_per_token, plan
 from lightning_gpt.sampling import encode_prompt
@@ -94,6 +94,9 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Path | 
     # A plain module has its weights at once, which a dry run must not have.
     form = "fsdp" if run.dry_run else strategy.form
     module = _module(config, strategy, form=form, vocabulary=(vocab_size, padding), max_steps=max_steps)
+    reason, fields = refused_by(module.model, device_type=where.device_type, dtype=where.dtype)
+    if reason:
+        raise UserError(f"{reason}; use {' '.join(f'--{name} {value}' for name, value in fields.items())}")
     if checkpoint:
         require_resumable(checkpoint, module, max_steps=max_steps)
     loaded, start_up = begin(run, module, weights)

@@ -1,16 +1,20 @@
-"""The nanoGPT language model: GPT-2 with tied embeddings, exact GELU and optional biases."""
+"""The nanoGPT language model: GPT-2 with tied embeddings, exact GELU and optional biases, or with ALiBi's positions."""
 
+import functools
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-ATTENTION_CHOICES = ("sdpa", "manual")
 # What nn.GELU calls each: nanoGPT has the exact one, GPT-2's weights were trained with the tanh approximation.
 GELU_CHOICES = {"exact": "none", "tanh": "tanh"}
+CHOICES = {"attention": ("sdpa", "flash", "manual"), "position": ("learned", "alibi"), "gelu": tuple(GELU_CHOICES)}
 # What Hugging Face calls them, and what else of a GPT-2 this model has no option for.
 GPT2_GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}
 GPT2_TRAITS = {
@@ -19,6 +23,7 @@ GPT2_TRAITS = {
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
 }
+compiled = functools.cache(torch.compile)  # of each function once, when it is first needed
 
 
 @dataclass
@@ -40,7 +45,9 @@ class GPTConfig:
     bias: bool = True
     """Whether linear layers and layer norms have a bias."""
     attention: str = "sdpa"
-    """Attention implementation: sdpa (fused) or manual (explicit formula)."""
+    """Attention implementation: sdpa (the best kernel), flash (that one or an error) or manual (the formula)."""
+    position: str = "learned"
+    """Where a token stands: learned embeddings, or alibi, which goes on beyond block_size."""
     gelu: str = "exact"
     """The MLP's activation: exact, or tanh as in GPT-2's weights."""
     vocab_padding: int = 0
@@ -109,22 +116,42 @@ class Cache:
             self.length = int(self.lengths.max())
 
 
+def alibi_slopes(n_head: int, device: torch.device | None = None) -> torch.Tensor:
+    """Return by how much each head's scores fall with each token's distance (n_head,): Press et al. 2022, as coded."""
+    n = 2 ** (n_head.bit_length() - 1)
+    # Where n_head is no power of two, every other slope of 2 n heads follows those of n.
+    head = torch.arange(1, n_head + 1, dtype=torch.float32, device=device)
+    return torch.exp2(torch.where(head > n, head - n - 0.5, head) * (-8 / n))
+
+
+def alibi_bias(slopes: torch.Tensor, pos: torch.Tensor, S: int) -> torch.Tensor:
+    """Return what is added to the scores of queries at pos, (T,) or (B, T), with S keys: (1 or B, n_head, T, S)."""
+    distance = (pos[..., None] - torch.arange(S, device=pos.device)).view(-1, 1, pos.size(-1), S)
+    return (-slopes[:, None, None] * distance).masked_fill(distance < 0, -math.inf)
+
+
+def flex_alibi(slopes: torch.Tensor, T: int) -> functools.partial:
+    """Return causal attention with ALiBi, of q, k and v (B, n_head, T, head_size), as a kernel that needs no bias."""
+
+    def fall(score: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
+        return score + slopes[h] * (j - i)
+
+    blocks = create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T, device=slopes.device)
+    return functools.partial(compiled(flex_attention), score_mod=fall, block_mask=blocks)
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head self-attention in which a position sees only itself and earlier ones."""
 
     def __init__(self, config: GPTConfig) -> None:
-        """Build the projections; ValueError on an indivisible n_embd or an unknown `attention`."""
+        """Build the projections; ValueError on an indivisible n_embd."""
         super().__init__()
         if config.n_embd % config.n_head != 0:
-            raise ValueError(
-                f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}; "
-                "choose a width that is a multiple of the number of heads"
-            )
-        if config.attention not in ATTENTION_CHOICES:
-            raise ValueError(f"unknown attention {config.attention!r}; choose one of: {', '.join(ATTENTION_CHOICES)}")
+            wrong = f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}"
+            raise ValueError(f"{wrong}; choose a width that is a multiple of the number of heads")
         self.n_head = config.n_head
         self.head_size = config.n_embd // config.n_head
-        self.fused = config.attention == "sdpa"
+        self.fused, self.flash = config.attention != "manual", config.attention == "flash"
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.c_proj.is_residual = True  # type: ignore[assignment]
@@ -136,22 +163,27 @@ class CausalSelfAttention(nn.Module):
         state_dict.pop(prefix + "bias", None)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def forward(self, x: torch.Tensor, cache: Cache | None = None, layer: int = 0) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cache: Cache | None = None, layer: int = 0, bias: Any = None) -> torch.Tensor:
         """Map (B, T, C) to (B, T, C), each position reading itself and earlier ones, those in the cache too."""
         B, T, C = x.shape
         heads = self.c_attn(x).view(B, T, 3 * self.n_head, self.head_size).transpose(1, 2)
         q, k, v = heads.split(self.n_head, dim=1)  # each (B, n_head, T, head_size)
         if cache is not None:
             k, v = cache.append(layer, heads.narrow(1, self.n_head, 2 * self.n_head)).chunk(2, dim=1)
-        mask = None if cache is None else cache.mask
-        if self.fused:
+        mask = cache.mask if bias is None and cache is not None else bias
+        if callable(mask):
+            y = mask(q, k, v)
+        elif self.fused:
             p = self.attn_dropout.p if self.training else 0.0
-            y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p, is_causal=cache is None or T > 1)
+            # The flash kernel takes no mask, which rows of different lengths have.
+            with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if self.flash and mask is None else nullcontext():
+                y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p, is_causal=mask is None and T > 1)
         else:
             scores = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(self.head_size))  # (B, n_head, T, S)
-            S = k.size(2)
-            future = torch.ones(T, S, dtype=torch.bool, device=x.device).triu(1 + S - T) if mask is None else ~mask
-            y = self.attn_dropout(F.softmax(scores.masked_fill(future, -math.inf), dim=-1)) @ v
+            if mask is None:
+                mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)
+            scores = scores + mask if mask.is_floating_point() else scores.masked_fill(~mask, -math.inf)
+            y = self.attn_dropout(F.softmax(scores, dim=-1)) @ v
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
@@ -183,9 +215,9 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd, config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, cache: Cache | None = None, layer: int = 0) -> torch.Tensor:
-        """Map (B, T, C) to (B, T, C); with a cache, this block is its `layer`."""
-        x = x + self.attn(self.ln_1(x), cache, layer)
+    def forward(self, x: torch.Tensor, cache: Cache | None = None, layer: int = 0, bias: Any = None) -> torch.Tensor:
+        """Map (B, T, C) to (B, T, C); with a cache, this block is its `layer`, and `bias` is ALiBi's."""
+        x = x + self.attn(self.ln_1(x), cache, layer, bias)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -193,7 +225,7 @@ class Transformer(nn.ModuleDict):
     """Everything below the output head, with the types of its entries."""
 
     wte: nn.Embedding
-    wpe: nn.Embedding
+    wpe: nn.Embedding  # of learned positions alone
     drop: nn.Dropout
     h: nn.ModuleList
     ln_f: LayerNorm
@@ -208,27 +240,27 @@ class GPT(nn.Module):
     new_cache = Cache
 
     def __init__(self, config: GPTConfig) -> None:
-        """Build and initialise the model; it keeps a copy of `config`.
-
-        Args:
-            config: Sizes and options of the model.
-
-        Raises:
-            ValueError: If a size is invalid, or `attention` or `gelu` is not a known choice.
-        """
+        """Build and initialise the model; it keeps a copy of `config`. ValueError on what makes no sense together."""
         super().__init__()
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             if getattr(config, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
         if not 0 <= config.vocab_padding < config.vocab_size:
             raise ValueError(f"vocab_padding must be from 0 to below vocab_size, got {config.vocab_padding}")
-        if config.gelu not in GELU_CHOICES:
-            raise ValueError(f"unknown gelu {config.gelu!r}; choose one of: {', '.join(GELU_CHOICES)}")
+        for name, choices in CHOICES.items():
+            if getattr(config, name) not in choices:
+                raise ValueError(f"unknown {name} {getattr(config, name)!r}; choose one of: {', '.join(choices)}")
+        self.extends_context = config.position == "alibi"  # positions go on beyond block_size
+        if config.attention == "flash" and self.extends_context:
+            raise ValueError("attention=flash cannot be had with position=alibi: that kernel takes no bias; use sdpa")
+        if config.attention == "flash" and config.n_embd > 256 * config.n_head:
+            raise ValueError("attention=flash cannot be had: that kernel takes heads of up to 256; use sdpa")
         config = self.config = replace(config)
+        wpe = {} if self.extends_context else {"wpe": nn.Embedding(config.block_size, config.n_embd)}
         self.transformer = Transformer(
             {
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
-                "wpe": nn.Embedding(config.block_size, config.n_embd),
+                **wpe,
                 "drop": nn.Dropout(config.dropout),
                 "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
                 "ln_f": LayerNorm(config.n_embd, config.bias),
@@ -255,6 +287,16 @@ class GPT(nn.Module):
             # to_empty() gives each module a parameter of its own, so a model built on meta has to be tied again.
             self.transformer.wte.weight = self.lm_head.weight
 
+    def refuses(self, device_type: str, dtype: torch.dtype) -> tuple[str, dict[str, Any]] | None:
+        """Say why it cannot compute on "cpu", "cuda", ... in a type, and the options that can; None where it can."""
+        fits = device_type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+        fits = fits and not (torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0))
+        if fits or self.config.attention != "flash":
+            return None
+        need = "a GPU (compute capability 8.0 or more) and 16 bits"
+        have = f"{str(dtype).removeprefix('torch.')} on {device_type}"
+        return f"attention=flash cannot be had: that kernel needs {need}, not {have}", {"attention": "sdpa"}
+
     @classmethod
     def from_pretrained(cls, name_or_path: str, **overrides: Any) -> "GPT":
         """The model with the weights of a GPT-2 of Hugging Face's, through their package transformers.
@@ -275,8 +317,7 @@ class GPT(nn.Module):
             raise ValueError(f"{', '.join(sorted(wrong))} cannot be overridden: the weights decide it")
         theirs = GPT2LMHeadModel.from_pretrained(name_or_path)
         said, weights = theirs.config, theirs.state_dict()
-        expected = GPT2_TRAITS | {"n_inner": 4 * said.n_embd if said.n_inner else None}
-        for name, value in expected.items():
+        for name, value in (GPT2_TRAITS | {"n_inner": 4 * said.n_embd if said.n_inner else None}).items():
             if getattr(said, name) != value:
                 raise ValueError(f"{name} of {name_or_path} is {getattr(said, name)!r}, and this model has {value!r}")
         if said.activation_function not in GPT2_GELU:
@@ -290,8 +331,7 @@ class GPT(nn.Module):
         # Their Conv1D keeps its weight as (in, out).
         turned = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
         model.load_state_dict({name: w.t() if name.endswith(turned) else w for name, w in weights.items()})
-        if block_size != said.n_positions:
-            model.crop_block_size(block_size)
+        model.crop_block_size(block_size)
         return model
 
     def crop_block_size(self, block_size: int) -> None:
@@ -299,21 +339,24 @@ class GPT(nn.Module):
         if not 1 <= block_size <= self.config.block_size:
             raise ValueError(f"block_size={block_size} must be from 1 to the present {self.config.block_size}")
         self.config.block_size = block_size
-        wpe = self.transformer.wpe
-        wpe.weight = nn.Parameter(wpe.weight[:block_size].detach().clone())
-        wpe.num_embeddings = block_size
+        if not self.extends_context:
+            wpe = self.transformer.wpe
+            wpe.weight = nn.Parameter(wpe.weight[:block_size].detach().clone())
+            wpe.num_embeddings = block_size
 
     def get_num_params(self, non_embedding: bool = True) -> int:
-        """Count parameters, the shared embedding once.
-
-        Args:
-            non_embedding: Leave out the position embedding; the token embedding counts, being the output head too.
-
-        Returns:
-            The number of parameters.
-        """
+        """Count parameters, the shared embedding once, and unless `non_embedding` is False no position embedding."""
         total = sum(p.numel() for p in self.parameters())
-        return total - self.transformer.wpe.weight.numel() if non_embedding else total
+        return total - self.transformer.wpe.weight.numel() if non_embedding and not self.extends_context else total
+
+    def _alibi(self, x: torch.Tensor, pos: torch.Tensor, S: int, dtype: torch.dtype) -> Any:
+        # Made once for all layers, in the type that they attend in, lest each of them keep a copy.
+        config, slopes = self.config, alibi_slopes(self.config.n_head, x.device)
+        # FlexAttention has no dropout and no float64, is slow where its blocks of 128 tokens are not full.
+        fits = x.is_cuda and dtype.itemsize < 8 and config.n_embd // config.n_head >= 16 and S % 128 == 0
+        if fits and config.attention == "sdpa" and pos.shape == (S,) and not (self.training and config.dropout):
+            return flex_alibi(slopes, S)
+        return alibi_bias(slopes, pos, S).to(dtype)
 
     def forward(
         self, idx: torch.Tensor, targets: torch.Tensor | None = None, *, cache: Cache | None = None
@@ -330,15 +373,21 @@ class GPT(nn.Module):
             row's last token (B, 1, vocab_size) and None.
 
         Raises:
-            ValueError: If T exceeds block_size, or what a cache takes.
+            ValueError: If T exceeds block_size, or what a cache takes, or the model `refuses` the device.
         """
         T = idx.size(1)
         if T > self.config.block_size:
             raise ValueError(f"sequence of length {T} is longer than block_size={self.config.block_size}")
         pos = torch.arange(T, device=idx.device) if cache is None else cache.extend(T, idx.device)
-        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))  # (B, T, C)
+        x = self.transformer.wte(idx)  # (B, T, C)
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        if refusal := self.refuses(device, dtype):
+            raise ValueError(refusal[0])
+        bias = self._alibi(x, pos, cache.length if cache else T, dtype) if self.extends_context else None
+        x = self.transformer.drop(x if self.extends_context else x + self.transformer.wpe(pos))
         for layer, block in enumerate(self.transformer.h):
-            x = block(x) if cache is None else block(x, cache, layer)
+            x = block(x, bias=bias) if cache is None else block(x, cache, layer, bias)
         if targets is None:
             x = x[:, -1:] if cache is None else cache.last(x)
             return self.lm_head(self.transformer.ln_f(x)), None

@@ -13,7 +13,10 @@ from lightning_gpt.implementations import get_implementation
 
 VOCAB, BLOCK = 37, 12
 CPU = torch.device("cpu")
-MODELS = [(name, attention) for name in ("mingpt", "nanogpt") for attention in ("sdpa", "manual")]
+MODELS = {
+    f"{name}-{attention}": (name, attention, {}) for name in ("mingpt", "nanogpt") for attention in ("sdpa", "manual")
+}
+MODELS |= {f"alibi-{name}": ("nanogpt", name, {"position": "alibi", "n_layer": 3}) for name in ("sdpa", "manual")}
 
 
 def model_of(name, attention="sdpa", *, block_size=BLOCK, vocab_size=VOCAB, **fields):
@@ -27,9 +30,10 @@ def model_of(name, attention="sdpa", *, block_size=BLOCK, vocab_size=VOCAB, **fi
     return model.eval()
 
 
-@pytest.fixture(scope="module", params=MODELS, ids="-".join)
+@pytest.fixture(scope="module", params=MODELS)
 def model(request):
-    return model_of(*request.param)
+    name, attention, fields = MODELS[request.param]
+    return model_of(name, attention, **fields)
 
 
 class Plain(nn.Module):

@@ -219,6 +219,7 @@ def test_config_fields_and_defaults():
         ("dropout", 0.0),
         ("bias", True),
         ("attention", "sdpa"),
+        ("position", "learned"),
         ("gelu", "exact"),
         ("vocab_padding", 0),
     ]
@@ -238,7 +239,10 @@ def test_config_is_copied():
     [
         ({"n_embd": 50}, "n_embd=50 is not divisible by n_head=4; choose a width that is a multiple"),
         ({"n_head": 0}, "n_head must be at least 1, got 0"),
-        ({"attention": "flash"}, "unknown attention 'flash'; choose one of: sdpa, manual"),
+        ({"attention": "best"}, "unknown attention 'best'; choose one of: sdpa, flash, manual"),
+        ({"position": "rotary"}, "unknown position 'rotary'; choose one of: learned, alibi"),
+        ({"attention": "flash", "position": "alibi"}, "attention=flash cannot be had with position=alibi: "),
+        ({"attention": "flash", "n_embd": 1028}, "attention=flash cannot be had: that kernel takes heads of up to 256"),
     ],
 )
 def test_refuses_bad_config(changes, message):

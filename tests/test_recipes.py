@@ -14,6 +14,7 @@ from lightning_gpt.cli import parse_evaluate, parse_train
 CONFIGS = Path(__file__).parent.parent / "configs"
 EVALUATIONS = sorted(CONFIGS.glob("eval_*.yaml"))
 TRAININGS = sorted(set(CONFIGS.glob("*.yaml")) - set(EVALUATIONS))
+FLASH = CONFIGS / "train_gpt2_flash.yaml"  # which a CPU does not run
 OFFLOADED = sorted(CONFIGS.glob("*_offload.yaml"))  # for 8 GPUs; tests/test_dry_run.py has them
 REDUCED = (
     "--n_layer=1 --n_head=1 --n_embd=8 --block_size=16 --batch_size=2 --max_steps=2 --eval_interval=2 --eval_batches=1"
@@ -46,7 +47,7 @@ def test_training_recipe_parses(recipe, small_gpt2):
     parse_train(_flags(recipe, small_gpt2))
 
 
-@pytest.mark.parametrize("recipe", sorted(set(TRAININGS) - set(OFFLOADED)), ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", sorted(set(TRAININGS) - {FLASH, *OFFLOADED}), ids=lambda path: path.stem)
 def test_training_recipe_runs_at_a_reduced_size(recipe, small_gpt2, text_file, tmp_path, capsys):
     reduced, data = REDUCED, [f"--data={text_file}", "--tokenizer=byte"]
     if parse_train(_flags(recipe, small_gpt2)).task_fields:  # has its own rows, of its own length
@@ -72,8 +73,20 @@ def test_evaluation_recipe(recipe, small_gpt2, text_file, tmp_path):
     assert json.loads(result.read_text())["loss"] == pytest.approx(math.log(256), abs=0.1)
 
 
-def test_gpt2_recipe_is_nanogpts():
-    config = parse_train([f"--config={CONFIGS / 'train_gpt2.yaml'}"])
+def test_flash_recipe_is_refused_without_a_gpu_and_planned_for_one(text_file, tmp_path, capsys):
+    flags = [f"--config={FLASH}", *REDUCED, f"--data={text_file}", "--tokenizer=byte", "--global_batch_tokens=64"]
+    with pytest.raises(SystemExit) as stop:
+        train.main([*flags, f"--out_dir={tmp_path / 'run'}"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: attention=flash cannot be had") and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+    train.main([*flags, "--accelerator=gpu", "--devices=1", "--precision=bf16", "--dry_run"])
+    assert "bf16-mixed, gpu" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["train_gpt2", "train_gpt2_alibi", "train_gpt2_flash"])
+def test_gpt2_recipes_are_nanogpts(name):
+    config = parse_train([f"--config={CONFIGS / name}.yaml"])
     optim = config.optim
     assert (optim.learning_rate, optim.min_learning_rate, optim.warmup_steps) == (6e-4, 6e-5, 2000)
     assert (optim.beta1, optim.beta2, optim.weight_decay, optim.lr_decay_steps) == (0.9, 0.95, 0.1, 600_000)

@@ -98,6 +98,7 @@ RUNS = {
     "dropout": [*MODELS["nanogpt"], "--dropout=0.2"],
     "dropout recompute": [*MODELS["nanogpt"], "--dropout=0.2", "--recompute"],
     "bf16": [*MODELS["nanogpt"], "--precision=bf16"],
+    "alibi": [*MODELS["nanogpt"], "--position=alibi"],
 }
 AUTO = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 FILES = {
@@ -347,7 +348,7 @@ def test_decay_groups(under, alone, strategy, model):
 
 
 @every_row
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [*MODELS, "alibi"])
 def test_trains_as_a_single_process_does(under, alone, strategy, model):
     """Three losses, and the weights after them, which show that decay and clipping have been applied as they should."""
     ranks = under(strategy)[model]

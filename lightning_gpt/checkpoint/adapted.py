@@ -96,6 +96,10 @@ class AdaptedCheckpoint(Checkpoint):
                 )
             return
         want, have = gpt2_traits(self._row, ours), gpt2_traits(self._theirs, theirs)
+        if want.position != have.position:
+            raise UserError(
+                f"{self.path} was trained with --position {have.position}, and --position {want.position} is another"
+            )
         if want.gelu != have.gelu:
             raise UserError(f"{self.path} was trained with the {have.gelu} GELU, and --gelu {want.gelu} is another")
         if have.bias and not want.bias:

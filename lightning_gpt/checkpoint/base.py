@@ -5,6 +5,7 @@ import copy
 import hashlib
 import pickle
 import re
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cached_property
@@ -12,10 +13,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 
 from lightning_gpt.config import UserError, cache_root
-from lightning_gpt.implementations import get_implementation
+from lightning_gpt.implementations import get_implementation, refused_by
 from lightning_gpt.models import GPTModule
 from lightning_gpt.tokenizers import Tokenizer, tokenizer_from_dict
 
@@ -207,6 +209,23 @@ class Checkpoint(ABC):
                 f"--block_size {block_size}: the positions of --implementation {self.implementation} end at the"
                 f" {self.model_config['block_size']} that {self.path} was trained with; give at most that"
             )
+        self._change(config)
+
+    def compute_on(self, device_type: str, dtype: torch.dtype) -> None:
+        """Goes on as a checkpoint of the same model with options that can compute there, and says so if it changes any.
+
+        Args:
+            device_type: "cpu", "cuda" or another.
+            dtype: Of its activations.
+        """
+        model = empty_model(self.implementation, model_config=self.model_config)
+        reason, fields = refused_by(model, device_type=device_type, dtype=dtype)
+        if reason:
+            self._change(self.model_config | fields)
+            options = " ".join(f"--{name} {value}" for name, value in fields.items())
+            rank_zero_only(print)(f"{self.path}: {reason}; computed with {options}", file=sys.stderr)
+
+    def _change(self, config: dict[str, Any]) -> None:
         self.header = self.header | {"hyper_parameters": self.header["hyper_parameters"] | {"model_config": config}}
 
     def require_fit(self, module: GPTModule) -> None:

@@ -32,7 +32,7 @@ from lightning_gpt.checkpoint.canonical import (
 from lightning_gpt.checkpoint.gpt2 import gpt2_config, gpt2_traits, is_transposed
 from lightning_gpt.checkpoint.hf_tokenizer import tokenizer_config, tokenizer_json
 from lightning_gpt.config import UserError
-from lightning_gpt.implementations import Implementation, get_implementation
+from lightning_gpt.implementations import get_implementation
 from lightning_gpt.tokenizers import CharTokenizer, Tokenizer
 
 MANIFEST = "lightning_gpt_export.txt"
@@ -133,10 +133,17 @@ def _pt(checkpoint: Checkpoint, folder: Path) -> Files:
     return {CONFIG: _json(describe(checkpoint)), STATE_DICT: lambda path: torch.save(checkpoint.state_dict(), path)}
 
 
+def _gpt2_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    try:
+        return gpt2_config(get_implementation(checkpoint.implementation), checkpoint.model_config)
+    except UserError as error:
+        raise UserError(f"{checkpoint.path}: {error}; use --export safetensors or pt") from error
+
+
 def _hf(checkpoint: Checkpoint, folder: Path) -> Files:
     """A folder that ``AutoModelForCausalLM`` opens as the same model, and ``AutoTokenizer`` with the same tokens."""
-    row = get_implementation(checkpoint.implementation)
-    config, entries, read = (_as_gpt2 if row.hugging_face is None else _renamed)(row, checkpoint)
+    is_gpt2 = get_implementation(checkpoint.implementation).hugging_face is None
+    config, entries, read = _as_gpt2(checkpoint) if is_gpt2 else _renamed(checkpoint)
     tokenizer = checkpoint.tokenizer
     # Said also where there is none: Hugging Face's own defaults are GPT-2's.
     config |= dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.end_of_text if tokenizer else None)
@@ -155,8 +162,8 @@ def _hf(checkpoint: Checkpoint, folder: Path) -> Files:
 _Translated = tuple[dict[str, Any], dict[str, Tensor], Callable[[str], Tensor]]
 
 
-def _as_gpt2(row: Implementation, checkpoint: Checkpoint) -> _Translated:
-    config, stored = gpt2_config(row, checkpoint.model_config), checkpoint.layout()
+def _as_gpt2(checkpoint: Checkpoint) -> _Translated:
+    config, stored = _gpt2_config(checkpoint), checkpoint.layout()
     entries: dict[str, Tensor] = {}
     for name, tensor in stored.items():
         bias = name.removesuffix("weight") + "bias"
@@ -172,7 +179,9 @@ def _as_gpt2(row: Implementation, checkpoint: Checkpoint) -> _Translated:
     return config, entries, read
 
 
-def _renamed(row: Implementation, checkpoint: Checkpoint) -> _Translated:
+def _renamed(checkpoint: Checkpoint) -> _Translated:
+    row = get_implementation(checkpoint.implementation)
+    assert row.hugging_face is not None
     try:
         form = row.hugging_face(row.complete(checkpoint.model_config))
     except ValueError as error:
@@ -190,6 +199,7 @@ def _renamed(row: Implementation, checkpoint: Checkpoint) -> _Translated:
 
 def _nanogpt(checkpoint: Checkpoint, folder: Path) -> Files:
     """A ``ckpt.pt`` that the original's sample.py reads, and with the optimizer's state its train.py, too."""
+    config = _gpt2_config(checkpoint)
     row = get_implementation(checkpoint.implementation)
     traits = gpt2_traits(row, checkpoint.model_config)
     lacks = ["the tanh GELU"] if traits.gelu != "exact" else []
@@ -205,7 +215,6 @@ def _nanogpt(checkpoint: Checkpoint, folder: Path) -> Files:
             f"--export nanogpt cannot express the {tokenizer.name} tokenizer of {checkpoint.path}: nanoGPT knows"
             f" {' and '.join(NANOGPT_TOKENIZERS)} only; use --export hf, safetensors or pt"
         )
-    config = gpt2_config(row, checkpoint.model_config)
     args = {name: config[name] for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
     args |= {"block_size": config["n_positions"], "bias": traits.bias}
     args["dropout"] = checkpoint.model_config.get("dropout", 0.0)

@@ -142,9 +142,11 @@ def gpt2_config(row: Implementation, fields: dict[str, Any]) -> dict[str, Any]:
         fields: The fields of its config, sizes included.
 
     Raises:
-        UserError: The implementation does not have GPT-2's layout.
+        UserError: The implementation does not have GPT-2's layout, or its positions are not learned.
     """
     traits = gpt2_traits(row, fields)
+    if traits.position != "learned":
+        raise UserError(f"a model with --position {traits.position} is no GPT-2, whose positions are learned")
     sizes = {name: fields["block_size" if name == "n_positions" else name] for name in _SIZES}
     sizes["vocab_size"] -= fields.get("vocab_padding", 0)
     activation = next(name for name, gelu in _GELU.items() if gelu == traits.gelu)

@@ -156,7 +156,8 @@ def describe(weights: AdaptedCheckpoint, *, name: str) -> str:
     if weights.implementation != source.implementation:
         parts.append(f"as {weights.implementation}")
     if want["block_size"] != have["block_size"]:
-        parts.append(f"block {have['block_size']} cropped to {want['block_size']}")
+        verb = "cropped" if want["block_size"] < have["block_size"] else "extended"
+        parts.append(f"block {have['block_size']} {verb} to {want['block_size']}")
     if want["vocab_size"] != have["vocab_size"]:
         verb = "padded" if want["vocab_size"] > have["vocab_size"] else "cut"
         parts.append(f"vocabulary {verb} to {want['vocab_size']:,}")

@@ -162,12 +162,14 @@ def require_resumable(checkpoint: Checkpoint, module: GPTModule, *, max_steps: i
     Raises:
         UserError: It does not fit the module, is weights alone, or is at the end of the run already.
     """
-    checkpoint.require_fit(module)
     row, have, want = module.implementation, checkpoint.model_config, module.model_config
-    for name in ("n_head", "gelu") if row.gpt2 else ():  # which no shape shows
+    # No shape shows these, or not always, or not in words that a user knows.
+    shared = ("n_head", "gelu", "position", "block_size")
+    for name in shared if row.gpt2 and row.name == checkpoint.implementation else ():
         said, theirs = want.get(name), have.get(name, getattr(row.load(row.config), name, None))
         if said is not None and theirs is not None and said != theirs:
             raise UserError(f"--{name} {said} contradicts {checkpoint.path}, whose {name} is {theirs}; say the same")
+    checkpoint.require_fit(module)
     if not checkpoint.has_optimizer:
         raise UserError(f"{checkpoint.path} holds weights alone; start from it with --init_from")
     for name, parameter in module.model.named_parameters():

@@ -8,6 +8,7 @@ import torch
 from lightning_gpt.config import TrainerOptions, UserError
 
 PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}
+DTYPES = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32, "64": torch.float64}
 LIGHTNING_PRECISIONS = ("16-mixed", "bf16-mixed", "32-true", "64-true", "16-true", "bf16-true")
 
 
@@ -26,6 +27,17 @@ class Devices:
     devices: int | str
     num_nodes: int
     precision: str
+
+    @property
+    def device_type(self) -> str:
+        """What torch calls such a device."""
+        gpu = "cuda" if torch.cuda.is_available() or not torch.backends.mps.is_available() else "mps"
+        return gpu if self.accelerator == "gpu" else self.accelerator
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What activations are computed in."""
+        return DTYPES[self.precision.partition("-")[0]]
 
     @property
     def per_node(self) -> int:
