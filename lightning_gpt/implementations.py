@@ -135,8 +135,8 @@ class HuggingFaceForm:
 
 
 def _nanochat(fields: dict[str, Any]) -> HuggingFaceForm:
-    """moderngpt as transformers' NanoChat, which has neither windows nor embeddings for pairs of tokens."""
-    for name in ("window", "bigram"):
+    """moderngpt as transformers' NanoChat, which has no windows, and embeds each token by itself."""
+    for name in ("window", "bigram", "smear"):
         if fields[name]:
             raise ValueError(f"no architecture of Hugging Face's has what --{name} {fields[name]} does")
     config = {

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 ROTARY_BASE = 10000.0
 # With windows, every so many layers one sees everything, and the last one does.
 WHOLE_EVERY = 4
+# Entries of an embedding by which a gate decides.
+GATE = 12
 
 
 @dataclass
@@ -35,7 +37,9 @@ class GPTConfig:
     window: int = 0
     """Tokens that a layer sees, itself included; 0: all. Every fourth layer and the last one see all."""
     bigram: int = 0
-    """Rows of a table of embeddings for pairs of tokens, which are added to those of the tokens; 0: none."""
+    """Rows of a table of embeddings for pairs of tokens, which are added to those of single ones; 0: none."""
+    smear: bool = False
+    """Whether each token's embedding takes in, or takes out, some of that of the token before it."""
     softcap: float = 15.0
     """Logits are bent to stay between minus and plus this."""
     dropout: float = 0.0
@@ -54,7 +58,7 @@ class Cache:
     """Tokens of each row (B,) where they differ: the first batch is then padded on the right, which no token sees."""
     length: int = 0  # of the longest row
     layers: list[tuple[torch.Tensor, ...]] = field(default_factory=list)  # each (B, n_kv_head, capacity, head_size)
-    token: torch.Tensor | None = None  # each row's last one (B, 1)
+    before: tuple[torch.Tensor, ...] | None = None  # each row's last token (B, 1), and its embedding (B, 1, C)
 
     def extend(self, idx: torch.Tensor) -> torch.Tensor:
         """Make room for each row's next tokens, idx (B, T); return their positions, (T,), or (B, 1) if rows differ."""
@@ -62,7 +66,6 @@ class Cache:
         if read + T > self.capacity or (read and T > 1):
             raise ValueError(f"a cache that holds {read} of {self.capacity} tokens takes one more at a time, not {T}")
         self.length += T
-        self.token = self.last(idx)
         if self.lengths is None or read == 0:
             return torch.arange(read, self.length, device=idx.device)
         self.lengths = self.lengths + 1
@@ -88,7 +91,7 @@ class Cache:
     def keep(self, rows: list[int]) -> None:
         """Forget all rows but these."""
         self.layers = [tuple(kept[rows] for kept in layer) for layer in self.layers]
-        self.token = self.token[rows]
+        self.before = tuple(x[rows] for x in self.before)
         if self.lengths is not None:
             self.lengths = self.lengths[rows]
             self.length = int(self.lengths.max())
@@ -97,6 +100,12 @@ class Cache:
 def norm(x: torch.Tensor) -> torch.Tensor:
     """Divide by the root mean square over the last dimension (Zhang and Sennrich, 2019)."""
     return F.rms_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def behind(x: torch.Tensor, before: torch.Tensor | None, *, nothing: int) -> torch.Tensor:
+    """What stands before each entry of x (B, T, ...): before the first one `before` (B, 1, ...), or nothing."""
+    first = torch.full_like(x[:, :1], nothing) if before is None else before
+    return torch.cat((first, x[:, :-1]), dim=1)
 
 
 def rotations(positions: torch.Tensor, head_size: int) -> torch.Tensor:
@@ -266,6 +275,9 @@ class GPT(nn.Module):
         )
         if config.bigram:
             self.transformer["bigram"] = nn.Embedding(config.bigram, config.n_embd)
+        if config.smear:
+            self.transformer["smear"] = nn.Linear(min(GATE, config.n_embd), 1, bias=False)
+            self.transformer["smear"].is_output = True  # type: ignore[assignment]
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.is_output = True  # type: ignore[assignment]
         self.apply(self._init_weights)
@@ -300,9 +312,8 @@ class GPT(nn.Module):
         T, config = idx.size(1), self.config
         if T > config.block_size:
             raise ValueError(f"sequence of length {T} is longer than block_size={config.block_size}")
-        before = None if cache is None else cache.token
         positions = torch.arange(T, device=idx.device) if cache is None else cache.extend(idx)
-        x = self.transformer.drop(norm(self._embed(idx, before)))  # (B, T, C)
+        x = self.transformer.drop(self._embed(idx, cache))  # (B, T, C)
         turn = rotations(positions, config.n_embd // config.n_head)
         keys = T if cache is None else cache.length
         masks = [visible(positions, keys, window) for window in (0, config.window)]
@@ -317,19 +328,19 @@ class GPT(nn.Module):
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.reshape(-1), ignore_index=-1)
 
-    def _embed(self, idx: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
-        """Embeddings (B, T, C) of tokens (B, T), and of the pairs that they make with those before them."""
+    def _embed(self, idx: torch.Tensor, cache: Cache | None) -> torch.Tensor:
+        """Embed tokens (B, T), and what they make with those before them, as (B, T, C)."""
+        config = self.config
+        token, embedding = (None, None) if cache is None or cache.before is None else cache.before
         x = self.transformer.wte(idx)
-        if not self.config.bigram:
-            return x
-        # Without collisions where the table has a row for every pair. The first token of a text makes none.
-        previous = idx[:, :-1] if before is None else torch.cat((before, idx[:, :-1]), dim=1)
-        tokens = self.config.vocab_size - self.config.vocab_padding
-        pairs = (previous * tokens + idx[:, idx.size(1) - previous.size(1) :]) % self.config.bigram
-        y = self.transformer.bigram(pairs)
-        return x + F.pad(y, (0, 0, x.size(1) - y.size(1), 0))
-
-    @torch.no_grad()
-    def predict(self, idx: torch.Tensor, targets: bool = True) -> torch.Tensor:
-        """Return the logits of every position of idx (B, T), or (B, 1, vocab_size) of the last without `targets`."""
-        return self(idx, idx if targets else None)[0]
+        if config.bigram:
+            # No two share a row where there are (tokens + 1) tokens; the first ones are for what begins a text.
+            tokens = config.vocab_size - config.vocab_padding
+            pairs = (behind(idx, token, nothing=-1) + 1) * tokens + idx
+            x = x + self.transformer.bigram(pairs % config.bigram)
+        x = norm(x)
+        if cache is not None:
+            cache.before = cache.last(idx), cache.last(x)
+        if config.smear:
+            x = x + torch.tanh(self.transformer.smear(x[..., :GATE])) * behind(x, embedding, nothing=0)
+        return x

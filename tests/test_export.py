@@ -6,6 +6,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from ast import literal_eval
 from pathlib import Path
 
 import pytest
@@ -87,10 +88,10 @@ def test_moderngpt_is_nanochat(saved_model, export, fields):
     assert len(transformers.AutoTokenizer.from_pretrained(folder)) == 5
 
 
-@pytest.mark.parametrize("flag", ["--window 4", "--bigram 25"])
+@pytest.mark.parametrize("flag", ["--window 4", "--bigram 25", "--smear True"])
 def test_what_nanochat_is_not(saved_model, export, evaluation_refused, tmp_path, flag):
-    name, number = flag.removeprefix("--").split()
-    checkpoint = saved_model("moderngpt", vocab_padding=3, **{name: int(number)})
+    name, value = flag.removeprefix("--").split()
+    checkpoint = saved_model("moderngpt", vocab_padding=3, **{name: literal_eval(value)})
     flags = (f"--checkpoint={checkpoint}", "--export=hf", f"--out={tmp_path / 'hf'}")
     evaluation_refused(*flags, mentions=[checkpoint, flag, "--export safetensors"])
     folder, _ = export(checkpoint, "safetensors")

@@ -83,11 +83,11 @@ def test_the_loss_leaves_out_targets_of_minus_one():
 
 def test_initial_weights():
     torch.manual_seed(0)
-    model = GPT(GPTConfig(n_layer=2, n_head=H, n_embd=256, vocab_size=4096, block_size=S, bigram=5000))
+    model = GPT(GPTConfig(n_layer=2, n_head=H, n_embd=256, vocab_size=4096, block_size=S, bigram=5000, smear=True))
     _, loss = model(tokens(), tokens())
     assert loss.item() == pytest.approx(math.log(4096), rel=1e-6)  # the head is zero
     for name, p in model.named_parameters():
-        if name.endswith("c_proj.weight") or name == "lm_head.weight":
+        if name.endswith("c_proj.weight") or name in ("lm_head.weight", "transformer.smear.weight"):
             assert not p.any()
         elif "h." in name:
             assert p.std().item() == pytest.approx(256**-0.5, rel=0.02)
@@ -115,15 +115,29 @@ def test_a_window_hides_what_is_further_back(window):
 @pytest.mark.parametrize("padding", [0, 7])
 def test_a_pair_has_its_row(padding):
     """Changing one row of the table changes the text from the pair's second token on, and no other text."""
-    model = model_of(vocab_size=V + padding, vocab_padding=padding, bigram=V * V)
+    model = model_of(vocab_size=V + padding, vocab_padding=padding, bigram=V * (V + 1))
     idx = torch.arange(S)[None] * 3
     before, first = logits_of(model, idx), logits_of(model, idx[:, 5:])
     with torch.no_grad():
-        model.transformer.bigram.weight[idx[0, 4] * V + idx[0, 5]] += 1
+        model.transformer.bigram.weight[(idx[0, 4] + 1) * V + idx[0, 5]] += 1
     after = logits_of(model, idx)
     changed = (before != after).any(-1)[0]
     assert not changed[:5].any() and changed[5:].all()
     assert torch.equal(logits_of(model, idx[:, 5:]), first)  # at the beginning it is no pair's second
+
+
+def test_smearing_adds_the_embedding_before_by_a_gate_of_the_token():
+    plain, smeared = model_of(), model_of(smear=True)
+    smeared.load_state_dict(plain.state_dict(), strict=False)
+    seen: list[torch.Tensor] = []
+    for model in (plain, smeared):
+        model.transformer.drop.register_forward_hook(lambda _, inputs, out: seen.append(out))
+    idx = tokens()
+    logits_of(plain, idx), logits_of(smeared, idx)
+    x, y = seen
+    gates = torch.tanh(x[:, 1:, :12] @ smeared.transformer.smear.weight[0])
+    torch.testing.assert_close(y[:, 0], x[:, 0])
+    torch.testing.assert_close(y[:, 1:], x[:, 1:] + gates[..., None] * x[:, :-1])
 
 
 def test_pairs_share_the_rows_of_a_small_table():
@@ -131,7 +145,9 @@ def test_pairs_share_the_rows_of_a_small_table():
     assert torch.isfinite(logits_of(model, tokens())).all() and model.transformer.bigram.weight.shape == (10, C)
 
 
-@pytest.mark.parametrize("fields", [{}, {"window": 5, "bigram": 97, "n_kv_head": 2}], ids=["plain", "all"])
+@pytest.mark.parametrize(
+    "fields", [{}, {"window": 5, "bigram": 97, "n_kv_head": 2, "smear": True}], ids=["plain", "all"]
+)
 def test_it_cannot_see_the_future(fields):
     model, idx = model_of(**fields), tokens(1)
     other = idx.clone()

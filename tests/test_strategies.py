@@ -87,7 +87,7 @@ GPT = [f"--n_layer={N_LAYER}", "--n_head=2", "--n_embd=64"]
 MODELS = {
     "mingpt": ["--implementation=mingpt", *GPT, *(f"--{part}_pdrop=0" for part in ("embd", "resid", "attn"))],
     "nanogpt": ["--implementation=nanogpt", *GPT],
-    "moderngpt": ["--implementation=moderngpt", *GPT, "--bigram=501", "--window=7", "--n_kv_head=1"],
+    "moderngpt": ["--implementation=moderngpt", *GPT, "--bigram=501", "--window=7", "--n_kv_head=1", "--smear=true"],
     "mine": ["--implementation=mine:Mine"],
     "applied": ["--implementation=mine:Applied"],
 }
@@ -328,10 +328,8 @@ def test_tied_weights_are_one_parameter(under, strategy, model):
 
 def decays(model, name):
     """By name alone, what the implementations' rules come to."""
-    if model == "mingpt":
-        return name.endswith("weight") and not any(part in name for part in (".ln_", "wte", "wpe"))
-    if model == "moderngpt":
-        return "wte" not in name and "bigram" not in name
+    if model in ("mingpt", "moderngpt"):
+        return name.endswith("weight") and not any(part in name for part in (".ln_", "wte", "wpe", "bigram"))
     return name.endswith(("weight", "places")) and ".ln_" not in name
 
 
@@ -342,9 +340,7 @@ def test_decay_groups(under, alone, strategy, model):
     decayed = sorted(name for name in names if decays(model, name))
     rest = sorted(name for name in names if not decays(model, name))
     for seen in under(strategy)[model]:
-        assert [decay for decay, _ in seen.groups] == [50, 0]
-        assert seen.taken == [decayed, rest]
-        assert [named for _, named in seen.groups] == [decayed, rest]
+        assert seen.groups == [(50, decayed), (0, rest)] and seen.taken == [decayed, rest]
 
 
 @every_row
