@@ -21,7 +21,7 @@ from lightning_gpt.compilation import compile_arguments, compile_model, recomput
 from lightning_gpt.forms import DeepSpeedForm, FSDPForm
 from lightning_gpt.generation import GenerationSettings, generate_tokens
 from lightning_gpt.implementations import get_implementation, token_embedding_name
-from lightning_gpt.optim import adamw, parameter_groups, warmup_cosine
+from lightning_gpt.optim import MUON_LEARNING_RATE, get_optimizer, parameter_groups, warmup_cosine
 from lightning_gpt.scoring import ScoreSums
 from lightning_gpt.sharding import give_memory
 
@@ -35,6 +35,8 @@ class GPTModule(LightningModule):
         weight_decay: Decoupled weight decay, on the parameters the implementation decays.
         learning_rate: Peak learning rate.
         betas: AdamW's betas.
+        optimizer: "adamw", or "muon" for the matrices inside of blocks and AdamW for all else.
+        muon_learning_rate: Muon's peak learning rate.
         warmup_steps: Optimizer steps of linear warm-up.
         decay_steps: Optimizer step at which the cosine ends; None for a constant learning rate after the warm-up.
         final_lr_ratio: The learning rate at the end over the peak.
@@ -43,7 +45,8 @@ class GPTModule(LightningModule):
         freeze_embeddings: Whether the token embeddings, and a head that is tied to them, are not trained.
 
     Raises:
-        UserError: The implementation is unknown, or its config refuses the fields.
+        UserError: The implementation or the optimizer is unknown, the config refuses the fields, or the model has no
+            matrices that the optimizer is made for.
     """
 
     def __init__(
@@ -54,6 +57,8 @@ class GPTModule(LightningModule):
         weight_decay: float = 0.1,
         learning_rate: float = 3e-4,
         betas: tuple[float, float] = (0.9, 0.95),
+        optimizer: str = "adamw",
+        muon_learning_rate: float = MUON_LEARNING_RATE,
         warmup_steps: int = 0,
         decay_steps: int | None = None,
         final_lr_ratio: float = 0.1,
@@ -68,11 +73,17 @@ class GPTModule(LightningModule):
         self.weight_decay = weight_decay
         self.learning_rate = learning_rate
         self.betas = betas
+        self.optimizer_row = get_optimizer(optimizer)
+        self.muon_learning_rate = muon_learning_rate
         self.schedule = partial(warmup_cosine, warmup_steps=warmup_steps, decay_steps=decay_steps, final=final_lr_ratio)
         self.compile_setting = compile
         self.recompute = recompute
         self.freeze_embeddings = freeze_embeddings
         self.model: nn.Module = self.build_model()
+        self.hidden_matrices: dict[str, int] = {}
+        if self.optimizer_row.hidden:
+            vocab_size = model_config["vocab_size"]
+            self.hidden_matrices = self.implementation.hidden_matrices(self.model, vocab_size=vocab_size)
         # Device tensors, read only when something is logged, so that no step waits for them.
         self.step_loss: Tensor | None = None
         self._gradient_norm: Tensor | None = None
@@ -245,13 +256,19 @@ class GPTModule(LightningModule):
             self.log(name, value, prog_bar=name == "val_loss", sync_dist=True)
 
     def build_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """AdamW over parameter groups."""
-        return adamw(groups, learning_rate=self.learning_rate, betas=self.betas)
+        """The optimizer over parameter groups."""
+        own = {name: getattr(self, name) for name in self.optimizer_row.options}
+        return self.optimizer_row.build(groups, learning_rate=self.learning_rate, betas=self.betas, **own)
+
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """The groups of the module's model, or of one that is built like it."""
+        return parameter_groups(
+            model, decays=self.implementation.decays, weight_decay=self.weight_decay, hidden=self.hidden_matrices
+        )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW with the implementation's decay groups, and the schedule per optimizer step."""
-        groups = parameter_groups(self.model, decays=self.implementation.decays, weight_decay=self.weight_decay)
-        optimizer = self.build_optimizer(groups)
+        """The optimizer with the implementation's decay groups, and the schedule per optimizer step."""
+        optimizer = self.build_optimizer(self.parameter_groups(self.model))
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -269,17 +286,12 @@ class MinGPT(GPTModule):
         embd_pdrop: Dropout after the embeddings.
         resid_pdrop: Dropout on each residual branch.
         attn_pdrop: Dropout on the attention weights.
-        weight_decay: See GPTModule for this and the further arguments.
+        weight_decay: See GPTModule.
         learning_rate: Peak learning rate.
         betas: AdamW's betas.
         attention: "sdpa" or "manual".
         vocab_padding: How many tokens at the end of the vocabulary are never sampled.
-        warmup_steps: Optimizer steps of linear warm-up.
-        decay_steps: Optimizer step at which the cosine ends.
-        final_lr_ratio: The learning rate at the end over the peak.
-        compile: Whether, or with which backend or mode, blocks are compiled in place.
-        recompute: Whether blocks compute their activations again in the backward pass.
-        freeze_embeddings: Whether the token embeddings are not trained.
+        training: GPTModule's further arguments, such as optimizer, warmup_steps or compile.
     """
 
     def __init__(
@@ -298,12 +310,7 @@ class MinGPT(GPTModule):
         betas: tuple[float, float] = (0.9, 0.95),
         attention: str = "sdpa",
         vocab_padding: int = 0,
-        warmup_steps: int = 0,
-        decay_steps: int | None = None,
-        final_lr_ratio: float = 0.1,
-        compile: bool | str = False,
-        recompute: bool = False,
-        freeze_embeddings: bool = False,
+        **training: Any,
     ) -> None:
         config = get_implementation("mingpt").resolve(
             model_type=model_type,
@@ -324,12 +331,7 @@ class MinGPT(GPTModule):
             weight_decay=weight_decay,
             learning_rate=learning_rate,
             betas=betas,
-            warmup_steps=warmup_steps,
-            decay_steps=decay_steps,
-            final_lr_ratio=final_lr_ratio,
-            compile=compile,
-            recompute=recompute,
-            freeze_embeddings=freeze_embeddings,
+            **training,
         )
 
 
@@ -345,18 +347,13 @@ class NanoGPT(GPTModule):
         n_embd: Width, in the preset's place.
         dropout: Dropout everywhere.
         bias: Whether Linear and LayerNorm have biases.
-        weight_decay: See GPTModule for this and the further arguments.
+        weight_decay: See GPTModule.
         learning_rate: Peak learning rate.
         betas: AdamW's betas.
         attention: "sdpa" or "manual".
         gelu: "exact", or "tanh" as in GPT-2's weights.
         vocab_padding: How many tokens at the end of the vocabulary are never sampled.
-        warmup_steps: Optimizer steps of linear warm-up.
-        decay_steps: Optimizer step at which the cosine ends.
-        final_lr_ratio: The learning rate at the end over the peak.
-        compile: Whether, or with which backend or mode, blocks are compiled in place.
-        recompute: Whether blocks compute their activations again in the backward pass.
-        freeze_embeddings: Whether the token embeddings are not trained.
+        training: GPTModule's further arguments, such as optimizer, warmup_steps or compile.
     """
 
     def __init__(
@@ -375,12 +372,7 @@ class NanoGPT(GPTModule):
         attention: str = "sdpa",
         gelu: str = "exact",
         vocab_padding: int = 0,
-        warmup_steps: int = 0,
-        decay_steps: int | None = None,
-        final_lr_ratio: float = 0.1,
-        compile: bool | str = False,
-        recompute: bool = False,
-        freeze_embeddings: bool = False,
+        **training: Any,
     ) -> None:
         config = get_implementation("nanogpt").resolve(
             model_type=model_type,
@@ -401,12 +393,7 @@ class NanoGPT(GPTModule):
             weight_decay=weight_decay,
             learning_rate=learning_rate,
             betas=betas,
-            warmup_steps=warmup_steps,
-            decay_steps=decay_steps,
-            final_lr_ratio=final_lr_ratio,
-            compile=compile,
-            recompute=recompute,
-            freeze_embeddings=freeze_embeddings,
+            **training,
         )
 
 

@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "implementations": {"options"},
     "tokenizers": set(),
     "compilation": {"implementations"},
-    "optim": {"implementations"},
+    "optim": {"implementations", "sharding"},
     "strategies": {"implementations"},
     "data": {"implementations", "tokenizers"},
     "scoring": set(),
