@@ -12,7 +12,7 @@ from lightning_gpt.compilation import compile_arguments
 from lightning_gpt.sharding import give_memory, initialise, shard_fsdp
 
 if TYPE_CHECKING:
-    from lightning_gpt.models import GPTModule
+    from lightning_gpt.gpt_module import GPTModule
 
     _Base = GPTModule
 else:

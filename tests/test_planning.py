@@ -141,12 +141,9 @@ def test_large_model_takes_seconds_and_no_memory():
 
 
 def test_muon_keeps_one_moment_of_hidden_matrices_and_two_of_the_rest():
-    adamw, muon = (_plan(Case(optimizer=name), fields={"n_layer": 12}).memory for name in ("adamw", "muon"))
-    hidden = 12 * 12 * SIZES["n_embd"] ** 2
-    assert adamw.optimizer - muon.optimizer == pytest.approx(4 * hidden, rel=1e-4)  # AdamW's counts of steps are there
-    # What a step makes for a while does not grow with the model.
-    more = _plan(Case(optimizer="muon"), fields={"n_layer": 24}).memory
-    assert more.peak - more.resident <= (muon.peak - muon.resident) * 1.01
+    adamw, muon = (_plan(Case(optimizer=name)).memory for name in ("adamw", "muon"))
+    hidden = SIZES["n_layer"] * 12 * SIZES["n_embd"] ** 2
+    assert adamw.optimizer - muon.optimizer == pytest.approx(4 * hidden, rel=1e-4)  # AdamW counts its steps, too
 
 
 def test_recomputation_saves_what_blocks_keep():
