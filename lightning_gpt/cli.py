@@ -57,7 +57,8 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
     **dict.fromkeys(
         ("batch_size", "block_size", "n_layer", "n_head", "n_embd", "accumulate_grad_batches", "eval_interval")
         + ("log_every_n_steps", "num_nodes", "learning_rate", "lr_decay_steps", "num_samples", "temperature", "top_k")
-        + ("max_steps", "max_tokens", "max_epochs", "global_batch_tokens", "workers", "repetition_penalty", "stride"),
+        + ("max_steps", "max_tokens", "max_epochs", "global_batch_tokens", "workers", "repetition_penalty", "stride")
+        + ("muon_learning_rate",),
         (lambda value: value > 0, "a number above 0"),
     ),
     **dict.fromkeys(

@@ -62,10 +62,14 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class OptimOptions:
-    """AdamW, linear warm-up, then a cosine down to min_learning_rate."""
+    """The optimizer, linear warm-up, then a cosine down to min_learning_rate."""
 
+    optimizer: str = "adamw"
+    """adamw, or muon, which trains the matrices inside of blocks by orthogonalised momentum, and all else by AdamW"""
     learning_rate: float = 1e-3
     """peak learning rate"""
+    muon_learning_rate: float | None = None
+    """muon's peak learning rate for the matrices, which rises and falls as learning_rate does (default: 0.02)"""
     min_learning_rate: float | None = None
     """learning rate at the end of the schedule (default: a tenth of learning_rate)"""
     warmup_steps: int | None = None
@@ -73,7 +77,8 @@ class OptimOptions:
     lr_decay_steps: int | None = None
     """optimizer step at which the cosine ends (default: the last step of the budget)"""
     weight_decay: float = 0.1
-    """decoupled weight decay, on the parameters that the implementation decays"""
+    """decoupled weight decay, on the parameters that the implementation decays: a step takes this times the learning
+    rate of a parameter away"""
     beta1: float = 0.9
     """AdamW's decay of the gradient mean"""
     beta2: float = 0.95

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gpt.compilation import compile_arguments
-from lightning_gpt.optim import deepspeed_adam
 from lightning_gpt.sharding import give_memory, initialise, shard_fsdp
 
 if TYPE_CHECKING:
-    from lightning_gpt.models import GPTModule
+    from lightning_gpt.gpt_module import GPTModule
 
     _Base = GPTModule
 else:
@@ -69,6 +68,7 @@ class DeepSpeedForm(ShardedForm):
 
     Raises:
         RuntimeError: Both are asked for.
+        UserError: The optimizer does not work under DeepSpeed.
     """
 
     def __init__(self, *args: Any, fused_adam: bool = True, offload: bool = False, **kwargs: Any) -> None:
@@ -78,6 +78,7 @@ class DeepSpeedForm(ShardedForm):
                 "Please set either `fused_adam` or `offload` to False."
             )
         super().__init__(*args, **kwargs)
+        self.optimizer_row.require_deepspeed()
         self.fused_adam = fused_adam
         self.offload = offload
 
@@ -112,7 +113,8 @@ class DeepSpeedForm(ShardedForm):
     def build_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """DeepSpeed's Adam where it fits, torch's otherwise."""
         on_gpu = self.strategy is not None and self.strategy.root_device.type == "cuda"
-        return deepspeed_adam(
+        assert self.optimizer_row.build_deepspeed is not None
+        return self.optimizer_row.build_deepspeed(
             groups,
             learning_rate=self.learning_rate,
             betas=self.betas,

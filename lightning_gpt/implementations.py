@@ -11,6 +11,9 @@ with.
 A model that cannot compute everywhere has a method ``refuses(device_type, dtype)``: None where it can, else the reason
 and the fields of its config with which the same weights mean the same there. Training refuses it before it begins;
 what was trained elsewhere is scored and sampled with those fields.
+
+An ``nn.Linear`` whose weight is several matrices of the same size, one above the other, says so with an attribute
+``parts``, their number, as a projection to query, key and value has ``parts = 3``; Muon then treats them one by one.
 """
 
 import dataclasses
@@ -212,6 +215,46 @@ class Implementation:
     def block_class(self) -> "type[nn.Module] | None":
         """The unit that is compiled and sharded."""
         return self.load(self.block) if self.block else None
+
+    def hidden_matrices(self, model: "nn.Module", *, vocab_size: int) -> dict[str, int]:
+        """The weights between embeddings and head: names of parameters, to the ``parts`` of each.
+
+        They are those of nn.Linear inside of blocks, or where blocks are not known, of any nn.Linear without a row for
+        each token. A weight that is used elsewhere too, such as a tied head, is none.
+
+        Args:
+            model: The model, also on the meta device or sharded: shapes are not looked at.
+            vocab_size: Rows of its embeddings.
+
+        Raises:
+            UserError: It has none, or the ``parts`` of one do not divide its rows.
+        """
+        from torch import nn
+
+        unit = self.block_class()
+        inside = {m for block in model.modules() if unit and isinstance(block, unit) for m in block.modules()}
+        found: dict[nn.Parameter, tuple[str, int]] = {}
+        elsewhere: set[nn.Parameter] = set()
+        for prefix, module in model.named_modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if not isinstance(module, nn.Linear) or name != "weight":
+                    elsewhere.add(parameter)
+                elif module not in inside if unit else module.out_features == vocab_size:
+                    elsewhere.add(parameter)
+                elif module.out_features % (parts := getattr(module, "parts", 1)):
+                    raise UserError(
+                        f"--implementation {self.name}: {prefix} has {module.out_features} rows, which are not"
+                        f" parts = {parts} matrices of the same size"
+                    )
+                else:
+                    found.setdefault(parameter, (f"{prefix}.{name}".lstrip("."), parts))
+        hidden = dict(where for parameter, where in found.items() if parameter not in elsewhere)
+        if not hidden:
+            raise UserError(
+                f"--implementation {self.name} has no nn.Linear between its embeddings and its head, and nothing else"
+                " is trained by muon; give --optimizer adamw"
+            )
+        return hidden
 
     def sizes(self, model_type: str) -> dict[str, int]:
         """The sizes of a preset.

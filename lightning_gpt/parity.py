@@ -18,6 +18,7 @@ from lightning_gpt.checkpoint import open_checkpoint
 from lightning_gpt.cli import parse_train
 from lightning_gpt.config import TrainerOptions, UserError
 from lightning_gpt.implementations import IMPLEMENTATIONS, flag_options
+from lightning_gpt.optim import OPTIMIZERS
 from lightning_gpt.strategies import STRATEGIES, find_devices, get_strategy
 from lightning_gpt.training import train
 
@@ -28,6 +29,8 @@ _RUN = (
     "--n_layer=2 --n_head=3 --n_embd=33 --block_size=15 --eval_batches=4 --logger=csv --log_every_n_steps=1"
     " --sample_tokens=0 --warmup_steps=2"
 )
+# Rotary positions want heads of an even size; here tables divide by no number of ranks, and heads share keys.
+_OWN = {"moderngpt": ["--n_embd=42", "--n_kv_head=1", "--window=9", "--bigram=501", "--smear=true"]}
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Case:
     implementation: str
     accumulate: int
     clip: float
+    optimizer: str = "adamw"
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,8 @@ class Deviation:
         case: What was trained.
         losses: The training loss of each step.
         loss: Largest relative difference of one of them.
-        norm: Largest relative difference of a step's gradient norm, which Adam hides from the losses; 0 where nothing
-            is clipped, since nothing is measured then.
+        norm: Largest relative difference of a step's gradient norm, which the optimizer hides from the losses; 0 where
+            nothing is clipped, since nothing is measured then.
         weights: Largest absolute difference of a final weight.
     """
 
@@ -61,9 +65,17 @@ class Deviation:
     weights: float
 
 
-def cases(implementations: Sequence[str] = tuple(IMPLEMENTATIONS)) -> list[Case]:
-    """Every implementation, with and without accumulation and clipping."""
-    return [Case(*case) for case in itertools.product(implementations, (1, 2), (0.0, 0.5))]
+def cases(strategy: str, *, implementations: Sequence[str] = tuple(IMPLEMENTATIONS)) -> list[Case]:
+    """Every implementation, with and without accumulation and clipping, and with each further optimizer.
+
+    Args:
+        strategy: A row of the registry; optimizers that do not work under it are left out.
+        implementations: Names of the registry.
+    """
+    with_adamw = [Case(*case) for case in itertools.product(implementations, (1, 2), (0.0, 0.5))]
+    fit = [o.name for o in OPTIMIZERS.values() if o.build_deepspeed or STRATEGIES[strategy].form != "deepspeed"]
+    others = [name for name in fit if name != Case.optimizer]
+    return with_adamw + [Case(*case) for case in itertools.product(implementations, (2,), (0.5,), others)]
 
 
 def deviations(
@@ -120,7 +132,9 @@ def _flags(case: Case, ranks: int) -> list[str]:
         f"--batch_size={GLOBAL_BATCH // ranks // case.accumulate}",
         f"--accumulate_grad_batches={case.accumulate}",
         f"--gradient_clip_val={case.clip}",
+        f"--optimizer={case.optimizer}",
         *(f"--{name}=0" for name in dropout),
+        *_OWN.get(case.implementation, []),
     ]
 
 
@@ -168,15 +182,16 @@ class Parity:
     machine: dict[str, Any]
 
     def table(self) -> str:
-        """A line for each strategy: the worst of its cases."""
-        lines = [f"{'strategy':28}{'loss, relative':>16}{'norm, relative':>16}{'weight, absolute':>18}"]
-        for name in dict.fromkeys(d.strategy for d in self.found):
-            mine = [d for d in self.found if d.strategy == name]
+        """A line for each strategy and optimizer: the worst of its cases."""
+        lines = [f"{'strategy':28}{'loss, relative':>16}{'norm, relative':>16}{'weight, absolute':>18}{'runs':>6}"]
+        by_row: dict[str, list[Deviation]] = {}
+        for d in self.found:
+            own = "" if d.case.optimizer == Case.optimizer else f", {d.case.optimizer}"
+            by_row.setdefault(d.strategy + own, []).append(d)
+        for name, mine in by_row.items():
             loss, norm, weights = (max(getattr(d, part) for d in mine) for part in ("loss", "norm", "weights"))
-            lines.append(f"{name:28}{loss:16.1e}{norm:16.1e}{weights:18.1e}")
-        lines.append(
-            f"worst of {len(cases())} runs of {self.steps} steps each, {self.devices} ranks against one process"
-        )
+            lines.append(f"{name:28}{loss:16.1e}{norm:16.1e}{weights:18.1e}{len(mine):6}")
+        lines.append(f"worst of so many runs of {self.steps} steps each, {self.devices} ranks against one process")
         return "\n".join([*lines, ", ".join(f"{key} {value}" for key, value in self.machine.items())])
 
 
@@ -204,13 +219,13 @@ def measure_parity(
         raise UserError(f"--devices {devices} does not divide the {GLOBAL_BATCH // 2} samples of a micro-batch")
     names = strategies.split(",") if strategies else [name for name in STRATEGIES if name != "auto"]
     found = []
-    settings = {"which": cases(), "devices": devices, "accelerator": accelerator, "steps": steps, "data": data}
+    settings = {"devices": devices, "accelerator": accelerator, "steps": steps, "data": data}
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
             options = TrainerOptions(strategy=name, accelerator=accelerator, devices=devices)
             get_strategy(options, where=find_devices(options))
             print(f"training under {name}", file=sys.stderr, flush=True)
-            found += deviations(name, folder=Path(folder), **settings)
+            found += deviations(name, folder=Path(folder), which=cases(name), **settings)
     device = torch.device("cuda" if accelerator == "gpu" else "cpu")
     parity = Parity(found, steps, devices, machine_facts(device, torch.get_num_threads()))
     write_result(json, asdict(parity))

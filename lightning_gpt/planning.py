@@ -133,6 +133,7 @@ def plan(
             flops = flops_per_token(model, block_size=block_size)
             trace = trace_step(
                 model,
+                optimizer=optimizer_bytes(module, model, dtype=_dtypes(rules, precision)[0]),
                 block_class=implementation.block_class(),
                 rules=rules,
                 shape=(batch_size, block_size),
@@ -164,6 +165,7 @@ def plan(
 def trace_step(
     model: nn.Module,
     *,
+    optimizer: tuple[int, int],
     block_class: type[nn.Module] | None,
     rules: MemoryRules,
     shape: tuple[int, int],
@@ -176,6 +178,7 @@ def trace_step(
 
     Args:
         model: The model, made of FakeTensors in the precision that it computes in; call this under their mode.
+        optimizer: What ``optimizer_bytes`` says.
         block_class: The unit that is gathered and recomputed; None where there is none.
         rules: The strategy's, which say in what precision the model computes.
         shape: (B, T) of a micro-batch.
@@ -223,7 +226,31 @@ def trace_step(
         accumulate=accumulate,
         weight_bytes=kept.itemsize,
         compute_bytes=computed.itemsize,
+        state=optimizer[0],
+        step=optimizer[1],
     )
+
+
+def optimizer_bytes(module: GPTModule, model: nn.Module, *, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of the optimizer's state, and at the highest of what one of its steps makes for a while.
+
+    Args:
+        module: Says which optimizer.
+        model: The model, made of FakeTensors; call this under their mode.
+        dtype: Of the weights that are kept.
+    """
+    groups = module.parameter_groups(model)
+    for group in groups:
+        group["params"] = [torch.empty_like(p, dtype=dtype) for p in group["params"]]
+        for p in group["params"]:
+            p.grad = torch.empty_like(p)
+    live = _LiveBytes()
+    optimizer = module.build_optimizer(groups)
+    with live:
+        optimizer.step()
+        state, live.moments = live.bytes, []
+        optimizer.step()
+    return state, max(moment.activations for moment in live.moments) - state
 
 
 def _half(precision: str) -> torch.dtype:

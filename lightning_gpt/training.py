@@ -28,6 +28,7 @@ from lightning_gpt.data.tasks.base import Task
 from lightning_gpt.data.token_files import is_token_folder
 from lightning_gpt.implementations import get_implementation, refused_by
 from lightning_gpt.models import FORMS, GPTModule
+from lightning_gpt.optim import get_optimizer, own_options
 from lightning_gpt.planning import flops_per_token, plan
 from lightning_gpt.sampling import encode_prompt
 from lightning_gpt.strategies import StrategyRow, find_devices, get_strategy
@@ -66,6 +67,8 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Path | 
     where = find_devices(config.trainer, elsewhere=run.dry_run)
     asked, config = config.optim, _accumulating(config, world_size=where.world_size)
     strategy = _strategy(config, where)
+    if strategy.form == "deepspeed":
+        get_optimizer(config.optim.optimizer).require_deepspeed()
     if strategy.form == "deepspeed" and config.trainer.trainer.get("gradient_clip_algorithm") == "value":
         raise UserError("DeepSpeed clips by norm alone; leave --trainer.gradient_clip_algorithm out")
     checkpoint = open_checkpoint(Path(run.resume), trust=run.trust_checkpoint) if run.resume else None
@@ -250,6 +253,8 @@ def _module(
         weight_decay=optim.weight_decay,
         learning_rate=optim.learning_rate,
         betas=(optim.beta1, optim.beta2),
+        optimizer=optim.optimizer,
+        **own_options(optim),
         warmup_steps=min(100, decay_steps // 10) if optim.warmup_steps is None else optim.warmup_steps,
         decay_steps=decay_steps,
         final_lr_ratio=floor / optim.learning_rate,

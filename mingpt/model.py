@@ -149,6 +149,7 @@ class CausalSelfAttention(nn.Module):
         self.head_size = n_embd // n_head
         self.fused = config.attention == "sdpa"
         self.c_attn = nn.Linear(n_embd, 3 * n_embd)
+        self.c_attn.parts = 3  # type: ignore[assignment]
         self.c_proj = nn.Linear(n_embd, n_embd)
         self.c_proj.is_residual = True  # type: ignore[assignment]
         self.attn_dropout = nn.Dropout(config.attn_pdrop)

@@ -153,6 +153,7 @@ class CausalSelfAttention(nn.Module):
         self.head_size = config.n_embd // config.n_head
         self.fused, self.flash = config.attention != "manual", config.attention == "flash"
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_attn.parts = 3  # type: ignore[assignment]
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.c_proj.is_residual = True  # type: ignore[assignment]
         self.attn_dropout = nn.Dropout(config.dropout)

@@ -234,6 +234,7 @@ FILES = {
     "no text": (b"\xff\xfe\x00", [], ["ds.json"]),
     "a list": ([1], [], ["JSON object"]),
     "optimizer": (ZERO | {"optimizer": {"type": "Adam"}}, [], ["remove optimizer"]),
+    "muon": (ZERO, ["--optimizer=muon"], ["--optimizer muon", "DeepSpeed", "whole matrix"]),
     "scheduler": (ZERO | {"scheduler": {"type": "WarmupLR"}}, [], ["remove scheduler"]),
     "micro batch": (
         ZERO | {"train_micro_batch_size_per_gpu": 3},
@@ -284,6 +285,15 @@ def test_deepspeed_json_that_is_refused(case, refused, tmp_path):
         encoded = content if isinstance(content, str | bytes) else json.dumps(content)
         (tmp_path / "ds.json").write_bytes(encoded.encode() if isinstance(encoded, str) else encoded)
     refused("--deepspeed_config", tmp_path / "ds.json", *flags, mentions=mentions)
+
+
+@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name.startswith("deepspeed")])
+def test_deepspeed_refuses_muon(strategy, refused):
+    pytest.importorskip("deepspeed")
+    for more in ([], ["--dry_run"]):
+        refused(
+            "--strategy", strategy, "--optimizer=muon", *more, mentions=["--optimizer muon", "whole matrix", "fsdp"]
+        )
 
 
 def test_deepspeed_clips_by_norm_alone(refused):

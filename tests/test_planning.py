@@ -32,6 +32,7 @@ class Case:
 
     strategy: str = "auto"
     implementation: str = "mingpt"
+    optimizer: str = "adamw"
     precision: str = "32-true"
     dropout: float = 0.0
     recompute: bool = False
@@ -55,7 +56,9 @@ class Case:
 
 def _plan(case: Case, *, fields: dict[str, int | float] | None = None, **changes) -> Plan:
     fields = case.fields | (fields or {})
-    module = FORMS["fsdp"](case.implementation, model_config=fields)  # a form that holds no memory
+    module = FORMS["fsdp"](
+        case.implementation, model_config=fields, optimizer=case.optimizer
+    )  # a form that holds no memory
     given = {
         "rules": case.rules,
         "world_size": case.ranks,
@@ -101,7 +104,9 @@ def _check(case: Case, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [Case(), Case(recompute=True, dropout=0.1, accumulate=2)], ids=["plain", "recompute-dropout-accumulate"]
+    "case",
+    [Case(), Case(recompute=True, dropout=0.1, accumulate=2), Case(optimizer="muon")],
+    ids=["plain", "recompute-dropout-accumulate", "muon"],
 )
 def test_single_device_as_measured(case, tmp_path):
     _check(case, tmp_path)
@@ -114,11 +119,13 @@ def test_single_device_as_measured_further(case, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", *DEEPSPEED])
-def test_two_ranks_as_measured(strategy, tmp_path):
+@pytest.mark.parametrize(
+    ("strategy", "optimizer"), [("fsdp", "muon"), *((name, "adamw") for name in ("ddp", "fsdp", *DEEPSPEED))]
+)
+def test_two_ranks_as_measured(strategy, optimizer, tmp_path):
     if strategy in DEEPSPEED:
         pytest.importorskip("deepspeed")
-    _check(Case(strategy=strategy), tmp_path)
+    _check(Case(strategy=strategy, optimizer=optimizer), tmp_path)
 
 
 def test_large_model_takes_seconds_and_no_memory():
@@ -131,6 +138,12 @@ def test_large_model_takes_seconds_and_no_memory():
     assert planned.memory.weights == -(-planned.parameters // 64) * 4
     assert planned.tokens_per_step == BATCH_SIZE * 1024 * 64
     assert planned.flops_per_step == pytest.approx(6 * planned.parameters * planned.tokens_per_step, rel=0.05)
+
+
+def test_muon_keeps_one_moment_of_hidden_matrices_and_two_of_the_rest():
+    adamw, muon = (_plan(Case(optimizer=name)).memory for name in ("adamw", "muon"))
+    hidden = SIZES["n_layer"] * 12 * SIZES["n_embd"] ** 2
+    assert adamw.optimizer - muon.optimizer == pytest.approx(4 * hidden, rel=1e-4)  # AdamW counts its steps, too
 
 
 def test_recomputation_saves_what_blocks_keep():
@@ -258,7 +271,11 @@ def measure(case: Case, out: Path) -> None:
 
     with Reader():
         module = FORMS[row.form](
-            case.implementation, model_config=case.fields, recompute=case.recompute, **row.form_options
+            case.implementation,
+            model_config=case.fields,
+            optimizer=case.optimizer,
+            recompute=case.recompute,
+            **row.form_options,
         )
         Trainer(
             **arguments,

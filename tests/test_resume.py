@@ -56,19 +56,20 @@ def assert_bit_identical(a: Path, b: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("implementation", "stop", "batch_size", "accumulate"),
+    ("implementation", "stop", "batch_size", "accumulate", "optimizer"),
     [
-        ("mingpt", 6, 4, 1),  # mid-pass, with dropout
-        ("mingpt", 5, 4, 3),  # accumulation, and a stop between two validations
-        ("nanogpt", 10, 11, 1),  # 110 windows make a pass: stopped exactly at its end
-        ("nanogpt", 7, 40, 1),  # in the third pass
+        ("mingpt", 6, 4, 1, "adamw"),  # mid-pass, with dropout
+        ("mingpt", 5, 4, 3, "adamw"),  # accumulation, and a stop between two validations
+        ("nanogpt", 10, 11, 1, "adamw"),  # 110 windows make a pass: stopped exactly at its end
+        ("nanogpt", 7, 40, 1, "muon"),  # in the third pass
     ],
 )
 def test_resume_is_bit_identical(
-    tmp_path: Path, text: str, implementation: str, stop: int, batch_size: int, accumulate: int
+    tmp_path: Path, text: str, implementation: str, stop: int, batch_size: int, accumulate: int, optimizer: str
 ) -> None:
     flags = ["--implementation", implementation, "--data", text, *SIZES, *LOGGED, "--batch_size", str(batch_size)]
     flags += ["--accumulate_grad_batches", str(accumulate), "--eval_interval", "3", "--lr_decay_steps", str(STEPS)]
+    flags += ["--optimizer", optimizer]
     if implementation == "nanogpt":
         flags += ["--dropout", "0.2"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"

@@ -18,7 +18,6 @@ from lightning_gpt.models import GPTModule
 from lightning_gpt.time_to_loss import RECIPES, Recipe, Row
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-ON_OTHER_BRANCHES = ("muon", "moderngpt")
 ROWS = [(recipe, name) for recipe in RECIPES for name in RECIPES[recipe].rows]
 TINY = "--accelerator=cpu --implementation=nanogpt --n_layer=1 --n_head=1 --n_embd=16 --block_size=16 --batch_size=4"
 MACHINE = {"hardware": "a CPU", "cores": 2, "threads": 1, "torch": "2", "lightning": "2", "python": "3"}
@@ -127,8 +126,6 @@ def test_a_fixed_goal_is_reached_or_not():
 
 @pytest.mark.parametrize("recipe, name", ROWS)
 def test_rows_are_runs_that_train_py_knows(recipe, name):
-    if any(word in name for word in ON_OTHER_BRANCHES):
-        pytest.skip("its flags come with another branch")
     settings = RECIPES[recipe]
     config = parse_train([*settings.flags.split(), *settings.rows[name].flags.split()])
     yaml = {"cpu": "shakespeare_char_cpu.yaml", "gpu": "train_shakespeare_char.yaml"}[recipe]

@@ -106,6 +106,11 @@ class Checkpoint(ABC):
         return self.header["hyper_parameters"]["model_config"]
 
     @property
+    def optimizer(self) -> str:
+        """The optimizer it was trained with."""
+        return self.header["hyper_parameters"].get("optimizer", "adamw")  # before there was another
+
+    @property
     def step(self) -> int:
         """Optimizer steps it was trained for."""
         return self.header["global_step"]

@@ -219,6 +219,13 @@ def _nanogpt(checkpoint: Checkpoint, folder: Path) -> Files:
     args |= {"block_size": config["n_positions"], "bias": traits.bias}
     args["dropout"] = checkpoint.model_config.get("dropout", 0.0)
 
+    with_optimizer = checkpoint.has_optimizer and checkpoint.optimizer == "adamw"
+    if checkpoint.has_optimizer and not with_optimizer:
+        print(
+            f"{checkpoint.path}: the state of {checkpoint.optimizer} is left out, since nanoGPT has AdamW alone",
+            file=sys.stderr,
+        )
+
     def write(path: Path) -> None:
         content = {
             "model": checkpoint.state_dict(),
@@ -228,7 +235,7 @@ def _nanogpt(checkpoint: Checkpoint, folder: Path) -> Files:
             # The original runs in its own folder and looks for data/DATASET/meta.pkl, which a full path leads here.
             "config": args | {"dataset": str(folder)},
         }
-        if checkpoint.has_optimizer:
+        if with_optimizer:
             content["optimizer"] = _adamw(checkpoint)
         torch.save(content, path)
 

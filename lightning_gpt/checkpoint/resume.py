@@ -129,6 +129,8 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, checkp
 def _restore_step(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
     """Puts the count of steps where this kind of optimizer keeps it."""
     state: dict[str, Any] = optimizer.state[parameter]
+    if "step" not in state:
+        return
     if isinstance(optimizer, torch.optim.Optimizer) and "fused" in optimizer.defaults:
         # As torch's own load_state_dict does it.
         on_device = optimizer.defaults["fused"] or optimizer.defaults.get("capturable")
@@ -160,7 +162,8 @@ def require_resumable(checkpoint: Checkpoint, module: GPTModule, *, max_steps: i
     """Checks that a run can go on from a checkpoint.
 
     Raises:
-        UserError: It does not fit the module, is weights alone, or is at the end of the run already.
+        UserError: It does not fit the module, is another optimizer's or weights alone, or is at the end of the run
+            already.
     """
     row, have, want = module.implementation, checkpoint.model_config, module.model_config
     # No shape shows these, or not always, or not in words that a user knows.
@@ -172,6 +175,12 @@ def require_resumable(checkpoint: Checkpoint, module: GPTModule, *, max_steps: i
     checkpoint.require_fit(module)
     if not checkpoint.has_optimizer:
         raise UserError(f"{checkpoint.path} holds weights alone; start from it with --init_from")
+    theirs, ours = checkpoint.optimizer, module.optimizer_row.name
+    if theirs != ours:
+        raise UserError(
+            f"{checkpoint.path} was trained with --optimizer {theirs}, with whose state {ours} cannot go on; give"
+            f" --optimizer {theirs}, or start a new run from it with --init_from"
+        )
     for name, parameter in module.model.named_parameters():
         if parameter.requires_grad and not checkpoint.was_trained(name):
             raise UserError(f"{checkpoint.path} did not train {name}; resume it with --freeze_embeddings")

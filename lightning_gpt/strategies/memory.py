@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 MASTER = 4  # bytes of a float32 element, in which DeepSpeed keeps its own copy of the weights, and Adam's moments
-MOMENTS = 2  # Adam keeps a mean and a mean square of every gradient element
+MOMENTS = 2  # Adam keeps a mean and a mean square of every gradient element, and DeepSpeed runs nothing but Adam
 
 
 class Moment(NamedTuple):
@@ -41,6 +41,8 @@ class StepTrace:
         accumulate: Micro-batches per optimizer step.
         weight_bytes: Bytes of an element of the weights that are kept.
         compute_bytes: Bytes of an element of the weights that are computed with.
+        state: Bytes of the optimizer's state of all parameters.
+        step: Bytes that an optimizer step of all parameters makes for a while.
     """
 
     parameters: tuple[int, ...]
@@ -50,6 +52,8 @@ class StepTrace:
     accumulate: int
     weight_bytes: int
     compute_bytes: int
+    state: int
+    step: int
 
     @property
     def total(self) -> int:
@@ -69,7 +73,7 @@ class Memory:
     Attributes:
         weights: Weights, with DeepSpeed's resident copies in computing precision.
         gradients: Gradients between backward pass and optimizer step.
-        optimizer: Adam's moments, and the float32 copy of the weights where there is one.
+        optimizer: The optimizer's state, and the float32 copy of the weights where there is one.
         activations: What the forward pass saves, and the backward pass makes for a while.
         buffers: Gathered weights, and buckets of gradients on their way.
         resident: What is there between two steps.
@@ -118,16 +122,16 @@ def _share(elements: int, ranks: int) -> int:
     return -(-elements // ranks)
 
 
-def _with_adam(trace: StepTrace, *, weights: int, buffers: int, passes: int) -> Memory:
-    """A rank whose gradients and moments are as large as its weights, once and twice.
+def _with_optimizer(trace: StepTrace, *, weights: int, optimizer: int, buffers: int, passes: int) -> Memory:
+    """A rank whose gradients are as large as its weights.
 
     Args:
         trace: The step.
         weights: Bytes of the weights it keeps.
+        optimizer: Bytes of its share of the optimizer's state.
         buffers: Bytes of gathered weights.
         passes: Bytes at the highest of forward and backward pass, gradients included.
     """
-    optimizer = MOMENTS * weights
     resident = weights + weights + optimizer
     return Memory(
         weights=weights,
@@ -136,7 +140,7 @@ def _with_adam(trace: StepTrace, *, weights: int, buffers: int, passes: int) -> 
         activations=trace.activations,
         buffers=buffers,
         resident=resident,
-        peak=max(resident, weights + optimizer + passes),
+        peak=max(resident + trace.step, weights + optimizer + passes),
     )
 
 
@@ -151,13 +155,14 @@ class Replicated(MemoryRules):
     bucketed: bool = False
 
     def memory(self, trace: StepTrace, *, ranks: int) -> Memory:
-        """Weights, gradients and two moments: (1 + 1 + 2) times the parameters."""
+        """Weights, gradients and the optimizer's state: with Adam (1 + 1 + 2) times the parameters."""
         weights = gradients = trace.total * trace.weight_bytes
         keeps = self.bucketed or trace.accumulate > 1
         # Without buckets the last step's gradients live through the forward pass, then are freed and made again.
         forward = gradients + max(m.activations for m in trace.forward)
         backward = max(m.activations + (gradients if keeps else m.made * trace.weight_bytes) for m in trace.backward)
-        return _with_adam(trace, weights=weights, buffers=0, passes=max(forward, backward))
+        passes = max(forward, backward)
+        return _with_optimizer(trace, weights=weights, optimizer=trace.state, buffers=0, passes=passes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +179,10 @@ class ShardedUnits(MemoryRules):
         return super().computes_in_half(precision) or precision == "bf16-mixed"
 
     def memory(self, trace: StepTrace, *, ranks: int) -> Memory:
-        """ZeRO's stage 3 shares, 4 times the parameters over the ranks, and the units that are gathered."""
+        """ZeRO's stage 3 shares, 4 times the parameters over the ranks with Adam, and the units that are gathered.
+
+        An optimizer that makes more in a step than its state gathers whole matrices for it.
+        """
         shard = _share(trace.total, ranks)
         weights = gradients = shard * trace.weight_bytes
         root, unit = trace.total - sum(trace.units), max(trace.units, default=0)
@@ -187,8 +195,12 @@ class ShardedUnits(MemoryRules):
             return m.activations + m.open * trace.compute_bytes + m.closed * trace.weight_bytes + sharded
 
         backward = gathered + max(map(in_backward, trace.backward))
-        return _with_adam(
-            trace, weights=weights, buffers=gathered + unit * trace.weight_bytes, passes=max(forward, backward)
+        return _with_optimizer(
+            trace,
+            weights=weights,
+            optimizer=_share(trace.state, ranks),
+            buffers=gathered + unit * trace.weight_bytes,
+            passes=max(forward, backward),
         )
 
 
