@@ -56,30 +56,37 @@ class Recipe:
     goal: float | None = None
 
 
-# Learning rates are tuned, each row's for itself, except where a row is as published.
+_NANOGPT = "--implementation=nanogpt --dropout=0 --bias=false"
+_MODERNGPT = "--implementation=moderngpt --bigram=1021 --smear=true --beta2=0.95"
+
+# Rates, their ends, decay and warm-up are tuned, each row's for itself, except where a row is as published.
 RECIPES = {
     "cpu": Recipe(
         "--accelerator=cpu --n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --batch_size=12 --beta2=0.99"
         " --warmup_steps=100 --weight_decay=0.1 --gradient_clip_val=1",
         "cpu",
         {
-            "nanogpt-published": Row(
-                "--implementation=nanogpt --dropout=0 --bias=false --learning_rate=1e-3 --min_learning_rate=1e-4",
-                2000,
-                100,
-            ),
-            "nanogpt-adamw": Row(
-                "--implementation=nanogpt --dropout=0 --bias=false --learning_rate=3e-3 --min_learning_rate=3e-4",
-                2000,
-                100,
-            ),
+            "nanogpt-published": Row(f"{_NANOGPT} --learning_rate=1e-3 --min_learning_rate=1e-4", 2000, 200),
+            "nanogpt-adamw": Row(f"{_NANOGPT} --learning_rate=6e-3 --min_learning_rate=6e-4", 2000, 100),
             "nanogpt-muon": Row(
-                "--implementation=nanogpt --dropout=0 --bias=false --optimizer=muon --learning_rate=3e-3", 2000, 100
+                f"{_NANOGPT} --optimizer=muon --muon_learning_rate=0.012 --learning_rate=3e-3 --min_learning_rate=0"
+                " --weight_decay=0.03",
+                2000,
+                100,
             ),
-            "moderngpt-adamw": Row("--implementation=moderngpt --learning_rate=3e-3", 2000, 100),
-            "moderngpt-muon": Row("--implementation=moderngpt --optimizer=muon --learning_rate=3e-3", 2000, 100),
-            "moderngpt-muon-250": Row(
-                "--implementation=moderngpt --optimizer=muon --learning_rate=3e-3 --warmup_steps=25", 250, 25
+            "moderngpt-adamw": Row(
+                f"{_MODERNGPT} --learning_rate=6e-3 --min_learning_rate=0 --weight_decay=0.03", 2000, 100
+            ),
+            "moderngpt-muon": Row(
+                f"{_MODERNGPT} --optimizer=muon --muon_learning_rate=0.012 --learning_rate=4e-3 --min_learning_rate=0"
+                " --weight_decay=0.03",
+                2000,
+                100,
+            ),
+            "moderngpt-muon-short": Row(
+                f"{_MODERNGPT} --optimizer=muon --muon_learning_rate=0.05 --learning_rate=1.5e-2 --warmup_steps=5",
+                200,
+                25,
             ),
         },
     ),
@@ -94,7 +101,9 @@ RECIPES = {
                 5000,
                 250,
             ),
-            "moderngpt-muon": Row("--implementation=moderngpt --optimizer=muon --learning_rate=1e-3", 5000, 100),
+            "moderngpt-muon": Row(
+                f"{_MODERNGPT} --dropout=0.2 --optimizer=muon --learning_rate=1e-3 --min_learning_rate=0", 5000, 100
+            ),
         },
         goal=1.47,
     ),
