@@ -67,12 +67,12 @@ RECIPES = {
         "cpu",
         {
             "nanogpt-published": Row(f"{_NANOGPT} --learning_rate=1e-3 --min_learning_rate=1e-4", 2000, 200),
-            "nanogpt-adamw": Row(f"{_NANOGPT} --learning_rate=6e-3 --min_learning_rate=6e-4", 2000, 100),
+            "nanogpt-adamw": Row(f"{_NANOGPT} --learning_rate=6e-3 --min_learning_rate=6e-4", 2000, 200),
             "nanogpt-muon": Row(
                 f"{_NANOGPT} --optimizer=muon --muon_learning_rate=0.012 --learning_rate=3e-3 --min_learning_rate=0"
                 " --weight_decay=0.03",
                 2000,
-                100,
+                200,
             ),
             "moderngpt-adamw": Row(
                 f"{_MODERNGPT} --learning_rate=6e-3 --min_learning_rate=0 --weight_decay=0.03", 2000, 100
@@ -81,7 +81,7 @@ RECIPES = {
                 f"{_MODERNGPT} --optimizer=muon --muon_learning_rate=0.012 --learning_rate=4e-3 --min_learning_rate=0"
                 " --weight_decay=0.03",
                 2000,
-                100,
+                200,
             ),
             "moderngpt-muon-short": Row(
                 f"{_MODERNGPT} --optimizer=muon --muon_learning_rate=0.05 --learning_rate=1.5e-2 --warmup_steps=5",

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import NanoChatConfig, NanoChatForCausalLM
 
+import train
 from moderngpt.model import GPT, GPTConfig
 
 L, H, C, V, S = 3, 4, 32, 61, 16
@@ -189,3 +190,20 @@ def test_dropout_acts_in_training_alone():
 def test_bad_sizes(fields, said):
     with pytest.raises(ValueError, match=said):
         model_of(**fields)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, text_file, tiny_flags):
+    """The folder of a finished run."""
+    out_dir = tmp_path_factory.mktemp("runs") / "modern"
+    train.main([*tiny_flags, "--implementation=moderngpt", f"--data={text_file}", f"--out_dir={out_dir}"])
+    return out_dir
+
+
+@pytest.mark.parametrize("flag", ["--n_head=2", "--window=3", "--softcap=9", "--block_size=8"])
+def test_a_run_does_not_go_on_as_another_model(run, capsys, flag):
+    """No shape of a weight shows any of these."""
+    with pytest.raises(SystemExit) as stop:
+        train.main([f"--resume={run}", "--max_steps=8", flag])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and f"{flag.replace('=', ' ')}" in error and error.count("\n") == 1

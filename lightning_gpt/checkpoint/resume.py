@@ -167,8 +167,8 @@ def require_resumable(checkpoint: Checkpoint, module: GPTModule, *, max_steps: i
     """
     row, have, want = module.implementation, checkpoint.model_config, module.model_config
     # No shape shows these, or not always, or not in words that a user knows.
-    shared = ("n_head", "gelu", "position", "block_size")
-    for name in shared if row.gpt2 and row.name == checkpoint.implementation else ():
+    shared = ("n_head", "gelu", "position", "block_size", "window", "softcap")
+    for name in shared if row.builtin and row.name == checkpoint.implementation else ():
         said, theirs = want.get(name), have.get(name, getattr(row.load(row.config), name, None))
         if said is not None and theirs is not None and said != theirs:
             raise UserError(f"--{name} {said} contradicts {checkpoint.path}, whose {name} is {theirs}; say the same")
