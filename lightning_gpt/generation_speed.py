@@ -174,8 +174,8 @@ def measure_generation(
             raise UserError(f"--{name} {value} makes no sense; give {least} or more")
     require_writable(json)
     row = get_implementation(implementation)
-    if row.gpt2 is None:
-        raise UserError(f"--implementation {row.name} does not have the sizes of GPT-2's layout")
+    if not row.builtin:
+        raise UserError(f"--implementation {row.name} may not have the sizes of the shapes; choose a built-in one")
     before = torch.get_num_threads()
     cases = []
     try:
@@ -194,7 +194,7 @@ def measure_generation(
 def _measure(row: Implementation, name: str, batch_size: int, *, rounds: int, recompute_steps: int) -> Case:
     shape = SHAPES[name]
     torch.manual_seed(0)
-    fields = shape.sizes | row.gpt2.fields(GPT2Traits())
+    fields = shape.sizes | (row.gpt2.fields(GPT2Traits()) if row.gpt2 else {})
     module = GPTModule(row.name, model_config=fields).eval()
     idx = torch.randint(shape.sizes["vocab_size"], (batch_size, shape.prompt))
     steps: list[float] = []
@@ -289,14 +289,19 @@ def _transformers_version() -> str | None:
 
 
 def _transformers_model(row: Implementation, module: GPTModule) -> Any:
-    """Hugging Face's GPT-2 with the module's weights."""
+    """Hugging Face's model of the same architecture, with the module's weights."""
     import transformers
 
     with contextlib.suppress(AttributeError):
         transformers.logging.set_verbosity_error()
-    config = gpt2_config(row, module.model_config)
+    weights = module.model.state_dict()
+    if row.hugging_face is None:
+        config = gpt2_config(row, module.model_config)
+        weights = {k: v.t() if is_transposed(k) else v for k, v in weights.items()}
+    else:
+        form = row.hugging_face(row.complete(module.model_config))
+        config, weights = form.config, {form.rename(k): v for k, v in weights.items()}
     config.pop("architectures")
-    other = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config)).eval()
-    weights = {k: v.t() if is_transposed(k) else v for k, v in module.model.state_dict().items()}
+    other = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**config)).eval()
     other.load_state_dict(weights)
     return other

@@ -68,6 +68,16 @@ def test_generate_measures_every_way(tmp_path, monkeypatch, capsys):
     assert table.startswith("shape") and "of the floor's speed" in table and "OTHER" not in table
 
 
+def test_generate_knows_the_counterpart_of_moderngpt(monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    tiny = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 32, "vocab_size": 11}
+    monkeypatch.setitem(generation_speed.SHAPES, "small", generation_speed.Shape(tiny, prompt=5, new=4))
+    monkeypatch.setattr(generation_speed, "READ_BYTES", 2**20)
+    bench.main("generate --shapes=small --batch_sizes=2 --implementation=moderngpt --rounds=1".split())
+    table = capsys.readouterr().out
+    assert "transformers" in table and "OTHER" not in table
+
+
 @pytest.mark.parametrize(
     "argv, said",
     [
