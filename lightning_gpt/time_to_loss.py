@@ -66,8 +66,8 @@ RECIPES = {
         " --warmup_steps=100 --weight_decay=0.1 --gradient_clip_val=1",
         "cpu",
         {
-            "nanogpt-published": Row(f"{_NANOGPT} --learning_rate=1e-3 --min_learning_rate=1e-4", 2000, 200),
-            "nanogpt-adamw": Row(f"{_NANOGPT} --learning_rate=6e-3 --min_learning_rate=6e-4", 2000, 200),
+            "nanogpt-published": Row(f"{_NANOGPT} --learning_rate=1e-3 --min_learning_rate=1e-4", 2000, 500),
+            "nanogpt-adamw": Row(f"{_NANOGPT} --learning_rate=6e-3 --min_learning_rate=6e-4", 2000, 250),
             "nanogpt-muon": Row(
                 f"{_NANOGPT} --optimizer=muon --muon_learning_rate=0.012 --learning_rate=3e-3 --min_learning_rate=0"
                 " --weight_decay=0.03",
