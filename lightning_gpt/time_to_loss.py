@@ -85,7 +85,7 @@ RECIPES = {
             ),
             "moderngpt-muon-short": Row(
                 f"{_MODERNGPT} --optimizer=muon --muon_learning_rate=0.05 --learning_rate=1.5e-2 --warmup_steps=5",
-                200,
+                250,
                 25,
             ),
         },
