@@ -60,14 +60,14 @@ class Cache:
     layers: list[tuple[torch.Tensor, ...]] = field(default_factory=list)  # each (B, n_kv_head, capacity, head_size)
     before: tuple[torch.Tensor, ...] | None = None  # each row's last token (B, 1), and its embedding (B, 1, C)
 
-    def extend(self, idx: torch.Tensor) -> torch.Tensor:
-        """Make room for each row's next tokens, idx (B, T); return their positions, (T,), or (B, 1) if rows differ."""
-        T, read = idx.size(1), self.length
+    def extend(self, T: int, device: torch.device) -> torch.Tensor:
+        """Make room for the next T tokens of each row; return their positions, (T,), or (B, 1) where rows differ."""
+        read = self.length
         if read + T > self.capacity or (read and T > 1):
             raise ValueError(f"a cache that holds {read} of {self.capacity} tokens takes one more at a time, not {T}")
         self.length += T
         if self.lengths is None or read == 0:
-            return torch.arange(read, self.length, device=idx.device)
+            return torch.arange(read, self.length, device=device)
         self.lengths = self.lengths + 1
         return self.lengths[:, None] - 1
 
@@ -312,14 +312,15 @@ class GPT(nn.Module):
         T, config = idx.size(1), self.config
         if T > config.block_size:
             raise ValueError(f"sequence of length {T} is longer than block_size={config.block_size}")
-        positions = torch.arange(T, device=idx.device) if cache is None else cache.extend(idx)
+        positions = torch.arange(T, device=idx.device) if cache is None else cache.extend(T, idx.device)
         x = self.transformer.drop(self._embed(idx, cache))  # (B, T, C)
         turn = rotations(positions, config.n_embd // config.n_head)
         keys = T if cache is None else cache.length
-        masks = [visible(positions, keys, window) for window in (0, config.window)]
+        whole = visible(positions, keys, 0)
+        local = visible(positions, keys, config.window) if config.window else whole
         for layer, block in enumerate(self.transformer.h):
             is_whole = (layer + 1) % WHOLE_EVERY == 0 or layer + 1 == config.n_layer
-            mask = masks[0 if is_whole else 1]
+            mask = whole if is_whole else local
             x = block(x, turn, mask) if cache is None else block(x, turn, mask, cache, layer)
         if targets is None:
             x = x[:, -1:] if cache is None else cache.last(x)
@@ -334,7 +335,7 @@ class GPT(nn.Module):
         token, embedding = (None, None) if cache is None or cache.before is None else cache.before
         x = self.transformer.wte(idx)
         if config.bigram:
-            # No two share a row where there are (tokens + 1) tokens; the first ones are for what begins a text.
+            # No two share one of (tokens + 1) * tokens rows; the first ones are for what begins a text.
             tokens = config.vocab_size - config.vocab_padding
             pairs = (behind(idx, token, nothing=-1) + 1) * tokens + idx
             x = x + self.transformer.bigram(pairs % config.bigram)

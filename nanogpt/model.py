@@ -290,9 +290,10 @@ class GPT(nn.Module):
 
     def refuses(self, device_type: str, dtype: torch.dtype) -> tuple[str, dict[str, Any]] | None:
         """Say why it cannot compute on "cpu", "cuda", ... in a type, and the options that can; None where it can."""
+        if self.config.attention != "flash":  # each forward asks
+            return None
         fits = device_type == "cuda" and dtype in (torch.float16, torch.bfloat16)
-        fits = fits and not (torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0))
-        if fits or self.config.attention != "flash":
+        if fits and not (torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0)):
             return None
         need = "a GPU (compute capability 8.0 or more) and 16 bits"
         have = f"{str(dtype).removeprefix('torch.')} on {device_type}"
