@@ -160,17 +160,18 @@ class CausalSelfAttention(nn.Module):
         state_dict.pop(prefix + "bias", None)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def forward(self, x: torch.Tensor, cache: Cache | None = None, layer: int = 0) -> torch.Tensor:
-        """Map (B, T, C) to (B, T, C), each position reading itself and earlier ones, those in the cache too."""
+    def forward(self, x: torch.Tensor, cache: Cache | None = None, layer: int = 0, last: bool = False) -> torch.Tensor:
+        """Map (B, T, C) as Block does, each position reading itself and earlier ones, those in the cache too."""
         B, T, C = x.shape
         heads = self.c_attn(x).view(B, T, 3 * self.n_head, self.head_size).transpose(1, 2)
-        q, k, v = heads.split(self.n_head, dim=1)  # each (B, n_head, T, head_size)
-        if cache is not None:
-            k, v = cache.append(layer, heads.narrow(1, self.n_head, 2 * self.n_head)).chunk(2, dim=1)
+        q, kv = heads.split((self.n_head, 2 * self.n_head), dim=1)  # (B, n_head, T, head_size), and keys above values
+        k, v = (kv if cache is None else cache.append(layer, kv)).chunk(2, dim=1)
         mask = None if cache is None else cache.mask
+        if last:
+            q, T = q[:, :, -1:], 1
         if self.fused:
             p = self.attn_dropout.p if self.training else 0.0
-            y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p, is_causal=cache is None or T > 1)
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p, is_causal=mask is None and T > 1)
         else:
             scores = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(self.head_size))  # (B, n_head, T, S)
             S = k.size(2)
@@ -209,9 +210,10 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, cache: Cache | None = None, layer: int = 0) -> torch.Tensor:
-        """Map (B, T, C) to (B, T, C); with a cache, this block is its `layer`."""
-        x = x + self.attn(self.ln_1(x), cache, layer)
+    def forward(self, x: torch.Tensor, cache: Cache | None = None, layer: int = 0, last: bool = False) -> torch.Tensor:
+        """Map (B, T, C) to (B, T, C), or (B, 1, C) of the `last` position; with a cache, this block is its `layer`."""
+        y = self.attn(self.ln_1(x), cache, layer, last)
+        x = (x[:, -1:] if last else x) + y
         return x + self.mlp(self.ln_2(x))
 
 
@@ -338,8 +340,10 @@ class GPT(nn.Module):
             raise ValueError(f"sequence of length {T} is longer than block_size={self.block_size}")
         pos = torch.arange(T, device=idx.device) if cache is None else cache.extend(T, idx.device)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))  # (B, T, C)
+        # With a cache each row's last position alone is read, in the last block, too, where rows end at the same one.
+        top = len(self.transformer.h) - 1 if cache is not None and cache.lengths is None else None
         for layer, block in enumerate(self.transformer.h):
-            x = block(x) if cache is None else block(x, cache, layer)
+            x = block(x) if cache is None else block(x, cache, layer, layer == top)
         if cache is not None:
             x = cache.last(x)
         logits = self.lm_head(self.transformer.ln_f(x))

@@ -127,9 +127,9 @@ def visible(positions: torch.Tensor, keys: int, window: int) -> torch.Tensor | N
     """Which of `keys` keys the tokens at positions (T,) or (B, 1) see, at most `window` back unless that is 0.
 
     Returns:
-        (T, keys) or (B, 1, 1, keys) of bool; None where each sees all that are not after it in the batch.
+        (T, keys) or (B, 1, 1, keys) of bool; None without a window where each sees all that are not after it.
     """
-    if positions.dim() == 1 and not 0 < window < keys:
+    if positions.dim() == 1 and not window:
         return None
     age = positions[..., None] - torch.arange(keys, device=positions.device)
     mask = (age >= 0) & (age < (window or keys))
@@ -152,14 +152,22 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.dropout
 
     def forward(
-        self, x: torch.Tensor, turn: torch.Tensor, mask: torch.Tensor | None, cache: Cache | None, layer: int
+        self,
+        x: torch.Tensor,
+        turn: torch.Tensor,
+        mask: torch.Tensor | None,
+        cache: Cache | None,
+        layer: int,
+        last: bool,
     ) -> torch.Tensor:
-        """Map (B, T, C) to (B, T, C); see Block."""
+        """Map (B, T, C) as Block does."""
         B, T, C = x.shape
         q, k, v = (c(x).view(B, T, -1, self.head_size).transpose(1, 2) for c in (self.c_q, self.c_k, self.c_v))
         q, k = norm(rotate(q, turn)), norm(rotate(k, turn))
         if cache is not None:
             k, v = cache.append(layer, k, v)
+        if last:
+            T, q, mask = 1, q[:, :, -1:], None if mask is None else mask[..., -1:, :]
         y = F.scaled_dot_product_attention(
             q,
             k,
@@ -204,6 +212,7 @@ class Block(nn.Module):
         mask: torch.Tensor | None = None,
         cache: Cache | None = None,
         layer: int = 0,
+        last: bool = False,
     ) -> torch.Tensor:
         """Read the tokens of a batch.
 
@@ -211,12 +220,15 @@ class Block(nn.Module):
             x: (B, T, C).
             turn: Rotation of each position, see `rotations`.
             mask: Which keys each position sees, broadcast to (B, n_head, T, keys); None: itself and all earlier ones.
-            cache: What the rows have read before; this block is its `layer`.
+            cache: What the rows have read before.
+            layer: Which layer of the cache this block is.
+            last: Compute the last position alone, which reads all others.
 
         Returns:
-            (B, T, C).
+            (B, T, C), or (B, 1, C) of the last position.
         """
-        x = x + self.dropout(self.attn(norm(x), turn, mask, cache, layer))
+        y = self.dropout(self.attn(norm(x), turn, mask, cache, layer, last))
+        x = (x[:, -1:] if last else x) + y
         return x + self.dropout(self.mlp(norm(x)))
 
 
@@ -318,10 +330,13 @@ class GPT(nn.Module):
         keys = T if cache is None else cache.length
         whole = visible(positions, keys, 0)
         local = visible(positions, keys, config.window) if config.window else whole
+        # The head reads each row's last position alone, and so does the last block, where rows end at the same one.
+        ends_alike = targets is None and (cache is None or cache.lengths is None)
         for layer, block in enumerate(self.transformer.h):
-            is_whole = (layer + 1) % WHOLE_EVERY == 0 or layer + 1 == config.n_layer
-            mask = whole if is_whole else local
-            x = block(x, turn, mask) if cache is None else block(x, turn, mask, cache, layer)
+            is_top = layer + 1 == config.n_layer
+            mask = whole if (layer + 1) % WHOLE_EVERY == 0 or is_top else local
+            last = is_top and ends_alike
+            x = block(x, turn, mask, last=last) if cache is None else block(x, turn, mask, cache, layer, last)
         if targets is None:
             x = x[:, -1:] if cache is None else cache.last(x)
         logits = config.softcap * torch.tanh(self.lm_head(norm(x)).float() / config.softcap)
@@ -341,7 +356,8 @@ class GPT(nn.Module):
             x = x + self.transformer.bigram(pairs % config.bigram)
         x = norm(x)
         if cache is not None:
-            cache.before = cache.last(idx), cache.last(x)
+            # Laid out alike after any number of tokens, lest a compiled model be compiled again for each layout.
+            cache.before = tuple(cache.last(read).clone(memory_format=torch.contiguous_format) for read in (idx, x))
         if config.smear:
             x = x + torch.tanh(self.transformer.smear(x[..., :GATE])) * behind(x, embedding, nothing=0)
         return x

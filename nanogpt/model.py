@@ -1,6 +1,5 @@
 """The nanoGPT language model: GPT-2 with tied embeddings, exact GELU and optional biases, or with ALiBi's positions."""
 
-import functools
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -10,7 +9,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from nanogpt.alibi import alibi_bias, alibi_slopes, flex_alibi
 
 # What nn.GELU calls each: nanoGPT has the exact one, GPT-2's weights were trained with the tanh approximation.
 GELU_CHOICES = {"exact": "none", "tanh": "tanh"}
@@ -23,7 +23,6 @@ GPT2_TRAITS = {
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
 }
-compiled = functools.cache(torch.compile)  # of each function once, when it is first needed
 
 
 @dataclass
@@ -116,30 +115,6 @@ class Cache:
             self.length = int(self.lengths.max())
 
 
-def alibi_slopes(n_head: int, device: torch.device | None = None) -> torch.Tensor:
-    """Return by how much each head's scores fall with each token's distance (n_head,): Press et al. 2022, as coded."""
-    n = 2 ** (n_head.bit_length() - 1)
-    # Where n_head is no power of two, every other slope of 2 n heads follows those of n.
-    head = torch.arange(1, n_head + 1, dtype=torch.float32, device=device)
-    return torch.exp2(torch.where(head > n, head - n - 0.5, head) * (-8 / n))
-
-
-def alibi_bias(slopes: torch.Tensor, pos: torch.Tensor, S: int) -> torch.Tensor:
-    """Return what is added to the scores of queries at pos, (T,) or (B, T), with S keys: (1 or B, n_head, T, S)."""
-    distance = (pos[..., None] - torch.arange(S, device=pos.device)).view(-1, 1, pos.size(-1), S)
-    return (-slopes[:, None, None] * distance).masked_fill(distance < 0, -math.inf)
-
-
-def flex_alibi(slopes: torch.Tensor, T: int) -> functools.partial:
-    """Return causal attention with ALiBi, of q, k and v (B, n_head, T, head_size), as a kernel that needs no bias."""
-
-    def fall(score: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
-        return score + slopes[h] * (j - i)
-
-    blocks = create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T, device=slopes.device)
-    return functools.partial(compiled(flex_attention), score_mod=fall, block_mask=blocks)
-
-
 class CausalSelfAttention(nn.Module):
     """Multi-head self-attention in which a position sees only itself and earlier ones."""
 
@@ -164,14 +139,17 @@ class CausalSelfAttention(nn.Module):
         state_dict.pop(prefix + "bias", None)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def forward(self, x: torch.Tensor, cache: Cache | None = None, layer: int = 0, bias: Any = None) -> torch.Tensor:
-        """Map (B, T, C) to (B, T, C), each position reading itself and earlier ones, those in the cache too."""
+    def forward(
+        self, x: torch.Tensor, cache: Cache | None = None, layer: int = 0, bias: Any = None, last: bool = False
+    ) -> torch.Tensor:
+        """Map (B, T, C) as Block does, each position reading itself and earlier ones, those in the cache too."""
         B, T, C = x.shape
         heads = self.c_attn(x).view(B, T, 3 * self.n_head, self.head_size).transpose(1, 2)
-        q, k, v = heads.split(self.n_head, dim=1)  # each (B, n_head, T, head_size)
-        if cache is not None:
-            k, v = cache.append(layer, heads.narrow(1, self.n_head, 2 * self.n_head)).chunk(2, dim=1)
+        q, kv = heads.split((self.n_head, 2 * self.n_head), dim=1)  # (B, n_head, T, head_size), and keys above values
+        k, v = (kv if cache is None else cache.append(layer, kv)).chunk(2, dim=1)
         mask = cache.mask if bias is None and cache is not None else bias
+        if last and T > 1:
+            T, q, mask = 1, q[:, :, -1:], None if mask is None else mask[:, :, -1:]
         if callable(mask):
             y = mask(q, k, v)
         elif self.fused:
@@ -216,9 +194,12 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd, config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, cache: Cache | None = None, layer: int = 0, bias: Any = None) -> torch.Tensor:
-        """Map (B, T, C) to (B, T, C); with a cache, this block is its `layer`, and `bias` is ALiBi's."""
-        x = x + self.attn(self.ln_1(x), cache, layer, bias)
+    def forward(
+        self, x: torch.Tensor, cache: Cache | None = None, layer: int = 0, bias: Any = None, last: bool = False
+    ) -> torch.Tensor:
+        """Map (B, T, C) to (B, T, C), or (B, 1, C) of the `last` position; `layer` is the cache's, `bias` ALiBi's."""
+        y = self.attn(self.ln_1(x), cache, layer, bias, last)
+        x = (x[:, -1:] if last else x) + y
         return x + self.mlp(self.ln_2(x))
 
 
@@ -388,8 +369,11 @@ class GPT(nn.Module):
             raise ValueError(refusal[0])
         bias = self._alibi(x, pos, cache.length if cache else T, dtype) if self.extends_context else None
         x = self.transformer.drop(x if self.extends_context else x + self.transformer.wpe(pos))
+        # The head reads each row's last position alone, and so does the last block, where rows end at the same one.
+        whole = targets is not None or callable(bias) or (cache is not None and cache.lengths is not None)
+        top = None if whole else self.config.n_layer - 1
         for layer, block in enumerate(self.transformer.h):
-            x = block(x, bias=bias) if cache is None else block(x, cache, layer, bias)
+            x = block(x, bias=bias, last=layer == top) if cache is None else block(x, cache, layer, bias, layer == top)
         if targets is None:
             x = x[:, -1:] if cache is None else cache.last(x)
             return self.lm_head(self.transformer.ln_f(x)), None

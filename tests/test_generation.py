@@ -77,6 +77,17 @@ def original(model, prompt, steps, *, vocab_size=VOCAB):
     return text[len(prompt) :]
 
 
+def test_last_block_computes_no_more_than_the_head_reads(model):
+    idx, read = torch.tensor(prompts_of([BLOCK, BLOCK])), []
+    watch = model.transformer.h[-1].mlp.register_forward_hook(lambda mlp, args, y: read.append(y.size(1)))
+    with torch.no_grad():
+        logits = model(idx, cache=model.new_cache(BLOCK))[0]
+        whole = model(idx, idx)[0]
+    watch.remove()
+    assert read == [1, BLOCK]
+    torch.testing.assert_close(logits, whole[:, -1:], rtol=1e-5, atol=1e-4)
+
+
 LENGTHS = [[1], [5], [BLOCK], [BLOCK + 5], [4, 4, 4], [2] * 7, [1, 7, 3], [1, BLOCK, BLOCK - 1, BLOCK + 9, 5, 5]]
 
 

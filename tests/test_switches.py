@@ -14,7 +14,8 @@ from lightning_gpt import NanoGPT
 from lightning_gpt.checkpoint import find_checkpoint, open_checkpoint
 from lightning_gpt.cli import parse_evaluate
 from lightning_gpt.evaluation import evaluate as score
-from nanogpt.model import GPT, CausalSelfAttention, GPTConfig, alibi_bias, alibi_slopes, flex_alibi
+from nanogpt.alibi import alibi_bias, alibi_slopes, flex_alibi
+from nanogpt.model import GPT, CausalSelfAttention, GPTConfig
 
 V, C, S = 61, 48, 16
 NANO = ["--implementation=nanogpt"]
@@ -149,7 +150,7 @@ def test_bias_is_made_once_in_the_type_of_the_attention(dtype, monkeypatch):
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", watch)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
-        model(tokens())
+        model(tokens(), tokens())
     assert len(seen) == 2 and seen[0] is seen[1] and seen[0].dtype is dtype and seen[0].shape == (1, 6, S, S)
 
 
