@@ -15,6 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_gpt.config import UserError
 
+# On a CPU: the weights as constants, and each product by a kernel made for its shape; no other is tried beside it.
+FROZEN = {"freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP"}
+
 
 def compile_model(model: nn.Module, *, block_class: type[nn.Module] | None, setting: bool | str) -> None:
     """Compiles every block in place, or the whole model where its unit is not known.
@@ -63,6 +66,41 @@ def compile_arguments(setting: bool | str) -> dict[str, str | None] | None:
     if backend == "inductor" and not shutil.which(compiler):
         raise UserError(f"--compile needs a C++ compiler, and there is no {compiler} here; install g++ or leave it")
     return {"backend": backend, "mode": mode}
+
+
+def compile_step(model: nn.Module, *, setting: bool | str) -> Callable[..., Any] | None:
+    """The model's forward, compiled to read one token of each row after a cache, without gradients.
+
+    It is compiled once for texts of all lengths. On a CPU the weights must not change after the first call: matrices
+    are part of the code, kept once more in the order in which they are read (inductor's ``freezing``).
+
+    Args:
+        model: The plain model.
+        setting: As for ``compile_arguments``.
+
+    Returns:
+        What is called as the model is; None where the setting means not at all.
+
+    Raises:
+        UserError: As for ``compile_arguments``; or the model has no cache.
+    """
+    arguments = compile_arguments(setting)
+    if arguments is None:
+        return None
+    if not hasattr(model, "new_cache"):
+        raise UserError(
+            f"--compile {setting}: what would be compiled is the reading of one token after a cache, and this"
+            f" {type(model).__name__} has no new_cache; leave --compile, or give the model one"
+        )
+    compiled = torch.compile(model.forward, dynamic=True, **arguments)
+    if arguments["backend"] != "inductor" or next(model.parameters()).device.type != "cpu":
+        return compiled
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        with torch._inductor.config.patch(FROZEN):  # also Dynamo reads it, to which options of torch.compile do not get
+            return compiled(*args, **kwargs)
+
+    return step
 
 
 def recompute_blocks(model: nn.Module, *, block_class: type[nn.Module] | None) -> None:

@@ -252,6 +252,9 @@ class SampleOptions:
     """auto, cpu or gpu"""
     precision: int | str = 32
     """the type of the weights: 32, bf16, or on a GPU 16"""
+    compile: bool | str = False
+    """torch.compile the reading of each token after the prompt, which takes from seconds to minutes and pays for long
+    texts; alone, or with a backend or mode as for train.py"""
     trust_checkpoint: bool = False
     """let a checkpoint that another made run the code that it may hold"""
 
@@ -355,6 +358,8 @@ class GenerateOptions:
     """how often each way is measured, in turns"""
     recompute_steps: int = 8
     """how many steps of the plain loop are timed, spread over the lengths, to stand for all; 0 for each of them"""
+    compile: bool | str = False
+    """measure what sample.py --compile does, too; alone, or with a backend or mode as there"""
     threads: int | None = None
     """threads that torch computes with (default: torch's own choice)"""
     json: str | None = None

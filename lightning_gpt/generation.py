@@ -69,6 +69,7 @@ def generate_tokens(
     block_size: int,
     vocab_size: int,
     device: torch.device,
+    step: Callable[..., tuple[Tensor, Tensor | None]] | None = None,
     is_over: Callable[[int, int], bool] | None = None,
 ) -> Iterator[list[tuple[int, int]]]:
     """Continues every prompt, in whichever mode (train or eval) the model is in.
@@ -85,6 +86,7 @@ def generate_tokens(
         block_size: The most tokens that the model reads.
         vocab_size: How many tokens, from the first, may be chosen: the vocabulary without its padding.
         device: Where the model computes.
+        step: Reads one token of each row after a cache in the model's place, such as what was compiled for that.
         is_over: Is told of each row and its new token, and says whether the row ends with it.
 
     Yields:
@@ -96,8 +98,8 @@ def generate_tokens(
     if not all(len(prompt) for prompt in prompts):
         raise ValueError("a prompt needs at least one token")
     texts = [list(map(int, prompt)) for prompt in prompts]
-    reader = _Reader(model, texts, block_size=block_size, room=settings.max_new_tokens, device=device)
-    linears = _linears(model, device)
+    reader = _Reader(model, texts, block_size=block_size, room=settings.max_new_tokens, device=device, step=step)
+    linears = _linears(model, device) if step is None else []
     numbers = None if settings.greedy else _random_numbers(len(texts), settings)
     seen = None
     if settings.repetition_penalty != 1:
@@ -105,7 +107,7 @@ def generate_tokens(
         for row, text in enumerate(texts):
             seen[row, text] = True
     rows = list(range(len(texts)))
-    for step in range(settings.max_new_tokens):
+    for number in range(settings.max_new_tokens):
         with torch.no_grad(), _quick(linears, rows=len(rows)):
             logits = reader.logits(rows)[:, :vocab_size].float()  # (R, V)
             if seen is not None:
@@ -113,7 +115,7 @@ def generate_tokens(
             if numbers is None:
                 chosen = logits.argmax(-1).tolist()
             else:
-                chosen = draw(warp(logits, settings), numbers[rows, step]).tolist()
+                chosen = draw(warp(logits, settings), numbers[rows, number]).tolist()
         if seen is not None:
             seen[rows, chosen] = True
         new = [(row, token) for row, token in zip(rows, chosen, strict=True) if token not in settings.stop_tokens]
@@ -197,9 +199,17 @@ class _Reader:
     """The logits that follow texts which grow at their ends."""
 
     def __init__(
-        self, model: nn.Module, texts: list[list[int]], *, block_size: int, room: int, device: torch.device
+        self,
+        model: nn.Module,
+        texts: list[list[int]],
+        *,
+        block_size: int,
+        room: int,
+        device: torch.device,
+        step: Callable[..., tuple[Tensor, Tensor | None]] | None,
     ) -> None:
         self.model = model
+        self.step = step or model
         self.texts = texts
         self.block_size = block_size
         self.room = room
@@ -230,14 +240,18 @@ class _Reader:
             lengths = [len(self.texts[row]) for row in rows]
             longest = max(lengths)
             idx = self._tensor([self.texts[row] + [0] * (longest - len(self.texts[row])) for row in rows])
-            capacity = min(longest + self.room, self.block_size)
+            # One more than are ever read: a compiled step would be compiled again for keys that fill their memory.
+            capacity = min(longest + self.room, self.block_size) + 1
             self.cache = self.model.new_cache(capacity, self._tensor(lengths) if min(lengths) < longest else None)
+            read = self.model
         else:
             if rows != self.cached:
                 self.cache.keep([self.cached.index(row) for row in rows])
             idx = self._tensor([self.texts[row][-1:] for row in rows])
+            # Or for a cache of one token: torch takes 0 and 1 for constants, where other lengths vary.
+            read = self.step if max(len(self.texts[row]) for row in rows) > 2 else self.model
         self.cached = rows
-        return self.model(idx, cache=self.cache)[0][:, -1]
+        return read(idx, cache=self.cache)[0][:, -1]
 
     def _tensor(self, values: list) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.device)

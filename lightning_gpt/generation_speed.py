@@ -1,11 +1,13 @@
 """How fast text is written on a CPU: beside the originals' loop, beside Hugging Face, and beside what memory allows."""
 
 import contextlib
+import copy
 import importlib.util
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +20,8 @@ from lightning_gpt.generation import GenerationSettings
 from lightning_gpt.implementations import GPT2Traits, Implementation, get_implementation
 from lightning_gpt.models import GPTModule
 
-CACHED, RECOMPUTE, TRANSFORMERS = "cached", "recompute", "transformers"
+CACHED, COMPILED, RECOMPUTE, TRANSFORMERS = "cached", "compiled", "recompute", "transformers"
+OURS = (CACHED, COMPILED)
 READ_BYTES = 2**29  # more than the caches of a processor hold
 
 
@@ -51,33 +54,34 @@ class Case:
         shape: A key of SHAPES.
         batch_size: Texts written together.
         seconds: Of each way the rounds' times for all new tokens, prompt included.
-        step_seconds: Of each round the mean time of a cached step after the first, which reads the prompt.
+        step_seconds: Of our ways the rounds' mean times of a step after the first, which reads the prompt.
+        compile_seconds: What compiling took; None where it was not asked for.
         gigabytes_per_second: What the machine's memory gave in each round.
         floor_seconds: The least time of a step: weights and cache read once, at the most that memory gave.
-        same_tokens: Whether Hugging Face took the same tokens; None without it.
+        same_tokens: Whether all with a cache took the same tokens; None where there is but one.
     """
 
     shape: str
     batch_size: int
     seconds: dict[str, list[float]]
-    step_seconds: list[float]
+    step_seconds: dict[str, list[float]]
+    compile_seconds: float | None
     gigabytes_per_second: list[float]
     floor_seconds: float
     same_tokens: bool | None
 
-    @property
-    def floor_fraction(self) -> float:
+    def floor_fraction(self, way: str) -> float:
         """The floor over the median step: 1 is the machine's limit."""
-        return self.floor_seconds / statistics.median(self.step_seconds)
+        return self.floor_seconds / statistics.median(self.step_seconds[way])
 
     def speeds(self, way: str) -> list[float]:
         """New tokens per second over all texts, round by round."""
         return [self.batch_size * SHAPES[self.shape].new / seconds for seconds in self.seconds[way]]
 
-    def gain(self, way: str) -> float:
-        """How many times faster the cache is than another way: the median of the rounds' ratios."""
-        pairs = zip(self.seconds[way], self.seconds[CACHED], strict=True)
-        return statistics.median(other / cached for other, cached in pairs)
+    def gain(self, way: str, *, ours: str = CACHED) -> float:
+        """How many times faster one of our ways is than another: the median of the rounds' ratios."""
+        pairs = zip(self.seconds[way], self.seconds[ours], strict=True)
+        return statistics.median(other / own for other, own in pairs)
 
 
 @dataclass(frozen=True)
@@ -102,29 +106,36 @@ class Speeds:
         """Everything, in plain types."""
         cases = [
             asdict(case)
-            | {"floor_fraction": case.floor_fraction}
-            | {"gain": {way: case.gain(way) for way in case.seconds if way != CACHED}}
+            | {"floor_fraction": {way: case.floor_fraction(way) for way in case.step_seconds}}
+            | {"gain": {o: {way: case.gain(way, ours=o) for way in case.seconds} for o in case.step_seconds}}
             for case in self.cases
         ]
         return {"benchmark": "generate"} | asdict(self) | {"cases": cases}
 
     def table(self) -> str:
         """The same for people."""
-        rows = [f"{'shape':7}{'batch':>6}  {'way':14}{'new tokens/s':>13}{'min':>9}{'max':>9}{'cached is':>12}"]
+        ours = [way for way in OURS if way in self.cases[0].seconds]
+        heads = "".join(f"{way + ' is':>14}" for way in ours)
+        rows = [f"{'shape':7}{'batch':>6}  {'way':14}{'new tokens/s':>13}{'min':>9}{'max':>9}{heads}"]
         for case in self.cases:
             for way in case.seconds:
                 speeds = case.speeds(way)
-                gain = f"{case.gain(way):.2f} times" if way != CACHED else ""
+                gains = [f"{case.gain(way, ours=o):.2f} times" if way != o else "" for o in ours]
+                gain = "".join(f"{gain:>14}" for gain in gains)
                 spread = f"{statistics.median(speeds):13.1f}{min(speeds):9.1f}{max(speeds):9.1f}"
-                rows.append(f"{case.shape:7}{case.batch_size:6}  {way:14}{spread}{gain:>12}")
+                rows.append(f"{case.shape:7}{case.batch_size:6}  {way:14}{spread}{gain}".rstrip())
         for case in self.cases:
-            step = statistics.median(case.step_seconds)
             rows.append(
-                f"{case.shape}, batch {case.batch_size}: a cached step takes {step * 1e3:.2f} ms, weights and cache"
-                f" read once at {max(case.gigabytes_per_second):.1f} GB/s {case.floor_seconds * 1e3:.2f} ms:"
-                f" {case.floor_fraction:.0%} of the floor's speed"
-                + ("" if case.same_tokens is not False else "; transformers took OTHER tokens")
+                f"{case.shape}, batch {case.batch_size}: weights and cache read once at"
+                f" {max(case.gigabytes_per_second):.1f} GB/s take {case.floor_seconds * 1e3:.2f} ms"
             )
+            for way, seconds in case.step_seconds.items():
+                step = f"; a {way} step {statistics.median(seconds) * 1e3:.2f} ms"
+                rows[-1] += f"{step}: {case.floor_fraction(way):.0%} of that speed"
+            if case.compile_seconds is not None:
+                rows[-1] += f"; compiled in {case.compile_seconds:.0f} s"
+            if case.same_tokens is False:
+                rows[-1] += "; NOT the same tokens"
         m = self.machine
         timed = (
             f"{self.recompute_steps} steps, spread over the lengths, stand for all" if self.recompute_steps else "all"
@@ -144,6 +155,7 @@ def measure_generation(
     implementation: str = "nanogpt",
     rounds: int = 5,
     recompute_steps: int = 8,
+    compile: bool | str = False,
     threads: int | None = None,
     json: str | None = None,
 ) -> Speeds:
@@ -158,6 +170,7 @@ def measure_generation(
         implementation: A model with GPT-2's layout.
         rounds: How often each way is measured.
         recompute_steps: Timed steps of the originals' loop, whose mean stands for all steps; 0 for all of them.
+        compile: Whether, or with which backend or mode, it is measured compiled, too; compiling is timed apart.
         threads: Threads that torch computes with; None for torch's own choice.
         json: Where the result is written as JSON as well.
 
@@ -182,7 +195,8 @@ def measure_generation(
         torch.set_num_threads(threads or before)
         for name in shapes.split(","):
             for size in batch_sizes.split(","):
-                cases.append(_measure(row, name, int(size), rounds=rounds, recompute_steps=recompute_steps))
+                case = _measure(row, name, int(size), rounds=rounds, timed=recompute_steps, compile=compile)
+                cases.append(case)
     finally:
         torch.set_num_threads(before)
     machine = machine_facts(torch.device("cpu"), threads or before) | {"transformers": _transformers_version()}
@@ -191,25 +205,26 @@ def measure_generation(
     return speeds
 
 
-def _measure(row: Implementation, name: str, batch_size: int, *, rounds: int, recompute_steps: int) -> Case:
+def _measure(row: Implementation, name: str, batch_size: int, *, rounds: int, timed: int, compile: bool | str) -> Case:
     shape = SHAPES[name]
     torch.manual_seed(0)
     fields = shape.sizes | (row.gpt2.fields(GPT2Traits()) if row.gpt2 else {})
     module = GPTModule(row.name, model_config=fields).eval()
     idx = torch.randint(shape.sizes["vocab_size"], (batch_size, shape.prompt))
-    steps: list[float] = []
+    steps: dict[str, list[float]] = {}
     seconds: dict[str, list[float]] = {}
     tokens: dict[str, Tensor] = {}
 
-    def cached() -> float:
-        tokens[CACHED], first, total = _cached(module, idx, shape.new)
-        steps.append((total - first) / (shape.new - 1))
+    def ours(way: str, writer: GPTModule) -> float:
+        tokens[way], first, total = _cached(writer, idx, shape.new)
+        steps.setdefault(way, []).append((total - first) / (shape.new - 1))
         return total
 
-    ways: dict[str, Callable[[], float]] = {
-        CACHED: cached,
-        RECOMPUTE: lambda: _recompute(module.model, idx, shape, recompute_steps or shape.new),
-    }
+    ways: dict[str, Callable[[], float]] = {CACHED: partial(ours, CACHED, module)}
+    twin = copy.copy(module)  # the same weights
+    if twin.compile_generation(compile):
+        ways[COMPILED] = partial(ours, COMPILED, twin)
+    ways[RECOMPUTE] = partial(_recompute, module.model, idx, shape, timed or shape.new)
     if _transformers_version():
         other = _transformers_model(row, module)
 
@@ -225,6 +240,10 @@ def _measure(row: Implementation, name: str, batch_size: int, *, rounds: int, re
     rates = []
     with torch.no_grad():
         _cached(module, idx[:, :1], 2)  # what is slow the first time only
+        compile_seconds = None
+        if COMPILED in ways:
+            compile_seconds = ways[COMPILED]()
+            steps.clear()
         for number in range(rounds):
             rates.append(_memory_rate())
             for way in ways if number % 2 == 0 else reversed(ways):
@@ -233,10 +252,11 @@ def _measure(row: Implementation, name: str, batch_size: int, *, rounds: int, re
         shape=name,
         batch_size=batch_size,
         seconds={way: seconds[way] for way in ways},
-        step_seconds=steps,
+        step_seconds={way: steps[way] for way in ways if way in steps},
+        compile_seconds=compile_seconds,
         gigabytes_per_second=rates,
         floor_seconds=_bytes_per_step(module.model, shape, batch_size) / max(rates) / 1e9,
-        same_tokens=torch.equal(tokens[CACHED], tokens[TRANSFORMERS]) if TRANSFORMERS in tokens else None,
+        same_tokens=all(torch.equal(tokens[CACHED], t) for t in tokens.values()) if len(tokens) > 1 else None,
     )
 
 

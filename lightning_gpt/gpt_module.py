@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_gpt.compilation import compile_arguments, compile_model, recompute_blocks
+from lightning_gpt.compilation import compile_arguments, compile_model, compile_step, recompute_blocks
 from lightning_gpt.generation import GenerationSettings, generate_tokens
 from lightning_gpt.implementations import get_implementation, token_embedding_name
 from lightning_gpt.optim import MUON_LEARNING_RATE, get_optimizer, parameter_groups, warmup_cosine
@@ -82,6 +82,7 @@ class GPTModule(LightningModule):
         self.step_loss: Tensor | None = None
         self._gradient_norm: Tensor | None = None
         self._val_sums: ScoreSums | None = None
+        self._step: Callable[..., Any] | None = None  # what reads a token after a cache, where that is compiled
         self.val_tokens = 0  # that the last validation scored, over all ranks
 
     def build_model(self) -> nn.Module:
@@ -163,6 +164,15 @@ class GPTModule(LightningModule):
         new = torch.tensor(steps, dtype=idx.dtype, device=idx.device).view(max_new_tokens, len(idx))
         return torch.cat((idx, new.T), dim=1)
 
+    def compile_generation(self, setting: bool | str) -> bool:
+        """Has new tokens written by a compiled step from now on, with the weights as they are; see ``compile_step``.
+
+        Returns:
+            Whether it is compiled, when it is first called.
+        """
+        self._step = compile_step(self.model, setting=setting)
+        return self._step is not None
+
     def stream_tokens(
         self,
         prompts: Sequence[Sequence[int]],
@@ -179,9 +189,10 @@ class GPTModule(LightningModule):
             block_size=fields["block_size"],
             vocab_size=fields["vocab_size"] - fields.get("vocab_padding", 0),
             device=self.device,
+            step=self._step,
             is_over=is_over,
         )
-        compiled = compile_arguments(self.compile_setting) is not None
+        compiled = compile_arguments(self.compile_setting) is not None and self._step is None
         while True:
             # A compiled block would be compiled again for ever new lengths.
             with torch.compiler.set_stance("force_eager") if compiled else nullcontext():

@@ -1,6 +1,7 @@
 """Writing text with a trained model, as soon as each piece of it is certain."""
 
 import contextlib
+import itertools
 import os
 import select
 import sys
@@ -200,6 +201,7 @@ def write_samples(options: SampleOptions, *, out: TextIO) -> None:
     where = find_devices(TrainerOptions(accelerator=options.accelerator, precision=options.precision))
     checkpoint.compute_on(where.device_type, where.dtype)
     module = checkpoint.module().to(where.device_type, where.dtype).eval()
+    to_compile = module.compile_generation(options.compile)
     tokens, seconds = 0, 0.0
     for number, prompt in enumerate(prompts):
         try:
@@ -219,6 +221,9 @@ def write_samples(options: SampleOptions, *, out: TextIO) -> None:
             repetition_penalty=options.repetition_penalty,
             seed=options.seed + number * options.num_samples,
         )
+        if to_compile:
+            _compile(module, [ids] * options.num_samples, settings)
+            to_compile = False
         writer = _Writer(out, tokenizer.decode(ids), options.num_samples, stream=options.stream or options.interactive)
         began = time.perf_counter()
         pieces = stream_text(module, tokenizer, [ids] * options.num_samples, settings, stop=options.stop)
@@ -228,6 +233,14 @@ def write_samples(options: SampleOptions, *, out: TextIO) -> None:
         seconds += time.perf_counter() - began
     if seconds:
         print(f"{tokens:,} tokens in {seconds:.2f} s, {tokens / seconds:,.1f} tokens/s", file=sys.stderr)
+
+
+def _compile(module: GPTModule, prompts: Sequence[Sequence[int]], settings: GenerationSettings) -> None:
+    """Begins to write: what reads the third token of a text is compiled, however short the prompts are."""
+    began = time.perf_counter()
+    for _ in itertools.islice(module.stream_tokens(prompts, settings), 3):
+        pass
+    print(f"compiled in {time.perf_counter() - began:.1f} s", file=sys.stderr)
 
 
 def _require_known(ids: Sequence[int], module: GPTModule) -> None:

@@ -53,19 +53,24 @@ def test_generate_measures_every_way(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(generation_speed.SHAPES, "small", generation_speed.Shape(tiny, prompt=5, new=20))
     monkeypatch.setattr(generation_speed, "READ_BYTES", 2**20)
     flags = ["--shapes=small", "--batch_sizes=1,3", "--implementation=mingpt", "--rounds=2", "--recompute_steps=4"]
+    flags.append("--compile=eager")
     bench.main(["generate", *flags, f"--json={tmp_path / 'speed.json'}"])
     found = json.loads((tmp_path / "speed.json").read_text(encoding="utf-8"))
     assert [case["batch_size"] for case in found["cases"]] == [1, 3]
-    ways = ["cached", "recompute", *(["transformers"] if importlib.util.find_spec("transformers") else [])]
+    ways = ["cached", "compiled", "recompute", *(["transformers"] if importlib.util.find_spec("transformers") else [])]
     for case in found["cases"]:
         assert list(case["seconds"]) == ways and all(len(s) == 2 and min(s) > 0 for s in case["seconds"].values())
-        assert case["gain"]["recompute"] > 0 and 0 < case["floor_fraction"] and case["same_tokens"] in (None, True)
+        assert list(case["step_seconds"]) == list(case["floor_fraction"]) == list(case["gain"]) == ways[:2]
+        for way in ways[:2]:
+            assert len(case["step_seconds"][way]) == 2 and case["floor_fraction"][way] > 0
+            assert case["gain"][way][way] == 1 and case["gain"][way]["recompute"] > 0
+        assert case["same_tokens"] is True and case["compile_seconds"] > 0
         # Head, final norm, two blocks of 12 C^2 weights and 13 C biases and norms; 5 + 21 / 2 positions in the cache.
         weights = 11 * 16 + 2 * (12 * 16**2 + 13 * 16) + 2 * 16
         read = 4 * (weights + case["batch_size"] * 2 * 2 * 16 * 15.5)
         assert case["floor_seconds"] * max(case["gigabytes_per_second"]) * 1e9 == pytest.approx(read)
     table = capsys.readouterr().out
-    assert table.startswith("shape") and "of the floor's speed" in table and "OTHER" not in table
+    assert table.startswith("shape") and table.count("of that speed") == 4 and "NOT" not in table
 
 
 def test_generate_knows_the_counterpart_of_moderngpt(monkeypatch, capsys):
@@ -75,7 +80,7 @@ def test_generate_knows_the_counterpart_of_moderngpt(monkeypatch, capsys):
     monkeypatch.setattr(generation_speed, "READ_BYTES", 2**20)
     bench.main("generate --shapes=small --batch_sizes=2 --implementation=moderngpt --rounds=1".split())
     table = capsys.readouterr().out
-    assert "transformers" in table and "OTHER" not in table
+    assert "transformers" in table and "NOT" not in table
 
 
 @pytest.mark.parametrize(

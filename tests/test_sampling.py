@@ -197,6 +197,7 @@ def test_precision_and_penalties_reach_the_model(written):
         (["--prompt=a", "--top_p=0"], "--top_p 0"),
         (["--prompt=a", "--repetition_penalty=0"], "--repetition_penalty 0"),
         (["--prompt=a", "--precision=16"], "--precision 16 needs a GPU"),
+        (["--prompt=a", "--compile=fast"], "--compile fast is unknown; choose dynamo"),
     ],
 )
 def test_mistakes_are_one_line(written, capsys, flags, mentions):

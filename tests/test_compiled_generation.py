@@ -1,0 +1,128 @@
+"""sample.py --compile: the same text, compiled once for texts of all lengths."""
+
+import shutil
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+import sample
+from lightning_gpt import GPTModule
+from lightning_gpt.compilation import compile_step
+from lightning_gpt.config import UserError
+from lightning_gpt.generation import GenerationSettings
+
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 24, "vocab_size": 37}
+MODELS = {
+    "mingpt": {},
+    "nanogpt": {},
+    "alibi": {"position": "alibi"},
+    "moderngpt": {"n_kv_head": 1, "window": 5, "bigram": 101, "smear": True, "n_layer": 3},
+}
+
+
+@pytest.fixture
+def graphs():
+    """How many graphs were compiled so far."""
+    torch.compiler.reset()
+    counters.clear()
+    yield lambda: counters["stats"]["unique_graphs"]
+    torch.compiler.reset()
+
+
+def module_of(name):
+    torch.manual_seed(0)
+    module = GPTModule("nanogpt" if name == "alibi" else name, model_config=SIZES | MODELS[name]).eval()
+    for parameter in module.parameters():
+        if parameter.dim() == 2:
+            nn.init.normal_(parameter, std=0.6)
+    return module
+
+
+@pytest.mark.parametrize(("name", "greedy"), [*((name, True) for name in MODELS), ("nanogpt", False)])
+def test_the_text_is_the_same_and_a_number_of_rows_is_compiled_once(name, greedy, graphs):
+    module = module_of(name)
+    texts = [torch.randint(37, shape) for shape in [(1, 3), (1, 1), (1, 9), (1, 22), (1, 30)]]
+    more = [torch.randint(37, shape) for shape in [(3, 2), (3, 7), (2, 20)]]
+
+    def written(texts):
+        return [module.generate(idx, 18, do_sample=not greedy, seed=1).tolist() for idx in texts]
+
+    expected = written(texts), written(more)
+    assert graphs() == 0
+    assert module.compile_generation("eager")
+    assert written(texts) == expected[0] and graphs() == 1
+    assert written(more) == expected[1] and graphs() == 2  # torch compiles a dimension of one apart
+
+
+def test_rows_of_different_lengths_that_end_at_different_times(graphs):
+    module, prompts = module_of("nanogpt"), [[1, 2, 3, 4], [5], [6, 7]]
+
+    def written():
+        # Row r ends after r + 2 tokens.
+        new = [[] for _ in prompts]
+        settings = GenerationSettings(max_new_tokens=9, greedy=True)
+        for step in module.stream_tokens(prompts, settings, is_over=lambda row, token: len(new[row]) == row + 1):
+            for row, token in step:
+                new[row].append(token)
+        return new
+
+    expected = written()
+    assert [len(row) for row in expected] == [2, 3, 4] and graphs() == 0
+    module.compile_generation("eager")
+    assert written() == expected and graphs() > 0
+
+
+def test_a_module_that_trains_compiled_writes_compiled_where_that_is_asked_for(graphs):
+    module = module_of("nanogpt")
+    module.compile_setting = "eager"  # of training
+    idx = torch.tensor([[1, 2, 3]])
+    expected = module.generate(idx, 6, do_sample=False)
+    assert graphs() == 0
+    module.compile_generation("eager")
+    assert torch.equal(module.generate(idx, 6, do_sample=False), expected) and graphs() == 1
+    assert not module.compile_generation(False)
+    assert torch.equal(module.generate(idx, 6, do_sample=False), expected) and graphs() == 1
+
+
+@needs_compiler
+def test_on_a_cpu_the_weights_are_part_of_the_code():
+    model = module_of("nanogpt").model
+    step = compile_step(model, setting=True)
+    idx, next_one = torch.tensor([[1, 2, 3]]), torch.tensor([[4]])
+    weight = model.transformer.h[0].mlp.c_fc.weight
+
+    def logits(read, *, factor=1.0):
+        cache = model.new_cache(SIZES["block_size"])
+        model(idx, cache=cache)
+        weight.data.mul_(factor)
+        found = read(next_one, cache=cache)[0]
+        weight.data.div_(factor)
+        return found
+
+    with torch.no_grad():
+        expected = logits(model)
+        torch.testing.assert_close(logits(step), expected, rtol=1e-5, atol=1e-4)
+        assert not torch.allclose(logits(model, factor=2), expected, atol=0.1)
+        torch.testing.assert_close(logits(step, factor=2), expected, rtol=1e-5, atol=1e-4)
+
+
+@needs_compiler
+def test_sample_compiles_before_it_writes(tiny_run, capsys):
+    flags = [f"--checkpoint={tiny_run}", "--accelerator=cpu", "--max_new_tokens=20", "--prompt=the", "--top_k=5"]
+    sample.main(flags)
+    expected = capsys.readouterr().out
+    sample.main([*flags, "--compile"])
+    out, err = capsys.readouterr()
+    assert out == expected
+    compiled, speed = err.splitlines()[-2:]
+    assert compiled.startswith("compiled in ") and speed.startswith("20 tokens in ")
+    assert "AUTOTUNE" not in err
+
+
+def test_a_model_without_a_cache_is_refused():
+    assert compile_step(nn.Linear(1, 1), setting=False) is None
+    with pytest.raises(UserError, match="--compile eager: .* this Linear has no new_cache; leave --compile"):
+        compile_step(nn.Linear(1, 1), setting="eager")
