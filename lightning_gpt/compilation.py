@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_gpt.config import UserError
 
-# On a CPU: the weights as constants, and each product by a kernel made for its shape; no other is tried beside it.
+# On an x86 CPU: the weights as constants, and each product by a kernel made for its shape; no other is tried beside it.
 FROZEN = {"freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP"}
 
 
@@ -71,8 +71,8 @@ def compile_arguments(setting: bool | str) -> dict[str, str | None] | None:
 def compile_step(model: nn.Module, *, setting: bool | str) -> Callable[..., Any] | None:
     """The model's forward, compiled to read one token of each row after a cache, without gradients.
 
-    It is compiled once for texts of all lengths. On a CPU the weights must not change after the first call: matrices
-    are part of the code, kept once more in the order in which they are read (inductor's ``freezing``).
+    It is compiled once for texts of all lengths. The weights must not change after the first call: on an x86 CPU,
+    matrices are part of the code, kept once more in the order in which they are read (inductor's ``freezing``).
 
     Args:
         model: The plain model.
@@ -93,7 +93,8 @@ def compile_step(model: nn.Module, *, setting: bool | str) -> Callable[..., Any]
             f" {type(model).__name__} has no new_cache; leave --compile, or give the model one"
         )
     compiled = torch.compile(model.forward, dynamic=True, **arguments)
-    if arguments["backend"] != "inductor" or next(model.parameters()).device.type != "cpu":
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    if arguments["backend"] != "inductor" or not on_cpu or not torch.backends.mkl.is_available():
         return compiled
 
     def step(*args: Any, **kwargs: Any) -> Any:

@@ -88,6 +88,7 @@ def test_a_module_that_trains_compiled_writes_compiled_where_that_is_asked_for(g
 
 
 @needs_compiler
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="needs torch with MKL, for x86 processors")
 def test_on_a_cpu_the_weights_are_part_of_the_code():
     model = module_of("nanogpt").model
     step = compile_step(model, setting=True)
