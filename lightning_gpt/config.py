@@ -253,8 +253,8 @@ class SampleOptions:
     precision: int | str = 32
     """the type of the weights: 32, bf16, or on a GPU 16"""
     compile: bool | str = False
-    """torch.compile the reading of each token after the prompt, which takes from seconds to minutes and pays for long
-    texts; alone, or with a backend or mode as for train.py"""
+    """torch.compile the reading of each token after the prompt, up to the model's block; takes from seconds to minutes,
+    which many or long texts repay; alone, or with a backend or mode as for train.py"""
     trust_checkpoint: bool = False
     """let a checkpoint that another made run the code that it may hold"""
 
