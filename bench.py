@@ -17,10 +17,10 @@ from lightning_gpt.config import (
 
 # Options, what measures, and what is measured.
 BENCHMARKS = {
-    "tax": (TaxOptions, "benchmarks:measure_tax", "time per step of train.py over that of a hand-written loop"),
+    "tax": (TaxOptions, "tax:measure_tax", "time per step of train.py over that of a hand-written loop"),
     "parity": (ParityOptions, "parity:measure_parity", "losses and weights under every strategy, to a single process"),
-    "prepare": (PrepareSpeedOptions, "throughput:measure_prepare", "speed of prepare.py, to tiktoken's batch encoder"),
-    "generate": (GenerateOptions, "generation_speed:measure_generation", "new tokens per second, and the floor of it"),
+    "prepare": (PrepareSpeedOptions, "prepare:measure_prepare", "speed of prepare.py, to tiktoken's batch encoder"),
+    "generate": (GenerateOptions, "generate:measure_generation", "new tokens per second, and the floor of it"),
     "time_to_loss": (TimeToLossOptions, "time_to_loss:measure_time_to_loss", "steps and seconds to nanoGPT's loss"),
 }
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cls, measure, what = BENCHMARKS[name]
     options = parse_options(cls, rest, description=f"Measure: {what}.")
     module, function = measure.split(":")  # imported after parsing, so that --help need not wait for torch
-    print(getattr(import_module(f"lightning_gpt.{module}"), function)(**asdict(options)).table())
+    print(getattr(import_module(f"lightning_gpt.bench.{module}"), function)(**asdict(options)).table())
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from lightning_gpt.cli import parse_evaluate, reporting_errors
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, scores, and prints what was found."""
     options = parse_evaluate(argv)
-    from lightning_gpt.evaluation import evaluate, rewrite  # after parsing: --help need not wait for torch
+    from lightning_gpt.evaluation.evaluate import evaluate, rewrite  # after parsing: --help need not wait for torch
 
     rewrites = options.convert_only or options.export is not None or options.out is not None
     with contextlib.redirect_stdout(sys.stderr):  # libraries print, too: stdout is for the numbers

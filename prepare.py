@@ -17,7 +17,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(extract_embeddings(embeddings))
         return
     options = parse_prepare(words)
-    from lightning_gpt.data.preparation import prepare_folder  # after parsing, so that --help need not wait for torch
+    from lightning_gpt.data.tokens.preparation import (
+        prepare_folder,  # after parsing, so that --help need not wait for torch
+    )
 
     print(prepare_folder(options))
 

@@ -18,8 +18,8 @@ _HOMES = {
     "UserError": "lightning_gpt.config",
     "load": "lightning_gpt.checkpoint",
     "parse_train": "lightning_gpt.cli",
-    "prepare": "lightning_gpt.data.preparation",
-    "train": "lightning_gpt.training",
+    "prepare": "lightning_gpt.data.tokens.preparation",
+    "train": "lightning_gpt.training.run",
 }
 __all__ = sorted(_HOMES)
 

@@ -34,7 +34,7 @@ from lightning_gpt.config import (
     UserError,
 )
 from lightning_gpt.data.tasks import find_task
-from lightning_gpt.implementations import flag_options, get_implementation
+from lightning_gpt.implementations.registry import flag_options, get_implementation
 from lightning_gpt.options import Option, options_of
 
 GROUPS: dict[str, type] = {

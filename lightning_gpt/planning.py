@@ -19,9 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_gpt.compilation import recompute_blocks
 from lightning_gpt.config import UserError
-from lightning_gpt.implementations import Implementation, refused_by
+from lightning_gpt.implementations.compilation import recompute_blocks
+from lightning_gpt.implementations.registry import Implementation, refused_by
 from lightning_gpt.models import GPTModule
 from lightning_gpt.strategies.memory import Memory, MemoryRules, Moment, StepTrace
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from lightning_gpt.checkpoint import ensure_canonical, find_checkpoint
 from lightning_gpt.config import SampleOptions, TrainerOptions, UserError
-from lightning_gpt.generation import GenerationSettings
+from lightning_gpt.implementations.generation import GenerationSettings
 from lightning_gpt.models import GPTModule
 from lightning_gpt.strategies import find_devices
 from lightning_gpt.tokenizers import Tokenizer

@@ -359,9 +359,11 @@ def test_two_ranks_convert_once(fsdp, monkeypatch):
 
 
 def test_result_that_cannot_be_written_is_refused_before_scoring(chain, tmp_path, refused, monkeypatch):
-    import lightning_gpt.evaluation
+    import lightning_gpt.evaluation.evaluate
 
-    monkeypatch.setattr(lightning_gpt.evaluation, "find_checkpoint", lambda *_, **__: pytest.fail("it went on"))
+    monkeypatch.setattr(
+        lightning_gpt.evaluation.evaluate, "find_checkpoint", lambda *_, **__: pytest.fail("it went on")
+    )
     (tmp_path / "taken").mkdir()
     refused("evaluate", f"--checkpoint={chain}", f"--json={tmp_path / 'taken'}", mentions=["--json", "taken"])
     if Path("/proc/self").exists():  # where not even root can make a file

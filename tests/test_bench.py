@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import bench
-from lightning_gpt import generation_speed
+from lightning_gpt.bench import generate as generation_speed
 from lightning_gpt.config import UserError
 from lightning_gpt.tokenizers import GPT2Tokenizer
 

@@ -18,7 +18,7 @@ import torch
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from lightning_gpt.checkpoint.base import empty_model
-from lightning_gpt.implementations import decay_matrices
+from lightning_gpt.implementations.registry import decay_matrices
 from lightning_gpt.optim import parameter_groups
 
 folder, stage = Path(sys.argv[1]) / "checkpoint", int(sys.argv[2])

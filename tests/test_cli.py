@@ -216,7 +216,7 @@ def test_help_lists_the_flags_without_waiting_for_torch(entry, argv, listed):
 
 def test_help_says_what_every_flag_does(capsys):
     from lightning_gpt.cli import GROUPS
-    from lightning_gpt.implementations import IMPLEMENTATIONS, flag_options
+    from lightning_gpt.implementations.registry import IMPLEMENTATIONS, flag_options
     from lightning_gpt.options import options_of
 
     for row in IMPLEMENTATIONS.values():

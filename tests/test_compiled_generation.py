@@ -9,9 +9,9 @@ from torch._dynamo.utils import counters
 
 import sample
 from lightning_gpt import GPTModule
-from lightning_gpt.compilation import compile_step
 from lightning_gpt.config import UserError
-from lightning_gpt.generation import GenerationSettings
+from lightning_gpt.implementations.compilation import compile_step
+from lightning_gpt.implementations.generation import GenerationSettings
 
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 24, "vocab_size": 37}

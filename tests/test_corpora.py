@@ -6,8 +6,8 @@ import pytest
 
 from lightning_gpt.config import UserError
 from lightning_gpt.data import corpora
-from lightning_gpt.data.corpora import Corpus, load_corpus
-from lightning_gpt.data.token_files import is_token_folder
+from lightning_gpt.data.text.corpora import Corpus, load_corpus
+from lightning_gpt.data.tokens.token_files import is_token_folder
 
 
 def _content(corpus: Corpus) -> bytes:

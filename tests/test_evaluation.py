@@ -17,7 +17,7 @@ from lightning_gpt.checkpoint import open_checkpoint
 from lightning_gpt.cli import parse_evaluate
 from lightning_gpt.data.streams import EvalBatches
 from lightning_gpt.data.tasks.sort import Sort
-from lightning_gpt.data.token_files import write_token_files
+from lightning_gpt.data.tokens.token_files import write_token_files
 from lightning_gpt.tokenizers import ByteTokenizer, CharTokenizer
 
 REPO = Path(__file__).parent.parent

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from lightning_gpt import GPTModule
-from lightning_gpt.generation import GenerationSettings, draw, generate_tokens, penalise, warp
-from lightning_gpt.implementations import get_implementation
+from lightning_gpt.implementations.generation import GenerationSettings, draw, generate_tokens, penalise, warp
+from lightning_gpt.implementations.registry import get_implementation
 
 VOCAB, BLOCK = 37, 12
 CPU = torch.device("cpu")

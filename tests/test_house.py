@@ -15,38 +15,32 @@ CODE = [*ENTRY_POINTS, *LIBRARY]
 HEAVY = {"deepspeed", "transformers", "tiktoken", "tokenizers", "datasets", "pyarrow", "zstandard", "huggingface_hub"}
 HEAVY |= {"lm_eval", "matplotlib"}
 
-# Rooms of lightning_gpt, each with those that it may import besides `config` and itself; a folder is one room.
-_FIRST = {"implementations", "compilation", "optim", "strategies", "tokenizers", "models", "checkpoint", "data"}
+# The rooms of lightning_gpt, highest first; a folder is one room. Each may import some of the rooms below it.
 MAY_IMPORT: dict[str, set[str]] = {
-    "config": set(),
+    "evaluation": {
+        *("training", "sampling", "checkpoint", "models", "data", "strategies", "tokenizers", "implementations"),
+        *("config",),
+    },
+    "bench": {
+        *("training", "cli", "checkpoint", "models", "data", "optim", "strategies", "tokenizers", "implementations"),
+        *("config",),
+    },
+    "training": {
+        *("sampling", "planning", "checkpoint", "models", "data", "optim", "strategies", "tokenizers"),
+        *("implementations", "config"),
+    },
+    "sampling": {"checkpoint", "models", "strategies", "tokenizers", "implementations", "config"},
+    "cli": {"checkpoint", "data", "implementations", "options", "config"},
+    "planning": {"models", "strategies", "implementations", "config"},
+    "checkpoint": {"models", "data", "tokenizers", "implementations", "config"},
+    "models": {"optim", "implementations"},
+    "data": {"tokenizers", "config"},
+    "optim": {"implementations", "config"},
+    "strategies": {"config"},
+    "tokenizers": {"config"},
+    "implementations": {"options", "config"},
     "options": set(),
-    "implementations": {"options"},
-    "tokenizers": set(),
-    "compilation": {"implementations"},
-    "optim": {"implementations", "sharding"},
-    "strategies": {"implementations"},
-    "data": {"implementations", "tokenizers"},
-    "scoring": set(),
-    "sharding": set(),
-    "forms": {"compilation", "gpt_module", "sharding"},
-    "gpt_module": {"implementations", "compilation", "generation", "optim", "scoring", "sharding"},
-    "models": {"implementations", "forms", "gpt_module", "optim"},
-    "checkpoint": {"implementations", "models", "sharding", "tokenizers", "data"},
-    "generation": set(),
-    "sampling": {"checkpoint", "generation", "models", "strategies", "tokenizers"},
-    "evaluation": {"callbacks", "checkpoint", "models", "data", "strategies", "comparison", "lm_eval_adapter"},
-    "comparison": set(),
-    "lm_eval_adapter": {"generation", "sampling", "tokenizers"},
-    "callbacks": {"implementations", "models", "sampling", "strategies", "tokenizers"},
-    "cli": _FIRST | {"options"},
-    "planning": {"compilation", "implementations", "models", "strategies"},
-    "parity": _FIRST | {"benchmarks", "cli", "training"},
-    "training": _FIRST | {"callbacks", "evaluation", "planning", "sampling"},
-    "generation_speed": _FIRST | {"benchmarks", "generation"},
-    "benchmarks": _FIRST | {"cli", "training"},
-    "time_to_loss": _FIRST | {"benchmarks", "cli", "learning_curves"},
-    "learning_curves": {"benchmarks"},
-    "throughput": {"benchmarks", "data", "tokenizers"},
+    "config": set(),
 }
 
 
@@ -108,12 +102,30 @@ def test_who_imports_whom(path):
     if room == "__init__":  # public names, which are imported lazily
         return
     assert room in MAY_IMPORT, "a new room: say in MAY_IMPORT whom it may import"
-    rooms = {r for r in map(_room, names) if r and r != "__version__"}
-    assert rooms <= MAY_IMPORT[room] | {"config", room}
+    assert _rooms(names) <= MAY_IMPORT[room] | {room}
     if room in ("config", "options"):
         assert packages <= set(sys.stdlib_module_names)
     if room != "implementations":
         assert not packages & set(MODELS), "models are reached through the registry"
+
+
+def _rooms(names: set[str]) -> set[str]:
+    return {room for room in map(_room, names) if room and room != "__version__"}
+
+
+def test_arrows_run_downwards():
+    order = list(MAY_IMPORT)
+    for room, below in MAY_IMPORT.items():
+        assert below <= set(order[order.index(room) + 1 :]), room
+
+
+def test_every_arrow_is_used():
+    used: dict[str, set[str]] = {room: set() for room in MAY_IMPORT}
+    for path in LIBRARY:
+        package, *rest = path.relative_to(REPO).with_suffix("").parts
+        if package == "lightning_gpt" and rest != ["__init__"]:
+            used[rest[0]] |= _rooms(_imports(path)) - {rest[0]}
+    assert used == MAY_IMPORT
 
 
 @pytest.mark.parametrize("path", ENTRY_POINTS, ids=_name)

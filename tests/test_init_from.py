@@ -21,7 +21,7 @@ import prepare as prepare_entry
 import sample
 import train
 from lightning_gpt.checkpoint import find_checkpoint, open_checkpoint
-from lightning_gpt.data.preparation import prepare
+from lightning_gpt.data.tokens.preparation import prepare
 
 REPO = Path(__file__).parent.parent
 # As tiny_flags, without the sizes.

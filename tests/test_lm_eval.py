@@ -13,8 +13,8 @@ import torch
 import evaluate
 from lightning_gpt.checkpoint import open_checkpoint
 from lightning_gpt.config import UserError
-from lightning_gpt.data.token_files import write_token_files
-from lightning_gpt.lm_eval_adapter import TokenScorer, adapter, first_token
+from lightning_gpt.data.tokens.token_files import write_token_files
+from lightning_gpt.evaluation.lm_eval import TokenScorer, adapter, first_token
 from lightning_gpt.tokenizers import ByteTokenizer, CharTokenizer
 
 HAS_LM_EVAL = find_spec("lm_eval") is not None

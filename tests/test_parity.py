@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import bench
-from lightning_gpt import parity
-from lightning_gpt.implementations import IMPLEMENTATIONS
-from lightning_gpt.parity import Case, cases, deviations
+from lightning_gpt.bench import parity
+from lightning_gpt.bench.parity import Case, cases, deviations
+from lightning_gpt.implementations.registry import IMPLEMENTATIONS
 from lightning_gpt.strategies import STRATEGIES
 
 ACCELERATOR = "gpu" if torch.cuda.is_available() else "cpu"

@@ -174,7 +174,7 @@ def test_table_says_everything_and_its_sources():
 
 
 def test_flops_count_a_tied_head_once_and_no_positions():
-    from lightning_gpt.implementations import get_implementation
+    from lightning_gpt.implementations.registry import get_implementation
 
     model = get_implementation("nanogpt").build(Case(implementation="nanogpt").fields, meta=True)
     n = sum(p.numel() for p in model.parameters()) - 128 * 384

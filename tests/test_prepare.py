@@ -18,8 +18,8 @@ import prepare
 import train
 from lightning_gpt.config import UserError
 from lightning_gpt.data import encoding, tokenizing, writing
-from lightning_gpt.data.encoding import Position, Span, pieces
-from lightning_gpt.data.token_files import open_token_files
+from lightning_gpt.data.tokens.encoding import Position, Span, pieces
+from lightning_gpt.data.tokens.token_files import open_token_files
 from lightning_gpt.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, build_tokenizer
 
 REPO = Path(__file__).parent.parent

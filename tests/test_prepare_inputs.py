@@ -15,7 +15,7 @@ import pytest
 
 import prepare
 from lightning_gpt.data import documents, encoding, sets, tokenizing, writing
-from lightning_gpt.data.token_files import open_token_files
+from lightning_gpt.data.tokens.token_files import open_token_files
 
 TEXTS = [f"Document {n}:\n\u00e9\u65e5\U0001f600 " + "la " * (7 * n % 40) for n in range(120)] + ["", "x" * 5000]
 
@@ -336,7 +336,7 @@ def test_openwebtext(tmp_path, monkeypatch, small_units, capsys):
 
 
 def test_data_of_training_takes_the_same_forms(tmp_path, small_units, monkeypatch):
-    from lightning_gpt.data.preparation import prepare as open_data
+    from lightning_gpt.data.tokens.preparation import prepare as open_data
 
     monkeypatch.setenv("LIGHTNING_GPT_CACHE", str(tmp_path / "cache"))
     _write(tmp_path / "plain.txt", "".join(f"{text}\n" for text in TEXTS if text).encode())

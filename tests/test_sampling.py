@@ -13,7 +13,7 @@ import sample
 from lightning_gpt import GPTModule
 from lightning_gpt.checkpoint import find_checkpoint, open_checkpoint
 from lightning_gpt.config import UserError
-from lightning_gpt.generation import GenerationSettings
+from lightning_gpt.implementations.generation import GenerationSettings
 from lightning_gpt.sampling import GrowingText, stream_text
 from lightning_gpt.tokenizers import ByteTokenizer, GPT2Tokenizer
 

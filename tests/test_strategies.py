@@ -222,7 +222,7 @@ class Record(Callback):
 def work(folder):
     """What one rank does."""
     from lightning_gpt.cli import parse_train
-    from lightning_gpt.training import train
+    from lightning_gpt.training.run import train
 
     rank = os.environ["RANK"]
     all_gather, gathered = torch.distributed.all_gather_single, Counter()

@@ -13,7 +13,7 @@ import train
 from lightning_gpt import NanoGPT
 from lightning_gpt.checkpoint import find_checkpoint, open_checkpoint
 from lightning_gpt.cli import parse_evaluate
-from lightning_gpt.evaluation import evaluate as score
+from lightning_gpt.evaluation.evaluate import evaluate as score
 from nanogpt.alibi import alibi_bias, alibi_slopes, flex_alibi
 from nanogpt.model import GPT, CausalSelfAttention, GPTConfig
 

@@ -18,7 +18,7 @@ from lightning_gpt.cli import parse_train
 from lightning_gpt.data.streams import TrainBatches
 from lightning_gpt.data.tasks.adder import Adder
 from lightning_gpt.data.tasks.sort import Sort
-from lightning_gpt.scoring import ScoreSums, count_right
+from lightning_gpt.models.scoring import ScoreSums, count_right
 
 REPO = Path(__file__).parent.parent
 NANO = "--implementation=nanogpt --dropout=0 --accelerator=cpu --logger=none".split()

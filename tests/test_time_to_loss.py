@@ -11,11 +11,11 @@ import torch
 import bench
 import evaluate
 import train
-from lightning_gpt import time_to_loss
+from lightning_gpt.bench import time_to_loss
+from lightning_gpt.bench.curves import Curve, TimeToLoss, Trained
+from lightning_gpt.bench.time_to_loss import RECIPES, Recipe, Row
 from lightning_gpt.cli import parse_train
-from lightning_gpt.learning_curves import Curve, TimeToLoss, Trained
 from lightning_gpt.models import GPTModule
-from lightning_gpt.time_to_loss import RECIPES, Recipe, Row
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 ROWS = [(recipe, name) for recipe in RECIPES for name in RECIPES[recipe].rows]

@@ -11,8 +11,8 @@ import pytest
 
 from lightning_gpt.config import UserError, cache_root
 from lightning_gpt.data import token_files
-from lightning_gpt.data.preparation import prepare
-from lightning_gpt.data.token_files import open_token_files, write_token_files
+from lightning_gpt.data.tokens.preparation import prepare
+from lightning_gpt.data.tokens.token_files import open_token_files, write_token_files
 from lightning_gpt.tokenizers import ByteTokenizer, CharTokenizer
 
 TEXT = "The quick brown fox jumps over the lazy dog, caf\u00e9 \U0001f600.\n" * 20

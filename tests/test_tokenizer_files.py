@@ -17,8 +17,8 @@ import sample
 import train
 from lightning_gpt.checkpoint import open_checkpoint
 from lightning_gpt.config import UserError, cache_root
-from lightning_gpt.data.preparation import prepare
-from lightning_gpt.data.token_files import write_token_files
+from lightning_gpt.data.tokens.preparation import prepare
+from lightning_gpt.data.tokens.token_files import write_token_files
 from lightning_gpt.tokenizers import (
     ByteTokenizer,
     CharTokenizer,

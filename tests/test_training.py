@@ -123,7 +123,7 @@ def test_a_run_logs_learns_saves_and_is_scored_and_sampled(
 def test_validation_loss_equals_a_plain_sum_over_the_split(tmp_path: Path, text: str) -> None:
     """Against the formula, one sequence at a time, whatever the batch size pads."""
     from lightning_gpt.checkpoint import open_checkpoint
-    from lightning_gpt.data.preparation import prepare
+    from lightning_gpt.data.tokens.preparation import prepare
 
     train.main(["--data", text, *SIZES, *QUIET, "--max_steps", "2", "--out_dir", str(tmp_path / "r"), "--seed", "3"])
     model = open_checkpoint(tmp_path / "r" / "checkpoints" / "last.ckpt").module().model.eval()

@@ -14,9 +14,9 @@ import sample
 import train
 from lightning_gpt.checkpoint import find_checkpoint, open_checkpoint
 from lightning_gpt.checkpoint.adapted import AdaptedCheckpoint, fields_for
-from lightning_gpt.checkpoint.hf_tokenizer import tokenizer_json
-from lightning_gpt.checkpoint.huggingface import is_hub_name
-from lightning_gpt.implementations import get_implementation
+from lightning_gpt.checkpoint.read.huggingface import is_hub_name
+from lightning_gpt.checkpoint.write.hf_tokenizer import tokenizer_json
+from lightning_gpt.implementations.registry import get_implementation
 from lightning_gpt.tokenizers import CharTokenizer
 
 transformers = pytest.importorskip("transformers")

@@ -3,19 +3,19 @@
 from pathlib import Path
 
 from lightning_gpt.checkpoint.base import Checkpoint, MappedFile, is_own, remember_run, tied_names
-from lightning_gpt.checkpoint.canonical import (
+from lightning_gpt.checkpoint.read.canonical import (
     CanonicalCheckpoint,
     canonical_folder,
     convert,
     is_converted,
     one_at_a_time,
 )
-from lightning_gpt.checkpoint.dcp import DcpCheckpoint
-from lightning_gpt.checkpoint.deepspeed import DeepSpeedCheckpoint
-from lightning_gpt.checkpoint.huggingface import HuggingFaceCheckpoint, hub_folder, is_hub_name
-from lightning_gpt.checkpoint.originals import FILES, MinGPTCheckpoint, NanoGPTCheckpoint
+from lightning_gpt.checkpoint.read.dcp import DcpCheckpoint
+from lightning_gpt.checkpoint.read.deepspeed import DeepSpeedCheckpoint
+from lightning_gpt.checkpoint.read.huggingface import HuggingFaceCheckpoint, hub_folder, is_hub_name
+from lightning_gpt.checkpoint.read.originals import FILES, MinGPTCheckpoint, NanoGPTCheckpoint
+from lightning_gpt.checkpoint.read.single import SingleFileCheckpoint
 from lightning_gpt.checkpoint.resume import ExactResume
-from lightning_gpt.checkpoint.single import SingleFileCheckpoint
 from lightning_gpt.config import UserError
 from lightning_gpt.models import GPTModule
 from lightning_gpt.tokenizers import Tokenizer

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_gpt.checkpoint.architectures.gpt2 import fields_from_gpt2, gpt2_config, gpt2_traits
 from lightning_gpt.checkpoint.base import Checkpoint, empty_model, meta
-from lightning_gpt.checkpoint.gpt2 import fields_from_gpt2, gpt2_config, gpt2_traits
 from lightning_gpt.config import SIZES, UserError
-from lightning_gpt.implementations import Implementation, get_implementation
+from lightning_gpt.implementations.registry import Implementation, get_implementation
 
 _EMBEDDING, _HEAD = "transformer.wte.weight", "lm_head.weight"
 

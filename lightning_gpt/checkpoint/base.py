@@ -17,7 +17,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 
 from lightning_gpt.config import UserError, cache_root
-from lightning_gpt.implementations import get_implementation, refused_by
+from lightning_gpt.implementations.registry import get_implementation, refused_by
 from lightning_gpt.models import GPTModule
 from lightning_gpt.tokenizers import Tokenizer, tokenizer_from_dict
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from lightning_gpt.checkpoint import find_checkpoint, open_checkpoint
 from lightning_gpt.checkpoint.base import empty_model
-from lightning_gpt.checkpoint.canonical import layout, read_tensor, write_safetensors
+from lightning_gpt.checkpoint.read.canonical import layout, read_tensor, write_safetensors
 from lightning_gpt.config import EmbeddingsOptions, UserError
-from lightning_gpt.implementations import token_embedding_name
+from lightning_gpt.implementations.registry import token_embedding_name
 
 # What token embeddings are called in a file that has more than one tensor.
 _NAMES = ("wte", "wte.weight", "transformer.wte.weight")

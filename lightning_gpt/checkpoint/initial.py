@@ -12,9 +12,9 @@ from lightning_gpt.checkpoint.embeddings import read_embeddings
 from lightning_gpt.checkpoint.resume import restore_weights, write_weight
 from lightning_gpt.config import RunOptions, UserError
 from lightning_gpt.data.loading import Source
-from lightning_gpt.implementations import Implementation, token_embedding_name
+from lightning_gpt.implementations.registry import Implementation, token_embedding_name
+from lightning_gpt.implementations.sharding import full_shape
 from lightning_gpt.models import FORMS, GPTModule
-from lightning_gpt.sharding import full_shape
 
 _MULTIPLE = 64
 

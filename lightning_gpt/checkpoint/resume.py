@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from lightning_gpt.checkpoint.base import Checkpoint
 from lightning_gpt.config import UserError
+from lightning_gpt.implementations.sharding import shard_like, write_parameter
 from lightning_gpt.models import GPTModule
-from lightning_gpt.sharding import shard_like, write_parameter
 
 
 class ExactResume(Callback):

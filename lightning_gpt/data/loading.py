@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 from lightning_gpt.data.streams import EvalPass, TrainBatches
 from lightning_gpt.data.tasks.base import Task
-from lightning_gpt.data.token_files import TokenFiles
+from lightning_gpt.data.tokens.token_files import TokenFiles
 
 Source = TokenFiles | Task
 

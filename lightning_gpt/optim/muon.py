@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from lightning_gpt.sharding import shard_like
+from lightning_gpt.implementations.sharding import shard_like
 
 _MOMENTUM = 0.95
 _A, _B, _C = 3.4445, -4.7750, 2.0315  # of the quintic, whose slope at 0 is as steep as it may be

@@ -11,7 +11,7 @@ import torch
 
 from lightning_gpt.config import UserError
 from lightning_gpt.data.tasks.base import Task
-from lightning_gpt.data.token_files import Split
+from lightning_gpt.data.tokens.token_files import Split
 from lightning_gpt.tokenizers import CharTokenizer
 
 _SPLIT_SEED = 1337

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from lightning_gpt.data.streams import Batch, EvalPass, shuffle
-from lightning_gpt.data.token_files import Split
+from lightning_gpt.data.tokens.token_files import Split
 from lightning_gpt.tokenizers import Tokenizer
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from lightning_gpt.config import UserError
 from lightning_gpt.data.streams import permute
 from lightning_gpt.data.tasks.base import Task
-from lightning_gpt.data.token_files import Split
+from lightning_gpt.data.tokens.token_files import Split
 from lightning_gpt.tokenizers import CharTokenizer
 
 _SYMBOLS = string.digits + string.ascii_letters

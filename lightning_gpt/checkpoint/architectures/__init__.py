@@ -1,0 +1,1 @@
+"""Adapters: config and weights of architectures defined elsewhere."""

@@ -1,0 +1,1 @@
+"""Writers: the canonical form, and exports for other programs."""

@@ -1,0 +1,288 @@
+"""A checkpoint in a form that other programs open: Hugging Face's, safetensors, a plain state dict, nanoGPT's.
+
+A format is a function from a checkpoint, and the folder that they will lie in, to its files: for each name, what
+writes it. The function refuses what the format cannot express, so nothing is written before all of it is known to fit.
+A new format is one function and one row in ``FORMATS``. Every export also holds our own tokenizer file, and
+``lightning_gpt_export.txt``: the names of the files that were written, by which a later export knows that it may
+replace the folder.
+"""
+
+import pickle
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_gpt.checkpoint.architectures.gpt2 import gpt2_config, gpt2_traits, is_transposed
+from lightning_gpt.checkpoint.base import Checkpoint, empty_model, meta
+from lightning_gpt.checkpoint.read.canonical import (
+    CONFIG,
+    STATE_DICT,
+    TOKENIZER,
+    WEIGHTS,
+    describe,
+    whole_folder,
+    write_json,
+    write_safetensors,
+    write_weights,
+)
+from lightning_gpt.checkpoint.write.hf_tokenizer import tokenizer_config, tokenizer_json
+from lightning_gpt.config import UserError
+from lightning_gpt.implementations.registry import get_implementation
+from lightning_gpt.tokenizers import CharTokenizer, Tokenizer
+
+MANIFEST = "lightning_gpt_export.txt"
+# Those of GPT-2's weights that never have a bias beside them.
+_WITHOUT_BIAS = ("transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight")
+
+Files = dict[str, Callable[[Path], object]]
+
+
+class Unpadded(Checkpoint):
+    """A checkpoint as if its model had been built without padding of the vocabulary.
+
+    Args:
+        padded: The checkpoint; its model's config has ``vocab_padding``.
+    """
+
+    def __init__(self, padded: Checkpoint) -> None:
+        config = padded.model_config
+        config = config | {"vocab_size": config["vocab_size"] - config["vocab_padding"], "vocab_padding": 0}
+        hparams = padded.header["hyper_parameters"] | {"model_config": config}
+        super().__init__(padded.path, padded.header | {"hyper_parameters": hparams})
+        self._padded = padded
+        model = empty_model(self.implementation, model_config=config)
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        self.stored = {name: meta(tensor, shape=self._shapes[name]) for name, tensor in padded.stored.items()}
+        self.moments = {
+            name: {key: self._cut(tensor, name) for key, tensor in state.items()}
+            for name, state in padded.moments.items()
+        }
+
+    def _cut(self, tensor: Tensor, name: str) -> Tensor:
+        # Cloned, since what is saved of a part would be the whole.
+        return tensor[tuple(map(slice, self._shapes[name]))].clone() if tensor.dim() else tensor
+
+    def _read(self, name: str) -> Tensor:
+        return self._cut(self._padded.weight(name), name)
+
+    def _read_moment(self, name: str, key: str) -> Tensor:
+        return self._cut(self._padded.moment(f"{name}/{key}"), name)
+
+
+def export(checkpoint: Checkpoint, folder: Path, *, form: str) -> Path:
+    """Writes a checkpoint in another program's form, without padding of the vocabulary.
+
+    The folder appears whole or not at all; one that holds nothing but an earlier export is replaced.
+
+    Args:
+        checkpoint: What is written.
+        folder: Where to.
+        form: A key of ``FORMATS``.
+
+    Returns:
+        The folder, without links.
+
+    Raises:
+        UserError: The format cannot express the model or its tokenizer, or the folder holds something else or cannot be
+            written.
+    """
+    folder = folder.resolve()
+    _require_replaceable(folder, source=checkpoint.path.resolve())
+    if checkpoint.model_config.get("vocab_padding"):
+        checkpoint = Unpadded(checkpoint)
+    files = FORMATS[form](checkpoint, folder)
+    if checkpoint.tokenizer is not None:
+        files[TOKENIZER] = _json(checkpoint.tokenizer.to_dict())
+    names = "".join(f"{name}\n" for name in (*files, MANIFEST))
+    with whole_folder(folder, source=checkpoint.path) as temporary:
+        for name, write in files.items():
+            write(temporary / name)
+        (temporary / MANIFEST).write_text(names, encoding="utf-8")
+    return folder
+
+
+def _require_replaceable(folder: Path, *, source: Path) -> None:
+    if source.is_relative_to(folder) or folder.is_relative_to(source):
+        raise UserError(f"--out {folder} and the checkpoint {source} lie one in the other; choose another folder")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder} is a file; give a folder")
+    manifest = folder / MANIFEST
+    ours = manifest.read_text(encoding="utf-8", errors="replace").splitlines() if manifest.is_file() else []
+    found = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir())
+    stranger = next((name for name in found if name not in ours), None)
+    if stranger is not None:
+        raise UserError(
+            f"--out {folder} holds {stranger}, which no export wrote; move it away, or choose another folder"
+        )
+
+
+def _json(content: Any) -> Callable[[Path], object]:
+    return partial(write_json, content=content)
+
+
+def _safetensors(checkpoint: Checkpoint, folder: Path) -> Files:
+    return {CONFIG: _json(describe(checkpoint)), WEIGHTS: partial(write_weights, checkpoint=checkpoint)}
+
+
+def _pt(checkpoint: Checkpoint, folder: Path) -> Files:
+    return {CONFIG: _json(describe(checkpoint)), STATE_DICT: lambda path: torch.save(checkpoint.state_dict(), path)}
+
+
+def _gpt2_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    try:
+        return gpt2_config(get_implementation(checkpoint.implementation), checkpoint.model_config)
+    except UserError as error:
+        raise UserError(f"{checkpoint.path}: {error}; use --export safetensors or pt") from error
+
+
+def _hf(checkpoint: Checkpoint, folder: Path) -> Files:
+    """A folder that ``AutoModelForCausalLM`` opens as the same model, and ``AutoTokenizer`` with the same tokens."""
+    is_gpt2 = get_implementation(checkpoint.implementation).hugging_face is None
+    config, entries, read = _as_gpt2(checkpoint) if is_gpt2 else _renamed(checkpoint)
+    tokenizer = checkpoint.tokenizer
+    # Said also where there is none: Hugging Face's own defaults are GPT-2's.
+    config |= dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.end_of_text if tokenizer else None)
+    config["torch_dtype"] = str(next(iter(entries.values())).dtype).removeprefix("torch.")
+    files: Files = {CONFIG: _json(config), WEIGHTS: partial(write_safetensors, entries=entries, read=read)}
+    if tokenizer is None:
+        print(f"{checkpoint.path} does not know its tokenizer: AutoTokenizer cannot open the export", file=sys.stderr)
+        return files
+    text = tokenizer_json(tokenizer)
+    beside = tokenizer_config(tokenizer, text, block_size=checkpoint.model_config["block_size"])
+    files["tokenizer.json"] = lambda path: path.write_text(text, encoding="utf-8")
+    return files | {"tokenizer_config.json": _json(beside)}
+
+
+# Their config, their weights' shapes by their names, and what reads one of them.
+_Translated = tuple[dict[str, Any], dict[str, Tensor], Callable[[str], Tensor]]
+
+
+def _as_gpt2(checkpoint: Checkpoint) -> _Translated:
+    config, stored = _gpt2_config(checkpoint), checkpoint.layout()
+    entries: dict[str, Tensor] = {}
+    for name, tensor in stored.items():
+        bias = name.removesuffix("weight") + "bias"
+        entries[name] = tensor.t() if is_transposed(name) else tensor
+        if name.endswith(".weight") and name not in _WITHOUT_BIAS and bias not in stored:
+            entries[bias] = meta(tensor, shape=(tensor.shape[0],))
+
+    def read(name: str) -> Tensor:
+        if name not in stored:
+            return torch.zeros_like(entries[name], device="cpu")
+        return checkpoint.weight(name).t() if is_transposed(name) else checkpoint.weight(name)
+
+    return config, entries, read
+
+
+def _renamed(checkpoint: Checkpoint) -> _Translated:
+    row = get_implementation(checkpoint.implementation)
+    assert row.hugging_face is not None
+    try:
+        form = row.hugging_face(row.complete(checkpoint.model_config))
+    except ValueError as error:
+        raise UserError(
+            f"--export hf cannot express {checkpoint.path}: {error}; use --export safetensors or pt"
+        ) from error
+    stored = checkpoint.layout()
+    names = {form.rename(name): name for name in stored}
+    return (
+        form.config,
+        {theirs: stored[ours] for theirs, ours in names.items()},
+        lambda name: checkpoint.weight(names[name]),
+    )
+
+
+def _nanogpt(checkpoint: Checkpoint, folder: Path) -> Files:
+    """A ``ckpt.pt`` that the original's sample.py reads, and with the optimizer's state its train.py, too."""
+    config = _gpt2_config(checkpoint)
+    row = get_implementation(checkpoint.implementation)
+    traits = gpt2_traits(row, checkpoint.model_config)
+    lacks = ["the tanh GELU"] if traits.gelu != "exact" else []
+    lacks += [] if traits.tied else ["a head that is not its token embedding"]
+    if lacks:
+        raise UserError(
+            f"--export nanogpt cannot express {checkpoint.path}: nanoGPT does not have {' or '.join(lacks)}, as this"
+            f" model of --implementation {row.name} does; use --export hf"
+        )
+    tokenizer = checkpoint.tokenizer
+    if tokenizer is not None and tokenizer.name not in NANOGPT_TOKENIZERS:
+        raise UserError(
+            f"--export nanogpt cannot express the {tokenizer.name} tokenizer of {checkpoint.path}: nanoGPT knows"
+            f" {' and '.join(NANOGPT_TOKENIZERS)} only; use --export hf, safetensors or pt"
+        )
+    args = {name: config[name] for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
+    args |= {"block_size": config["n_positions"], "bias": traits.bias}
+    args["dropout"] = checkpoint.model_config.get("dropout", 0.0)
+
+    with_optimizer = checkpoint.has_optimizer and checkpoint.optimizer == "adamw"
+    if checkpoint.has_optimizer and not with_optimizer:
+        print(
+            f"{checkpoint.path}: the state of {checkpoint.optimizer} is left out, since nanoGPT has AdamW alone",
+            file=sys.stderr,
+        )
+
+    def write(path: Path) -> None:
+        content = {
+            "model": checkpoint.state_dict(),
+            "model_args": args,
+            "iter_num": checkpoint.step,
+            "best_val_loss": _best_loss(checkpoint),
+            # The original runs in its own folder and looks for data/DATASET/meta.pkl, which a full path leads here.
+            "config": args | {"dataset": str(folder)},
+        }
+        if with_optimizer:
+            content["optimizer"] = _adamw(checkpoint)
+        torch.save(content, path)
+
+    return {"ckpt.pt": write, **(NANOGPT_TOKENIZERS[tokenizer.name](tokenizer) if tokenizer else {})}
+
+
+def _best_loss(checkpoint: Checkpoint) -> float:
+    """The lowest validation loss of the training, where it is known; else what nanoGPT starts with."""
+    states = checkpoint.header.get("callbacks", {}).values()
+    scores = [float(state["best_model_score"]) for state in states if state.get("best_model_score") is not None]
+    return min(scores, default=1e9)
+
+
+def _adamw(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The optimizer's state with nanoGPT's numbering of parameters: first matrices, then the others."""
+    model = empty_model(checkpoint.implementation, model_config=checkpoint.model_config).to("meta")
+    parameters = dict(model.named_parameters())
+    groups = ([n for n, p in parameters.items() if p.dim() >= 2], [n for n, p in parameters.items() if p.dim() < 2])
+    hparams = checkpoint.header["hyper_parameters"]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [parameters[n] for n in names], "weight_decay": decay}
+            for names, decay in zip(groups, (hparams["weight_decay"], 0.0), strict=True)
+        ],
+        lr=hparams["learning_rate"],
+        betas=tuple(hparams["betas"]),
+    )
+    moments = (checkpoint.optimizer_state(name) for names in groups for name in names)
+    return optimizer.state_dict() | {"state": {index: state for index, state in enumerate(moments) if state}}
+
+
+def _meta_pkl(tokenizer: Tokenizer) -> Files:
+    assert isinstance(tokenizer, CharTokenizer)
+    content = {
+        "vocab_size": tokenizer.vocab_size,
+        "stoi": {char: index for index, char in enumerate(tokenizer.chars)},
+        "itos": dict(enumerate(tokenizer.chars)),
+    }
+    return {"meta.pkl": lambda path: path.write_bytes(pickle.dumps(content))}
+
+
+# What the original reads beside ckpt.pt; without a meta.pkl it takes GPT-2's tokens.
+NANOGPT_TOKENIZERS: dict[str, Callable[[Tokenizer], Files]] = {"char": _meta_pkl, "gpt2": lambda tokenizer: {}}
+
+FORMATS: dict[str, Callable[[Checkpoint, Path], Files]] = {
+    "hf": _hf,
+    "safetensors": _safetensors,
+    "pt": _pt,
+    "nanogpt": _nanogpt,
+}

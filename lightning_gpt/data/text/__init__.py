@@ -1,0 +1,1 @@
+"""Text to train on: corpora, documents, named sets."""

@@ -1,0 +1,1 @@
+"""Text to token files: encode, split, write, and open what `--data` names."""

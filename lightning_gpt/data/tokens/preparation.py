@@ -1,0 +1,229 @@
+"""From what the command line names to token files: those of `--data`, and those that prepare.py writes."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lightning_gpt.config import PrepareOptions, UserError, cache_root
+from lightning_gpt.data.text.corpora import Corpus, find_corpus, load_corpus
+from lightning_gpt.data.text.sets import NAMED_SETS, NamedSet
+from lightning_gpt.data.tokens.encoding import LIMIT_BYTES
+from lightning_gpt.data.tokens.token_files import (
+    FORMAT_VERSION,
+    TokenFiles,
+    is_token_folder,
+    open_token_files,
+)
+from lightning_gpt.data.tokens.tokenizing import Plan, write_corpus
+from lightning_gpt.data.tokens.writing import SPLITS
+from lightning_gpt.tokenizers import CharTokenizer, Tokenizer, keep_tables, resolve_tokenizer
+
+DEFAULT_TOKENIZER = "char"
+CHARGPT = "chargpt:"
+VAL_FRACTION = 0.1
+
+
+def prepare(
+    data: str,
+    *,
+    tokenizer: str | Tokenizer | None,
+    block_size: int,
+    tokenizer_file: str | None = None,
+    cache_dir: Path | None = None,
+) -> TokenFiles:
+    """Open a token folder, or tokenize a corpus into the cache and open that.
+
+    A corpus is tokenized once: a later start with the same content and tokenizer finds the tokens in the cache. When
+    several processes start at once, one does the work and the others wait for it.
+
+    Args:
+        data: A token folder, anything that `load_corpus` takes, or `chargpt:` and that.
+        tokenizer: What ``--tokenizer`` says, or a tokenizer to use as it is; None means the one stored with the tokens,
+            or char for a corpus.
+        block_size: Tokens the model sees at once; the splits must be long enough for it.
+        tokenizer_file: Tables of the tokenizer, which are checked and kept in the user's cache first.
+        cache_dir: The cache folder; None means `cache_root()`.
+
+    Raises:
+        UserError: The data is missing, damaged, too short, or made with another tokenizer; or the cache cannot be
+            written.
+    """
+    if data.startswith(CHARGPT):
+        data, tokenizer = data.removeprefix(CHARGPT), tokenizer or CharTokenizer.name
+        name = tokenizer.name if isinstance(tokenizer, Tokenizer) else tokenizer
+        if name != CharTokenizer.name:
+            raise UserError(f"--data {CHARGPT}{data} is a text by characters, not by --tokenizer {name}; leave it out")
+    if isinstance(tokenizer, str):
+        tokenizer = resolve_tokenizer(tokenizer)
+    root = cache_dir or cache_root()
+    folder = Path(data).expanduser()
+    if data != "stdlib" and is_token_folder(folder):
+        files = open_token_files(folder, cache_dir=root)
+        _require_same(tokenizer, files, data=data)
+        if tokenizer_file is not None:
+            if files.tokenizer is None:
+                raise UserError(f"--tokenizer_file: {data} does not say what its tokenizer is; leave it out")
+            keep_tables(files.tokenizer, tokenizer_file)
+    else:
+        tokenizer = tokenizer or DEFAULT_TOKENIZER
+        if tokenizer_file is not None:
+            keep_tables(tokenizer, tokenizer_file)
+        files = _cached(load_corpus(data), tokenizer=tokenizer, root=root)
+    _check_lengths(files, block_size)
+    return files
+
+
+def prepare_folder(options: PrepareOptions) -> str:
+    """Make a token folder, as `prepare.py` is asked to.
+
+    A single text file is one text, split by tail; of anything else every file, or every row, is a document.
+
+    Args:
+        options: What to prepare, how, and where to.
+
+    Returns:
+        What the folder holds, for people.
+
+    Raises:
+        UserError: Something is missing, wrong or damaged; no folder was made, and none replaced.
+    """
+    if options.out is None:
+        raise UserError("--out is missing: name the folder that the token files go to")
+    corpus, named = _named_corpus(options) or (None, None)
+    tokenizer = resolve_tokenizer(options.tokenizer or (named.tokenizer if named else "gpt2"))
+    if options.tokenizer_file is not None:
+        keep_tables(tokenizer, options.tokenizer_file)
+    corpus = corpus or find_corpus(options.inputs, field=options.field)
+    plan = Plan(
+        tokenizer=tokenizer,
+        split="tail" if corpus.is_one_text else "document",
+        val_fraction=options.val_fraction or (named.val_fraction if named else VAL_FRACTION),
+        seed=None if corpus.is_one_text else options.seed,
+        workers=options.workers,
+    )
+    folder = Path(options.out).expanduser()
+    started = time.monotonic()
+    try:
+        meta = write_corpus(folder, corpus=corpus, plan=plan, say=lambda line: print(line, file=sys.stderr))
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on where it was", file=sys.stderr)
+        raise
+    return "\n".join(_summary(meta, folder, time.monotonic() - started))
+
+
+def _named_corpus(options: PrepareOptions) -> tuple[Corpus, NamedSet] | None:
+    names = [name for name in options.inputs if name in NAMED_SETS]
+    if names and len(options.inputs) > 1:
+        raise UserError(f"{names[0]} is prepared by itself; write ./{names[0]} for a file or folder of that name")
+    if options.from_file is not None and not names:
+        raise UserError(f"--from {options.from_file} takes the text of {', '.join(NAMED_SETS)}; name one of them")
+    if not options.inputs:
+        raise UserError(f"name what to prepare: {', '.join(NAMED_SETS)}, or files and folders")
+    if not names:
+        return None
+    named = NAMED_SETS[names[0]]
+    return named.find(options.from_file, options.field), named
+
+
+def _summary(meta: dict[str, Any], folder: Path, seconds: float) -> Iterator[str]:
+    yield f"{folder}: tokenizer {meta['tokenizer']['name']}, {meta['vocab_size']:,} symbols, {meta['dtype']}"
+    for split in SPLITS:
+        yield f"{split:5} {meta[f'{split}_tokens']:>15,} tokens of {meta[f'{split}_bytes']:>15,} bytes"
+    drawn = meta["split"]
+    if drawn["by"] == "tail":
+        yield f"split by tail: the last {drawn['val_fraction']:g} of the characters are for validation"
+    else:
+        counts = (f"{drawn[f'{split}_documents']:,} {split}" for split in SPLITS)
+        yield (
+            f"split by document: {' and '.join(counts)}, each for validation with probability "
+            f"{drawn['val_fraction']:g}, seed {drawn['seed']}"
+        )
+    if meta["rough_cuts"]:
+        limit = f"{LIMIT_BYTES >> 20} MiB of text"
+        yield f"{meta['rough_cuts']:,} cuts where {limit} had no place for one that surely keeps the tokens"
+    yield f"{(meta['train_bytes'] + meta['val_bytes']) / 1e6:,.1f} MB of text in {seconds:,.1f} s"
+
+
+def _require_same(tokenizer: str | Tokenizer | None, files: TokenFiles, *, data: str) -> None:
+    stored = files.tokenizer
+    name = stored.name if stored else "unknown"
+    if isinstance(tokenizer, str) and tokenizer != name:
+        raise UserError(
+            f"--tokenizer {tokenizer} does not fit {data}, whose tokenizer is {name}; leave --tokenizer out, "
+            "or prepare the text again"
+        )
+    if isinstance(tokenizer, Tokenizer) and (stored is None or stored.to_dict() != tokenizer.to_dict()):
+        raise UserError(
+            f"the tokens of {data} were made by another tokenizer ({name}) than the one that is asked for "
+            f"({tokenizer.name}); give the text itself, or prepare it again"
+        )
+
+
+def _cached(corpus: Corpus, *, tokenizer: str | Tokenizer, root: Path) -> TokenFiles:
+    if isinstance(tokenizer, str):
+        folder = _folder(corpus, tokenizer, root)
+    else:
+        # A run's own text lies where its training found it, by the name of its tokenizer.
+        files = _opened(_folder(corpus, tokenizer.name, root), root)
+        if files and files.tokenizer and files.tokenizer.to_dict() == tokenizer.to_dict():
+            return files
+        folder = _folder(corpus, json.dumps(tokenizer.to_dict(), sort_keys=True), root)
+    # A folder appears whole or not at all, so a hit needs no lock and works in a cache that is read-only.
+    if files := _opened(folder, root):
+        return files
+    with _locked(folder.with_suffix(".lock")):
+        if files := _opened(folder, root):
+            return files
+        write_corpus(folder, corpus=corpus, plan=Plan(tokenizer=tokenizer, val_fraction=VAL_FRACTION))
+        return open_token_files(folder, cache_dir=root)
+
+
+def _folder(corpus: Corpus, tokenizer: str, root: Path) -> Path:
+    digest = hashlib.blake2b(f"{FORMAT_VERSION}\0{VAL_FRACTION}\0{tokenizer}\0".encode(), digest_size=16)
+    for block in corpus.joined():
+        digest.update(block.data)
+    return root / "tokens" / digest.hexdigest()
+
+
+def _opened(folder: Path, root: Path) -> TokenFiles | None:
+    """The cached token files, or None where there are none or they are damaged and have to be made again."""
+    if folder.exists():
+        with contextlib.suppress(UserError):
+            return open_token_files(folder, cache_dir=root)
+    return None
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a")
+    except OSError as error:
+        raise UserError(
+            f"the cache folder {path.parent} cannot be written ({error.strerror}); "
+            "set LIGHTNING_GPT_CACHE to a folder that can"
+        ) from error
+    with file:
+        # Windows has no fcntl, and some network file systems have no locks: processes may then do the work twice.
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _check_lengths(files: TokenFiles, block_size: int) -> None:
+    if files.train_tokens < block_size + 1:
+        raise UserError(
+            f"the training split has {files.train_tokens} tokens, but --block_size {block_size} needs at least "
+            f"{block_size + 1}; give more text or a smaller --block_size"
+        )
+    if files.val_tokens < 2:
+        raise UserError(f"the validation split has {files.val_tokens} token, but needs at least 2; give more text")

@@ -1,0 +1,1 @@
+"""Score checkpoints, compare the scores, and rewrite checkpoints in other forms."""

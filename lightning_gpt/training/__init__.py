@@ -1,0 +1,1 @@
+"""Put a training run together and run it."""
