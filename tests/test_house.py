@@ -157,7 +157,7 @@ def test_registries_instead_of_comparisons(path):
             assert ast.unparse(node.subject).rpartition(".")[2] not in ("implementation", "strategy")
 
 
-@pytest.mark.parametrize("path", [*CODE, *sorted((REPO / "tests").glob("*.py"))], ids=_name)
+@pytest.mark.parametrize("path", [*CODE, *sorted((REPO / "tests").rglob("*.py"))], ids=_name)
 def test_file_is_about_one_idea(path):
     assert path.stem not in ("utils", "util", "helpers", "helper", "common", "misc")
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 450

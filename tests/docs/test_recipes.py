@@ -11,7 +11,7 @@ import evaluate
 import train
 from lightning_gpt.cli import parse_evaluate, parse_train
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 EVALUATIONS = sorted(CONFIGS.glob("eval_*.yaml"))
 TRAININGS = sorted(set(CONFIGS.glob("*.yaml")) - set(EVALUATIONS))
 FLASH = CONFIGS / "train_gpt2_flash.yaml"  # which a CPU does not run

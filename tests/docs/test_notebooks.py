@@ -14,7 +14,7 @@ from nbclient import NotebookClient
 from lightning_gpt import UserError, load, parse_train, train
 from lightning_gpt.models import GPTModule
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
 # What each must have found, somewhere in its output.
 FOUND = {

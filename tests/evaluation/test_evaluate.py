@@ -20,7 +20,7 @@ from lightning_gpt.data.tasks.sort import Sort
 from lightning_gpt.data.tokens.token_files import write_token_files
 from lightning_gpt.tokenizers import ByteTokenizer, CharTokenizer
 
-REPO = Path(__file__).parent.parent
+REPO = Path(__file__).parents[2]
 CHARS = CharTokenizer("abc\n ")  # those, and the block size, of the models of `saved_model`
 BLOCK = 12
 

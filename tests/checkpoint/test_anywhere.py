@@ -22,7 +22,7 @@ import sample
 import train
 from lightning_gpt.checkpoint import ensure_canonical, open_checkpoint
 
-REPO = Path(__file__).parent.parent
+REPO = Path(__file__).parents[2]
 PYTHON = sys.executable
 TORCHRUN = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 HAS_DEEPSPEED = find_spec("deepspeed") is not None

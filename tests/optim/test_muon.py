@@ -21,7 +21,7 @@ from lightning_gpt.checkpoint import open_checkpoint
 from lightning_gpt.models import FORMS, GPTModule
 from lightning_gpt.optim import muon
 
-REPO = Path(__file__).parent.parent
+REPO = Path(__file__).parents[2]
 SIZES = {"vocab_size": 11, "block_size": 8, "model_type": None, "n_layer": 2, "n_head": 2, "n_embd": 12}
 HIDDEN = {
     f"transformer.h.{i}.{name}.weight": 3 if name == "attn.c_attn" else 1

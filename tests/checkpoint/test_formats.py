@@ -20,7 +20,7 @@ from lightning_gpt.checkpoint.base import Checkpoint, empty_model, remember_run,
 from lightning_gpt.config import UserError
 from lightning_gpt.models import GPTModule
 
-REPO = Path(__file__).parent.parent
+REPO = Path(__file__).parents[2]
 RUNS = {
     "fsdp": ("fsdp", "nanogpt"),
     "zero1": ("deepspeed_stage_1", "mingpt"),

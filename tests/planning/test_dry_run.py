@@ -7,7 +7,7 @@ import pytest
 
 import train
 
-REPO = Path(__file__).parent.parent
+REPO = Path(__file__).parents[2]
 PUBLISHED = "--gpus 8 --precision 16 --batch_size 1 --strategy deepspeed_stage_3_offload"
 
 

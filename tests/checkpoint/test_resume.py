@@ -12,7 +12,7 @@ import torch
 
 import train
 
-REPO = Path(__file__).parent.parent
+REPO = Path(__file__).parents[2]
 STEPS = 12
 SIZES = ["--n_layer", "2", "--n_head", "2", "--n_embd", "16", "--block_size", "8"]
 LOGGED = ["--logger", "csv", "--log_every_n_steps", "1", "--sample_tokens", "0", "--accelerator", "cpu"]

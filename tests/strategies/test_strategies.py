@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_gpt.checkpoint import open_checkpoint
 
-REPO = Path(__file__).parent.parent
+REPO = Path(__file__).parents[2]
 RANKS = 2
 STEPS = 3
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")

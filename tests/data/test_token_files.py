@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lightning_gpt.config import UserError, cache_root
-from lightning_gpt.data import token_files
+from lightning_gpt.data.tokens import token_files
 from lightning_gpt.data.tokens.preparation import prepare
 from lightning_gpt.data.tokens.token_files import open_token_files, write_token_files
 from lightning_gpt.tokenizers import ByteTokenizer, CharTokenizer

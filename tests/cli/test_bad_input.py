@@ -14,7 +14,7 @@ import evaluate
 import sample
 import train
 
-REPO = Path(__file__).parent.parent
+REPO = Path(__file__).parents[2]
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where there is none")
 

@@ -23,7 +23,7 @@ import train
 from lightning_gpt.checkpoint import find_checkpoint, open_checkpoint
 from lightning_gpt.data.tokens.preparation import prepare
 
-REPO = Path(__file__).parent.parent
+REPO = Path(__file__).parents[2]
 # As tiny_flags, without the sizes.
 RUN = (
     "--batch_size=4 --max_steps=4 --eval_interval=2 --logger=csv --accelerator=cpu --sample_tokens=0 --eval_batches=0"

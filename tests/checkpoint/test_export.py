@@ -22,7 +22,7 @@ from lightning_gpt.tokenizers.tables import load_encoding
 
 transformers = pytest.importorskip("transformers")
 
-REPO = Path(__file__).parent.parent
+REPO = Path(__file__).parents[2]
 EXACT = {"gelu": "exact"}
 MODELS = {
     "mingpt": ("mingpt", {}),

@@ -21,7 +21,7 @@ import train
 from lightning_gpt import MinGPT, NanoGPT
 from lightning_gpt.optim import warmup_cosine
 
-REPO = Path(__file__).parent.parent
+REPO = Path(__file__).parents[2]
 SIZES = ["--n_layer", "1", "--n_head", "2", "--n_embd", "16", "--block_size", "8", "--batch_size", "4"]
 QUIET = ["--sample_tokens", "0", "--accelerator", "cpu", "--logger", "csv", "--log_every_n_steps", "1"]
 

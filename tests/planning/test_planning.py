@@ -20,7 +20,7 @@ from lightning_gpt.planning import Plan, flops_per_token, plan
 from lightning_gpt.strategies import STRATEGIES, device_arguments
 from lightning_gpt.strategies.memory import MemoryRules
 
-REPO = Path(__file__).parent.parent
+REPO = Path(__file__).parents[2]
 SIZES = {"n_layer": 4, "n_head": 4, "n_embd": 384, "vocab_size": 256, "block_size": 128}
 BATCH_SIZE = 6  # with these sizes, activations are some three times the weights
 DEEPSPEED = [f"deepspeed_stage_{stage}" for stage in ("1", "2", "3", "2_offload", "3_offload")]

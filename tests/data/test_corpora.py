@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lightning_gpt.config import UserError
-from lightning_gpt.data import corpora
+from lightning_gpt.data.text import corpora
 from lightning_gpt.data.text.corpora import Corpus, load_corpus
 from lightning_gpt.data.tokens.token_files import is_token_folder
 

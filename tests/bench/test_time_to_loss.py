@@ -17,7 +17,7 @@ from lightning_gpt.bench.time_to_loss import RECIPES, Recipe, Row
 from lightning_gpt.cli import parse_train
 from lightning_gpt.models import GPTModule
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 ROWS = [(recipe, name) for recipe in RECIPES for name in RECIPES[recipe].rows]
 TINY = "--accelerator=cpu --implementation=nanogpt --n_layer=1 --n_head=1 --n_embd=16 --block_size=16 --batch_size=4"
 MACHINE = {"hardware": "a CPU", "cores": 2, "threads": 1, "torch": "2", "lightning": "2", "python": "3"}

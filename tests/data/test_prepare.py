@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 import prepare
 import train
 from lightning_gpt.config import UserError
-from lightning_gpt.data import encoding, tokenizing, writing
+from lightning_gpt.data.tokens import encoding, tokenizing, writing
 from lightning_gpt.data.tokens.encoding import Position, Span, pieces
 from lightning_gpt.data.tokens.token_files import open_token_files
 from lightning_gpt.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, build_tokenizer
 
-REPO = Path(__file__).parent.parent
+REPO = Path(__file__).parents[2]
 # Kinds of white space, and of characters that patterns tell apart.
 TRICKY = st.text(alphabet=" \t\r\n\u00a0ab'sB1.!\u00e9\u0301\u65e5\U0001f600", max_size=60)
 
@@ -240,7 +240,7 @@ def test_stopped_anywhere_it_goes_on_where_it_was(
 _SLOWLY = """
 import sys, time
 import prepare
-from lightning_gpt.data import encoding, tokenizing, writing
+from lightning_gpt.data.tokens import encoding, tokenizing, writing
 
 encoding.UNIT_BYTES = tokenizing.UNIT_BYTES = 50_000
 tokenizing.COMMIT_SECONDS = 0

@@ -14,7 +14,7 @@ from lightning_gpt.cli import parse_evaluate, parse_sample, parse_train
 from lightning_gpt.config import EvaluateOptions, SampleOptions, UserError
 from lightning_gpt.strategies import device_arguments
 
-REPO = Path(__file__).parent.parent
+REPO = Path(__file__).parents[2]
 
 
 def _yaml(folder, text):

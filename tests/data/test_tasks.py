@@ -20,7 +20,7 @@ from lightning_gpt.data.tasks.adder import Adder
 from lightning_gpt.data.tasks.sort import Sort
 from lightning_gpt.models.scoring import ScoreSums, count_right
 
-REPO = Path(__file__).parent.parent
+REPO = Path(__file__).parents[2]
 NANO = "--implementation=nanogpt --dropout=0 --accelerator=cpu --logger=none".split()
 TINY = [*NANO, *"--n_layer=1 --n_head=1 --n_embd=16 --batch_size=8".split()]
 SPLITS = ("train", "val")

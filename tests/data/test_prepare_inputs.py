@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 import prepare
-from lightning_gpt.data import documents, encoding, sets, tokenizing, writing
+from lightning_gpt.data.text import documents, sets
+from lightning_gpt.data.tokens import encoding, tokenizing, writing
 from lightning_gpt.data.tokens.token_files import open_token_files
 
 TEXTS = [f"Document {n}:\n\u00e9\u65e5\U0001f600 " + "la " * (7 * n % 40) for n in range(120)] + ["", "x" * 5000]
