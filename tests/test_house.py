@@ -36,10 +36,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"optim", "implementations"},
     "data": {"tokenizers", "config"},
     "optim": {"implementations", "config"},
-    "strategies": {"config"},
+    "strategies": {"atomic", "config"},
     "tokenizers": {"config"},
     "implementations": {"options", "config"},
     "options": set(),
+    "atomic": set(),
     "config": set(),
 }
 

@@ -1,27 +1,11 @@
 """Saving so that a machine that dies while it writes loses nothing: the old checkpoint stays until the new is whole."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.plugins import TorchCheckpointIO
 
-
-def swap_in(part: Path, path: Path) -> None:
-    """Puts a finished file or folder in the place of an older one, which may be of the other kind."""
-    old = path.with_name(path.name + ".old")
-    _remove(old)
-    if path.exists() and (path.is_dir() or part.is_dir()):  # only a file can replace a file in one move
-        path.rename(old)
-    part.replace(path)
-    _remove(old)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+from lightning_gpt.atomic import remove, swap_in
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -43,7 +27,7 @@ class WholeFolders:
         path = Path(self.broadcast(filepath))
         part = path.with_name(path.name + ".part")
         if self.is_global_zero:
-            _remove(part)
+            remove(part)
         self.barrier()
         super().save_checkpoint(checkpoint, part, storage_options)
         self.barrier()

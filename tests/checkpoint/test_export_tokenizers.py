@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_gpt.checkpoint import hf_tokenizer
+from lightning_gpt.checkpoint.write import hf_tokenizer
 from lightning_gpt.tokenizers import (
     ByteTokenizer,
     GPT2Tokenizer,

@@ -144,7 +144,7 @@ def test_a_damaged_cache_is_made_again(text_file: str) -> None:
 
 
 def _count_writes(text_file: str, log: str) -> None:
-    from lightning_gpt.data import preparation
+    from lightning_gpt.data.tokens import preparation
 
     write = preparation.write_corpus
 
