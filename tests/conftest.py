@@ -118,18 +118,27 @@ def export(tmp_path, capsys):
 
 
 @pytest.fixture
-def evaluation_refused(capsys):
-    """Calls evaluate.py and checks that it refuses in one line, below what others showed of their progress."""
-    import evaluate
+def refused(capsys):
+    """Call an entry point, check that it refuses in one line with exit code 2, and return that line."""
 
-    def call(*flags, mentions):
+    def call(main, *flags, mentions=()):
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
-            evaluate.main([*map(str, flags), "--accelerator=cpu"])
+            main([str(flag) for flag in flags])
         out, err = capsys.readouterr()
-        assert stop.value.code == 2 and out == "" and "Traceback" not in err, out + err
-        *before, line = err.splitlines()
-        assert line.startswith("error: ") and all(not text or "/s]" in text for text in before), err
-        assert all(str(text) in line for text in mentions), err
+        assert stop.value.code == 2 and out == "" and err.endswith("\n") and "Traceback" not in err, out + err
+        *progress, line = err.splitlines()  # other libraries may show progress bars before it
+        assert line.startswith("error: ") and all("/s]" in text for text in progress), err
+        for text in (mentions,) if isinstance(mentions, str) else mentions:
+            assert str(text) in line, line
+        return line
 
     return call
+
+
+@pytest.fixture
+def evaluation_refused(refused):
+    """Call evaluate.py on the CPU and check that it refuses in one line."""
+    import evaluate
+
+    return lambda *flags, mentions: refused(evaluate.main, *flags, "--accelerator=cpu", mentions=mentions)
