@@ -1,89 +1,161 @@
-"""Replace a file or a folder safely: write beside it, flush to disk, swap it in on success, remove it on error."""
+"""Replace files and folders so that a crash loses nothing: write beside the target, flush to disk, rename.
+
+Whatever is unfinished has a name that ends in `.part`, and nothing reads it.
+"""
 
 import contextlib
+import errno
+import glob
 import os
+import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
+_PART = ".part"
+_STALE_SECONDS = 24 * 3600
+
 
 @contextlib.contextmanager
 def atomic_file(path: Path, *, mode: str = "wb") -> Iterator[IO[Any]]:
     """Open a file that replaces `path` when the block ends without an error.
 
-    Two processes may write the same path at the same time: each writes a file of its own, and the last one wins.
+    Several processes may write the same path: each writes a hidden file of its own, and the last to finish wins. A
+    killed process leaves that hidden file, which a later call deletes once it is a day old. For a large file with a
+    single writer, write `NAME.part` and `swap_in` it: the next save then overwrites what a kill left.
 
     Args:
-        path: The file to create or replace; its folder must exist.
-        mode: "wb" for bytes, "w" for UTF-8 text.
+        path: The file to create or replace, in an existing folder. A symbolic link is followed; a device or pipe is
+            written directly.
+        mode: "wb" for bytes, "w" for UTF-8 text with Unix line ends.
 
     Raises:
-        OSError: The file cannot be written; `path` is as it was before.
+        OSError: The file cannot be written; `path` still has its old content.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    encoding, newline = (None, None) if "b" in mode else ("utf-8", "\n")
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with open(path, mode, encoding=encoding, newline=newline) as file:
+            yield file
+        return
+    path = Path(os.path.realpath(path))
+    _remove_stale_parts(path)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PART}")
     try:
-        with open(part, mode, encoding=None if "b" in mode else "utf-8") as file:
+        with open(part, mode.replace("w", "x"), encoding=encoding, newline=newline) as file:
             yield file
             sync(file)
-        part.replace(path)
-        sync_folder(path.parent)
-    finally:
-        part.unlink(missing_ok=True)
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
+    sync_folder(path.parent)
 
 
-def sync(file: IO[Any]) -> None:
-    """Flush an open file to the disk."""
-    file.flush()
-    os.fsync(file.fileno())
+def _remove_stale_parts(path: Path) -> None:
+    for part in path.parent.glob(f".{glob.escape(path.name)}.????????{_PART}"):
+        with contextlib.suppress(OSError):
+            if time.time() - part.stat().st_mtime > _STALE_SECONDS:
+                part.unlink()
 
 
-def sync_folder(folder: Path) -> None:
-    """Flush the names in a folder to the disk, where the system can."""
-    with contextlib.suppress(OSError):  # Windows cannot open a folder
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def swap_in(part: Path, path: Path, *, old: Path | None = None) -> None:
+    """Flush a finished file or folder to disk and move it to `path`, replacing what is there.
 
+    A file is replaced by one rename. A folder takes two: `path` to `old`, then `part` to `path`. After a kill between
+    them `part` and `old` are both complete: readers take `old` where `path` is missing, and the next swap continues.
 
-def swap_in(part: Path, path: Path) -> None:
-    """Move a finished file or folder to `path`, replacing a file or folder there.
+    Args:
+        part: What was written, on the same file system as `path`.
+        path: The file or folder to create or replace.
+        old: Where the replaced folder waits, `path` + ".old" by default. Anything of this name is deleted, so choose a
+            name that no user would.
 
-    A folder cannot be replaced in one step: the old one is first moved to `path` + ".old", where a reader finds it if
-    the machine dies in between.
+    Raises:
+        OSError: The disk failed; `path` or `old` is complete.
     """
-    old = path.with_name(f"{path.name}.old")
-    if path.exists():
+    old = old or path.with_name(f"{path.name}.old")
+    _sync_tree(part)
+    if path.is_dir() or (part.is_dir() and path.exists()):
         remove(old)
-        if path.is_dir() or part.is_dir():
-            path.rename(old)
-    part.replace(path)
+        os.replace(path, old)
+    os.replace(part, path)
     sync_folder(path.parent)
     remove(old)
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder with its content, if it exists."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
+    """Delete a file or a folder with its content, if it exists.
+
+    A folder is renamed first, so that a kill does not leave half of it under its own name.
+    """
+    if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)
+        return
+    doomed = path
+    if path.suffix != _PART:
+        doomed = path.with_name(f"{path.name}{_PART}")
+        remove(doomed)
+        os.replace(path, doomed)
+    shutil.rmtree(doomed)
+
+
+def sync(file: IO[Any]) -> None:
+    """Flush an open file to disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the names in a folder to disk, where the system can."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # Windows cannot open a folder
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # some network file systems
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _sync_tree(path: Path) -> None:
+    if not path.is_dir():
+        _sync_path(path)
+        return
+    for folder, _, names in os.walk(path):
+        for name in names:
+            _sync_path(Path(folder, name))
+        sync_folder(Path(folder))
+
+
+def _sync_path(path: Path) -> None:
+    if path.is_symlink():
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows flushes writable files only
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold the lock file `path` against other processes and threads; a crash releases it.
+    """Hold the lock file `path` against other processes and threads; the system releases it after a crash.
 
     Args:
-        path: The lock file, created if needed. Where the file system refuses locks, the block runs unlocked.
+        path: The lock file, created if needed and left in place. Where it cannot be created, or the file system has no
+            locks, the block runs unlocked.
         wait: Whether to wait for the holder.
 
     Raises:
-        filelock.Timeout: Another process holds the lock and `wait` is False.
+        filelock.Timeout: Another process or thread holds the lock and `wait` is False.
     """
     lock = FileLock(path, timeout=-1 if wait else 0)
     with contextlib.ExitStack() as stack:

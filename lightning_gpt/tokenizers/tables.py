@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lightning_gpt.atomic import atomic_file
 from lightning_gpt.config import UserError, cache_root
 
 _LOCK = threading.RLock()
@@ -186,8 +187,5 @@ def _download(url: str, expected: str | None) -> bytes:
 def _store(url: str, content: bytes) -> None:
     folder = _own_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    # Another process may be reading or writing the same table: it appears whole.
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        new = Path(temporary, "table")
-        new.write_bytes(content)
-        os.replace(new, folder / _cache_name(url))
+    with atomic_file(folder / _cache_name(url)) as file:
+        file.write(content)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
+from lightning_gpt.atomic import atomic_file
 from lightning_gpt.config import UserError, cache_root
 from lightning_gpt.data.text.corpora import Corpus, find_corpus
 from lightning_gpt.data.text.documents import Block, FileDocuments, require
@@ -68,9 +68,8 @@ def _download(path: Path) -> None:
             f"--from FILE, or put it at {path}"
         ) from error
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    with atomic_file(path) as file:
+        file.write(content)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lightning_gpt.atomic import locked
 from lightning_gpt.config import PrepareOptions, UserError, cache_root
 from lightning_gpt.data.text.corpora import Corpus, find_corpus, load_corpus
 from lightning_gpt.data.text.sets import NAMED_SETS, NamedSet
@@ -178,7 +179,16 @@ def _cached(corpus: Corpus, *, tokenizer: str | Tokenizer, root: Path) -> TokenF
     # A folder appears whole or not at all, so a hit needs no lock and works in a cache that is read-only.
     if files := _opened(folder, root):
         return files
-    with _locked(folder.with_suffix(".lock")):
+    lock = folder.with_suffix(".lock")
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        lock.touch()
+    except OSError as error:
+        raise UserError(
+            f"the cache folder {lock.parent} cannot be written ({error.strerror}); "
+            "set LIGHTNING_GPT_CACHE to a folder that can"
+        ) from error
+    with locked(lock):
         if files := _opened(folder, root):
             return files
         write_corpus(folder, corpus=corpus, plan=Plan(tokenizer=tokenizer, val_fraction=VAL_FRACTION))
@@ -198,25 +208,6 @@ def _opened(folder: Path, root: Path) -> TokenFiles | None:
         with contextlib.suppress(UserError):
             return open_token_files(folder, cache_dir=root)
     return None
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a")
-    except OSError as error:
-        raise UserError(
-            f"the cache folder {path.parent} cannot be written ({error.strerror}); "
-            "set LIGHTNING_GPT_CACHE to a folder that can"
-        ) from error
-    with file:
-        # Windows has no fcntl, and some network file systems have no locks: processes may then do the work twice.
-        with contextlib.suppress(ImportError, OSError):
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _check_lengths(files: TokenFiles, block_size: int) -> None:

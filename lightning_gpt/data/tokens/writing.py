@@ -1,4 +1,4 @@
-"""A folder of tokens, written bit by bit: whole or not there at all, and able to go on after an interruption."""
+"""Write a token folder bit by bit: it appears complete or not at all, and an interrupted writer can continue."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Literal
 
+from filelock import Timeout
+
+from lightning_gpt.atomic import atomic_file, locked, swap_in, sync, sync_folder
 from lightning_gpt.config import UserError
 
 Split = Literal["train", "val"]
@@ -18,26 +21,27 @@ _FILE_NAMES = frozenset({"train.bin", "val.bin", "meta.json"})
 
 
 class TokenWriter:
-    """Writes `train.bin` and `val.bin` into a hidden folder beside the wanted one, which takes its place at the end.
+    """Write `train.bin` and `val.bin` in a hidden work folder, and move the finished folder to its place.
 
-    The hidden folder keeps a journal: how much of the files is known to be on the disk, and where in the text that is.
-    A writer of the same job goes on from there; one of another job begins anew. As a context manager it removes the
-    hidden folder when it ends by a `UserError`, for then the input has to change, and keeps it at any other end.
+    The work folder keeps a journal: how many bytes of each file are safely on disk, and which state of the job they
+    belong to. A later writer of the same job continues from there; a writer of another job starts over. As a context
+    manager it deletes the work folder after a `UserError`, because the input must change first, and keeps it after any
+    other error.
 
     Args:
-        folder: Where to; it may exist if it is empty or holds token files only, which are then replaced.
-        job: What is written, in JSON's types: the work of another writer goes on only if this is equal.
-        keep: False to remove the hidden folder at any end.
+        folder: The folder to create; an existing one must be empty or hold only token files, which are replaced.
+        job: What is written, in JSON types; a writer continues earlier work only if its job is equal.
+        keep: False to delete the work folder after any error.
 
     Attributes:
-        state: What was last committed; empty at the beginning.
-        resumed: Whether work of the same job was found, and goes on.
-        finished: Whether the same job was found to be done; nothing is left to do but `discard`.
-        discarded: Whether work of another job was found, and removed.
+        state: The last committed state; empty at first.
+        resumed: Whether unfinished work of the same job was found and continues.
+        finished: Whether the same job was found complete; only `discard` is left to call.
+        discarded: Whether work of another job was found and deleted.
 
     Raises:
-        UserError: The folder holds other files, or somebody else is writing it.
-        OSError: It cannot be written.
+        UserError: The folder holds other files, or another process is writing it.
+        OSError: The folder cannot be written.
     """
 
     def __init__(self, folder: Path, *, job: dict[str, Any], keep: bool = True) -> None:
@@ -50,22 +54,25 @@ class TokenWriter:
         self.state: dict[str, Any] = {}
         require_replaceable(folder)
         self._work.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self._work / "lock", "a")
+        self._lock = contextlib.ExitStack()
         try:
-            self._take_lock()
-            if (self._new / "meta.json").is_file():  # whole: it was stopped while it took its place
+            self._lock.enter_context(locked(self._work / "lock", wait=False))
+        except Timeout:
+            raise UserError(f"{self.folder} is being written by another process; wait for it, or stop it") from None
+        try:
+            if (self._new / "meta.json").is_file():  # complete: an earlier writer was stopped before or in _replace
                 self._replace()
             journal = self._read_journal()
-            mine = journal.get("job") == self._job
-            self.finished = mine and not self._new.exists()
-            self.resumed = mine and not self.finished
-            self.discarded = bool(journal) and not mine
-            if not mine:
+            same_job = journal.get("job") == self._job
+            self.finished = same_job and not self._new.exists()
+            self.resumed = same_job and not self.finished
+            self.discarded = bool(journal) and not same_job
+            if not same_job:
                 self._journal.unlink(missing_ok=True)
                 for path in (self._new, self._old):
                     shutil.rmtree(path, ignore_errors=True)
             if not self.finished:
-                self._open(journal if mine else {})
+                self._open(journal if same_job else {})
         except BaseException:
             self.close()
             raise
@@ -77,16 +84,7 @@ class TokenWriter:
             file = self._files[split] = open(self._new / f"{split}.bin", "ab")
             file.truncate(journal["sizes"][split] if journal else 0)
             file.seek(0, os.SEEK_END)
-
-    def _take_lock(self) -> None:
-        try:
-            import fcntl
-
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{self.folder} is being written by another process; wait for it, or stop it") from None
-        except (ImportError, OSError):  # Windows, and some network file systems
-            pass
+        sync_folder(self._new)
 
     def _read_journal(self) -> dict[str, Any]:
         with contextlib.suppress(OSError, ValueError):
@@ -94,74 +92,67 @@ class TokenWriter:
         return {}
 
     def append(self, split: Split, tokens: bytes) -> None:
-        """Add little-endian token ids to a split; they count once they are committed.
+        """Append little-endian token ids to a split; they count once `commit` is called.
 
         Raises:
-            OSError: They cannot be written.
+            OSError: The file cannot be written.
         """
         self._files[split].write(tokens)
 
     def size(self, split: Split) -> int:
-        """What a split has got, in bytes."""
+        """Return the bytes written to a split so far."""
         return self._files[split].tell()
 
     def commit(self, state: dict[str, Any]) -> None:
-        """Note, safely, that all that was added is right, and the state to go on from.
+        """Flush everything appended so far, then record it and `state` in the journal.
 
         Args:
-            state: In JSON's types; `state` of a later writer.
+            state: Where to continue, in JSON types; becomes `state` of a later writer.
 
         Raises:
-            OSError: It cannot be written; what was committed before still counts.
+            OSError: The disk failed; the previous commit still counts.
         """
         for file in self._files.values():
-            _to_disk(file)
+            sync(file)
         sizes = {split: self.size(split) for split in SPLITS}
-        journal = self._journal.with_suffix(".new")
-        with open(journal, "w", encoding="ascii") as file:
-            json.dump({"job": self._job, "sizes": sizes, "state": state}, file)
-            _to_disk(file)
-        os.replace(journal, self._journal)
+        with atomic_file(self._journal, mode="w") as journal:
+            json.dump({"job": self._job, "sizes": sizes, "state": state}, journal)
         self.state = state
 
     def publish(self, meta: dict[str, Any]) -> None:
-        """Put the finished folder into its place.
+        """Add `meta.json`, move the finished folder to its place and delete the work folder.
 
         Args:
             meta: The content of `meta.json`.
 
         Raises:
-            UserError: Meanwhile the folder got other files.
-            OSError: It cannot be written.
+            UserError: Other files have appeared in the folder.
+            OSError: The disk failed.
         """
-        for opened in self._files.values():
-            _to_disk(opened)
-            opened.close()
-        with open(self._work / "meta.json", "w", encoding="ascii") as file:
-            file.write(json.dumps(meta, indent=2) + "\n")
-            _to_disk(file)
-        os.replace(self._work / "meta.json", self._new / "meta.json")
+        for file in self._files.values():
+            sync(file)
+            file.close()
+        meta_file = self._work / "meta.json"  # outside `new`, whose meta.json means that the folder is complete
+        meta_file.write_text(json.dumps(meta, indent=2) + "\n", encoding="ascii", newline="\n")
+        swap_in(meta_file, self._new / "meta.json")
         self._replace()
         self.discard()
 
     def _replace(self) -> None:
         require_replaceable(self.folder)
-        if self.folder.exists():
-            shutil.rmtree(self._old, ignore_errors=True)
-            os.replace(self.folder, self._old)
-        os.replace(self._new, self.folder)
-        shutil.rmtree(self._old, ignore_errors=True)
+        swap_in(self._new, self.folder, old=self._old)
 
     def discard(self) -> None:
-        """Remove the hidden folder and all that lies in it."""
+        """Delete the work folder."""
         self.close()
         shutil.rmtree(self._work, ignore_errors=True)
 
     def close(self) -> None:
-        """Leave the work as it is."""
-        for file in (*self._files.values(), self._lock):
+        """Close all files and release the lock; the work folder stays."""
+        for file in self._files.values():
             with contextlib.suppress(OSError):  # a full disk: what was not committed does not count
                 file.close()
+        self._lock.close()
 
     def __enter__(self) -> TokenWriter:
         return self
@@ -174,17 +165,12 @@ class TokenWriter:
 
 
 def require_replaceable(folder: Path) -> None:
-    """Check that nothing but token files would be replaced.
+    """Check that a folder is missing, empty or holds only token files, so that it may be replaced.
 
     Raises:
-        UserError: The folder holds other files, or is none.
+        UserError: The path is a file, or the folder holds other files.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; name a new folder")
     if folder.exists() and not {path.name for path in folder.iterdir()} <= _FILE_NAMES:
         raise UserError(f"{folder} holds files other than token files; name a new folder")
-
-
-def _to_disk(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
