@@ -1,9 +1,9 @@
-"""In what order the model sees the tokens.
+"""The order in which the model sees samples.
 
 Training reads an endless stream that is a pure function of (seed, global sample index): sample k is window pi(k) of
-the corpus, pi a permutation computed on the fly. The only state is how many samples all ranks have consumed, so a run
-resumed on any number of ranks with any micro-batch size sees what the uninterrupted run would have. Evaluation reads
-the corpus once from front to back and scores every token exactly once.
+the tokens, with pi a permutation computed on the fly. The only state is how many samples all ranks have consumed, so a
+run resumed on any number of ranks, with any micro-batch size, sees the samples of the uninterrupted run. Evaluation
+reads the tokens once from front to back and scores every token exactly once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _CHUNK_BATCHES = 256
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The output function of SplitMix64 (Steele, Lea, Flood 2014), a bijection of uint64 that looks random."""
+    """Apply the output function of SplitMix64 (Steele, Lea, Flood 2014), a pseudorandom bijection of uint64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -38,22 +38,22 @@ def _hash(x: np.ndarray, salt: int) -> np.ndarray:
 
 
 def permute(index: np.ndarray, *, n: int, key: int | np.ndarray) -> np.ndarray:
-    """A keyed pseudorandom permutation of range(n), each value computed by itself in constant memory.
+    """Permute range(n) pseudorandomly, each value by itself and in constant memory.
 
-    A Feistel network on pairs (left, right) of Z_a x Z_b with a * b just above n, whose rounds add a hash of one half
-    to the other; a result outside range(n) is sent round again until it is inside (Black and Rogaway 2002, "Ciphers
-    with arbitrary finite domains": the generalised Feistel cipher and cycle walking).
+    A generalised Feistel cipher on pairs (left, right) of Z_a x Z_b with a * b just above n: each round adds a hash of
+    one half to the other. Cycle walking repeats the cipher until the result is in range(n) (Black and Rogaway 2002,
+    "Ciphers with arbitrary finite domains").
 
     Args:
-        index: What to permute, shape (m,), any integer type, values in range(n).
+        index: Indices to permute, shape (m,), any integer dtype, values in range(n).
         n: Size of the permuted range, 1 to 2**62.
-        key: Which permutation: a whole number, or one for each index, shape (m,).
+        key: Selects the permutation: an integer, or one per index, shape (m,).
 
     Returns:
         The permuted indices, shape (m,), int64.
 
     Raises:
-        ValueError: An index is outside range(n), or n outside its bounds.
+        ValueError: An index is outside range(n), or n is out of bounds.
     """
     if not 1 <= n <= 1 << 62:
         raise ValueError(f"n is {n}, it must be between 1 and 2**62")
@@ -77,7 +77,7 @@ def _feistel(x: np.ndarray, keys: np.ndarray, a: int, b: int) -> np.ndarray:
     left, right = x // size_b, x % size_b  # in Z_a, in Z_b
     for round_number in range(1, _ROUNDS + 1):
         round_key = _hash(keys, round_number)
-        # (32 random bits * a) >> 32 is a number in Z_a without a division; a and b are below 2**32.
+        # (32 random bits * a) >> 32 is in Z_a without a division; a and b are below 2**32.
         if round_number % 2:
             left = (left + ((_mix(right * np.uint64(_GOLDEN) + round_key) >> half) * size_a >> half)) % size_a
         else:
@@ -86,20 +86,20 @@ def _feistel(x: np.ndarray, keys: np.ndarray, a: int, b: int) -> np.ndarray:
 
 
 def shuffle(samples: np.ndarray, *, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """What each sample of an endless stream is, if every pass visits all of range(n) in an order of its own.
+    """Map samples of an endless stream to range(n), so that each pass visits every number once in its own order.
 
     Args:
         samples: Global sample indices, counted from 0 over all passes, shape (m,), int64.
-        n: How many there are to visit.
-        seed: Any whole number; another seed is another order.
+        n: Numbers per pass.
+        seed: Any integer; another seed gives another order.
 
     Returns:
-        Numbers in range(n), shape (m,), int64; and the keys of the passes, uint64, of shape (m,), or (1,) where all
-        samples are of one pass.
+        Numbers in range(n), shape (m,), int64; and the key of each sample's pass, uint64, shape (m,), or (1,) if all
+        samples are in one pass.
     """
     passes, numbers = np.divmod(np.asarray(samples, dtype=np.int64), n)
     if passes.size and passes[0] == passes[-1] and (passes == passes[0]).all():
-        passes = passes[:1]  # one key for all is cheaper than a key for each
+        passes = passes[:1]  # one key for all is faster than one per sample
     keys = _hash(_hash(passes.astype(np.uint64), 1) ^ _hash(np.array([seed & _MASK], dtype=np.uint64), 2), 3)
     return permute(numbers, n=n, key=keys), keys
 
@@ -114,29 +114,29 @@ class Stream(Protocol):
     n_windows: int
 
     def batches(self, samples: np.ndarray) -> Iterator[Batch]:
-        """Batches of given samples.
+        """Yield a batch for each row of `samples`.
 
         Args:
             samples: Global sample indices, shape (n_batches, B), int64.
 
         Yields:
-            (idx, targets), each (B, T) int64, one for each row of `samples`.
+            (idx, targets), each (B, T) int64.
         """
         ...
 
 
 class TokenStream:
-    """Which window of the corpus each training sample is.
+    """Map each training sample to a window of an array of tokens.
 
-    The corpus is cut into windows of `block_size` inputs; a pass visits every window once, in an order of its own.
-    Where there is enough text one window is left out and each pass cuts at another offset, so that over the passes
-    a token is seen at every place in a window.
+    The tokens are cut into windows of `block_size` inputs, and a pass visits every window once, in its own order. If
+    there are enough tokens, each pass leaves one window out and cuts at another offset, so that over many passes a
+    token is seen at every position of a window.
 
     Args:
-        opener: Called for the tokens, shape (n_tokens,), whenever a fresh memory map is wanted; picklable.
-        n_tokens: How many tokens that is.
-        block_size: Inputs per sample.
-        seed: Any whole number; another seed is another order.
+        opener: Picklable function that maps the tokens, shape (n_tokens,), into memory; called now and then.
+        n_tokens: Number of tokens.
+        block_size: Inputs per sample, T.
+        seed: Any integer; another seed gives another order.
 
     Attributes:
         n_windows: Samples per pass.
@@ -158,67 +158,67 @@ class TokenStream:
         self._slack = n_tokens - 1 - self.n_windows * block_size
 
     def starts(self, samples: np.ndarray) -> np.ndarray:
-        """Where samples begin in the corpus: a pure function of the seed and the global sample indices.
+        """Return where samples start: a pure function of the seed and the global sample indices.
 
         Args:
             samples: Global sample indices, counted from 0 over all passes, shape (m,), int64.
 
         Returns:
-            Positions of the first input token, shape (m,), int64.
+            Position of each sample's first input token, shape (m,), int64.
         """
         windows, keys = shuffle(samples, n=self.n_windows, seed=self.seed)
         offsets = (_hash(keys, _ROUNDS + 1) % np.uint64(self._slack + 1)).astype(np.int64)
         return offsets + self.block_size * windows
 
     def batches(self, samples: np.ndarray) -> Iterator[Batch]:
-        """Batches of given samples, gathered from a fresh memory map: see `Stream`."""
+        """Yield a batch for each row of `samples`, from a fresh memory map: see `Stream`."""
         windows = window_view(self.opener(), self.block_size)
         for starts in self.starts(samples.ravel()).reshape(samples.shape):
             yield gather_windows(windows, starts)
 
 
 def window_view(tokens: np.ndarray, block_size: int) -> np.ndarray:
-    """Every window of block_size + 1 tokens, shape (n_tokens - block_size, block_size + 1), without a copy."""
-    plain = tokens.view(np.ndarray)  # a memmap runs slow Python code each time it is indexed
+    """View tokens as all windows of block_size + 1 tokens, (n_tokens - block_size, block_size + 1), without a copy."""
+    plain = tokens.view(np.ndarray)  # indexing a memmap runs slow Python code
     return np.lib.stride_tricks.sliding_window_view(plain, block_size + 1)
 
 
 def gather_windows(windows: np.ndarray, starts: np.ndarray) -> Batch:
-    """A batch from a `window_view`: see `gather`."""
+    """Copy a batch from a `window_view`: see `gather`."""
     picked = windows[starts]  # (B, T + 1)
     batch = np.empty((2, len(starts), picked.shape[1] - 1), dtype=np.int64)
     batch[0] = picked[:, :-1]
     batch[1] = picked[:, 1:]
-    idx, targets = torch.from_numpy(batch).unbind(0)  # contiguous both, for models that call .view(-1)
+    idx, targets = torch.from_numpy(batch).unbind(0)  # both contiguous, for models that call .view(-1)
     return idx, targets
 
 
 def gather(tokens: np.ndarray, starts: np.ndarray, block_size: int) -> Batch:
-    """Inputs and targets of some windows, copied straight from the tokens.
+    """Copy inputs and targets of windows from the tokens.
 
     Args:
-        tokens: The corpus, shape (n_tokens,), usually a memory map.
-        starts: Positions of the first inputs, shape (B,).
+        tokens: Tokens, shape (n_tokens,), usually a memory map.
+        starts: Position of each window's first input, shape (B,).
         block_size: Inputs per sample, T.
 
     Returns:
-        idx and targets, each (B, T) int64 and contiguous; targets are the inputs moved on by one token.
+        idx and targets, each (B, T) int64 and contiguous; targets are the inputs shifted left by one.
     """
     return gather_windows(window_view(tokens, block_size), starts)
 
 
 class TrainBatches(IterableDataset[Batch]):
-    """The endless training batches of one rank, for DataLoader(..., batch_size=None).
+    """Yield the endless training batches of one rank, for DataLoader(..., batch_size=None).
 
     Micro-batch m of rank r holds the samples first_sample + m*B*R + i*R + r for i in range(B). Loader workers take
-    micro-batches in turn, so any number of them gives the same order as none.
+    micro-batches in turn, so the order does not depend on their number.
 
     Args:
-        stream: Where samples come from.
+        stream: Source of the samples.
         batch_size: Samples per micro-batch, B.
-        rank: Which rank this is, r.
-        world_size: How many ranks there are, R.
-        first_sample: How many samples all ranks together have consumed already.
+        rank: This rank, r.
+        world_size: Number of ranks, R.
+        first_sample: Samples that all ranks together have already consumed.
     """
 
     def __init__(
@@ -237,28 +237,27 @@ class TrainBatches(IterableDataset[Batch]):
         per_batch = self.batch_size * self.world_size
         rows = self.first_sample + self.rank + np.arange(self.batch_size) * self.world_size
         while True:
-            # A memory map's pages count as this process's memory until it is dropped: one is opened for each chunk.
+            # Pages of a memory map count as resident memory until it is dropped, so each chunk opens a new one.
             turns = micro_batch + stride * np.arange(_CHUNK_BATCHES)
             yield from self.stream.batches(turns[:, None] * per_batch + rows)  # (batches, B)
             micro_batch += stride * _CHUNK_BATCHES
 
 
 class EvalPass(IterableDataset[Batch], ABC):
-    """One pass over a split from front to back, for DataLoader(..., batch_size=None).
+    """Yield one pass over a split from front to back, for DataLoader(..., batch_size=None).
 
-    All ranks yield the same number of equal batches. What is missing to a full batch has idx 0 and target -1, so add up
-    losses and counts of targets >= 0 and divide at the end; the mean loss of a batch without any such target is not a
-    number.
+    All ranks yield the same number of batches of equal size. Padding rows have idx 0 and target -1: sum losses and
+    counts of targets >= 0, and divide at the end. The mean loss of a batch of padding is NaN.
 
     Args:
-        n_sequences: How many sequences the split has.
+        n_sequences: Number of sequences in the split.
         batch_size: Sequences per batch, B.
-        rank: Which rank this is; rank r of R takes sequences r, r + R, ...
-        world_size: How many ranks there are.
-        limit_sequences: Stop after so many sequences, counted over all ranks; None means all.
+        rank: This rank; rank r of R takes sequences r, r + R, ...
+        world_size: Number of ranks, R.
+        limit_sequences: Stop after this many sequences, counted over all ranks; None for all.
 
     Attributes:
-        n_sequences: How many sequences all ranks together yield.
+        n_sequences: Number of sequences that all ranks together yield.
     """
 
     def __init__(
@@ -278,13 +277,13 @@ class EvalPass(IterableDataset[Batch], ABC):
 
     @abstractmethod
     def open(self) -> Callable[[np.ndarray], Batch]:
-        """From numbers of sequences, (B,), to (idx, targets), each (B, T) int64; opened anew now and then.
+        """Return a function from sequence numbers, (B,), to (idx, targets), each (B, T) int64; called now and then.
 
-        Numbers from `n_sequences` on are what is missing to a full batch.
+        Numbers from `n_sequences` on are padding.
         """
 
     def __len__(self) -> int:
-        """Batches per rank, the same on every rank."""
+        """Return the batches per rank, the same on every rank."""
         return -(-self.n_sequences // (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[Batch]:
@@ -297,21 +296,21 @@ class EvalPass(IterableDataset[Batch], ABC):
 
 
 class EvalBatches(EvalPass):
-    """One pass over the tokens of a split.
+    """Yield one pass over the tokens of a split.
 
-    Sequence w reads from token w*S on and has the targets w*S+1 to w*S+T, the last one as many as are left. The first
-    scores all of its targets and the others their last S: every token but the first is scored exactly once, by the
+    Sequence w starts at token w*S and has targets w*S+1 to w*S+T; the last sequence may be shorter. The first sequence
+    scores all its targets and the others their last S, so every token but the first is scored exactly once, by the
     sequence that gives it the most context.
 
     Args:
-        opener: Called for the tokens, shape (n_tokens,), now and then during a pass; picklable.
-        n_tokens: How many tokens that is.
+        opener: Picklable function that maps the tokens, shape (n_tokens,), into memory; called now and then.
+        n_tokens: Number of tokens.
         block_size: Inputs per sequence, T.
-        stride: Tokens from the start of a sequence to that of the next, S, from 1 to T; None means T, no overlap.
-        batch_size: See EvalPass for this and the further arguments.
-        rank: Which rank this is.
-        world_size: How many ranks there are.
-        limit_sequences: Stop after so many sequences.
+        stride: Tokens between the starts of two sequences, S, from 1 to T; None means T, without overlap.
+        batch_size: Sequences per batch, B.
+        rank: This rank; rank r of R takes sequences r, r + R, ...
+        world_size: Number of ranks, R.
+        limit_sequences: Stop after this many sequences, counted over all ranks; None for all.
 
     Raises:
         ValueError: Fewer than 2 tokens.
@@ -345,7 +344,7 @@ class EvalBatches(EvalPass):
         self.block_size = block_size
 
     def open(self) -> Callable[[np.ndarray], Batch]:
-        """Reads from a fresh memory map."""
+        """Return the reader of batches from a fresh memory map."""
         return functools.partial(self._batch, self.opener().view(np.ndarray))
 
     def _batch(self, tokens: np.ndarray, sequences: np.ndarray) -> Batch:
@@ -361,6 +360,6 @@ class EvalBatches(EvalPass):
 
 
 def _worker_turn() -> tuple[int, int]:
-    """This loader worker's first batch and its stride: 0 and 1 in the main process."""
+    """Return this loader worker's first batch and its stride: 0 and 1 in the main process."""
     info = get_worker_info()
     return (0, 1) if info is None else (info.id, info.num_workers)

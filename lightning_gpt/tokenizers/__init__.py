@@ -1,7 +1,7 @@
-"""Text to token ids and back: by character, by byte, by tiktoken's encodings, or as a Hugging Face file says.
+"""Text to token ids and back: by character, by byte, by a tiktoken encoding, or by a Hugging Face tokenizer.json.
 
-Every tokenizer has the same few methods (see `Tokenizer`) and goes into a file as plain JSON (`to_dict`,
-`tokenizer_from_dict`). A new tokenizer is one class and one row in `TOKENIZERS`.
+Every tokenizer has the same few methods (see `Tokenizer`) and is saved as plain JSON (`to_dict`,
+`tokenizer_from_dict`). To add a tokenizer, write one class and add one row to `TOKENIZERS`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = [
     "tokenizer_from_dict",
 ]
 
-# By the name in a saved form. Those of `_BY_NAME` go by it on the command line too.
+# Keyed by the name in the saved form; those in `_BY_NAME` have the same name on the command line.
 TOKENIZERS: dict[str, type[Tokenizer]] = {
     "char": CharTokenizer,
     "byte": ByteTokenizer,
@@ -41,38 +41,38 @@ _BY_NAME = ("char", "byte", "gpt2")
 
 
 def build_tokenizer(spelling: str, *, corpus: bytes | None, source: str) -> Tokenizer:
-    """Build what ``--tokenizer`` names.
+    """Build the tokenizer that ``--tokenizer`` names.
 
     Args:
-        spelling: char, byte, gpt2, another of tiktoken's encodings, or the path of a Hugging Face tokenizer.json.
-        corpus: The whole training text, or None where there is none; only `char` needs it.
-        source: What to call the corpus in an error message.
+        spelling: char, byte, gpt2, another tiktoken encoding, or the path of a Hugging Face tokenizer.json.
+        corpus: The whole training text, or None; only `char` needs it.
+        source: Name of the corpus for error messages.
 
     Raises:
-        UserError: No such tokenizer, a package or a file that it needs is missing, or the corpus does not suit it.
+        UserError: The tokenizer is unknown, needs a missing package or file, or cannot encode the corpus.
     """
     return _class_of(spelling).build(spelling, corpus=corpus, source=source)
 
 
 def resolve_tokenizer(spelling: str) -> str | Tokenizer:
-    """A name that is known, as it is; for a path, the tokenizer in that file.
+    """Return a known name unchanged; for a path, return the tokenizer in that file.
 
     Raises:
-        UserError: No such name, or no tokenizer in the file.
+        UserError: The name is unknown, or the file is not a tokenizer.json.
     """
     kind = _class_of(spelling)
     return kind.build(spelling, corpus=None, source=spelling) if is_path(spelling) else spelling
 
 
 def keep_tables(tokenizer: str | Tokenizer, path: str) -> None:
-    """Put the tables of ``--tokenizer_file`` into our cache, where they are found from now on, after a check.
+    """Check the tables of ``--tokenizer_file`` and copy them to our cache, where later runs find them.
 
     Args:
-        tokenizer: A tokenizer, or what ``--tokenizer`` names.
+        tokenizer: A tokenizer, or the value of ``--tokenizer``.
         path: The file, or a folder with the files.
 
     Raises:
-        UserError: The tokenizer has no tables of its own, or these are not the right ones.
+        UserError: The tokenizer has no tables, or these are not its tables.
     """
     if isinstance(tokenizer, str):
         _class_of(tokenizer).keep_tables(tokenizer, path)
@@ -81,10 +81,10 @@ def keep_tables(tokenizer: str | Tokenizer, path: str) -> None:
 
 
 def tokenizer_from_dict(fields: dict[str, Any]) -> Tokenizer:
-    """Rebuild a tokenizer from what its `to_dict` returned.
+    """Rebuild a tokenizer from the result of its `to_dict`.
 
     Raises:
-        UserError: No such tokenizer, or a field is missing or wrong.
+        UserError: The tokenizer is unknown, or a field is missing or wrong.
     """
     if not isinstance(fields, dict) or not isinstance(fields.get("name"), str):
         raise UserError("a saved tokenizer must be a JSON object with a field 'name'")

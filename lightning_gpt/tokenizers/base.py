@@ -1,4 +1,4 @@
-"""What every tokenizer offers."""
+"""The interface of tokenizers."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lightning_gpt.config import UserError
 
 
 class Tokenizer(ABC):
-    """Text to token ids and back; plain enough to be sent to another process.
+    """Convert text to token ids and back; picklable.
 
     Attributes:
-        name: What it is called in messages, and on the command line where it needs no file.
-        vocab_size: How many token ids there are; ids run from 0 to vocab_size - 1.
-        end_of_text: Id of the token that separates documents, or None where there is none.
+        name: Name in messages, and on the command line unless it is a file.
+        vocab_size: Upper bound of the token ids, exclusive.
+        end_of_text: Id of the token that separates documents, or None.
     """
 
     name: str
@@ -28,75 +28,76 @@ class Tokenizer(ABC):
     @classmethod
     @abstractmethod
     def build(cls, spelling: str, *, corpus: bytes | None, source: str) -> Tokenizer:
-        """Build what ``--tokenizer`` names, from the training text where it depends on one."""
+        """Build the tokenizer that ``--tokenizer`` names, from the training text if it depends on it."""
 
     @classmethod
     @abstractmethod
     def from_dict(cls, fields: dict[str, Any]) -> Tokenizer:
-        """Rebuild the tokenizer from what `to_dict` returned."""
+        """Rebuild the tokenizer from the result of `to_dict`."""
 
     @classmethod
     def keep_tables(cls, spelling: str, path: str) -> None:
-        """Put the tables of ``--tokenizer_file`` where they are found from now on.
+        """Copy the tables of ``--tokenizer_file`` to our cache, where later runs find them.
 
         Raises:
-            UserError: The tokenizer has no tables of its own, or these are not the right ones.
+            UserError: The tokenizer has no tables, or these are not its tables.
         """
         raise UserError(
-            f"--tokenizer_file holds the tables of gpt2 or of another tiktoken encoding, and --tokenizer is {spelling};"
-            " leave it out"
+            f"--tokenizer_file holds the tables of a tiktoken encoding, such as gpt2, but --tokenizer is {spelling}; "
+            "leave it out"
         )
 
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
-        """Token ids of a text, shape (n_tokens,), int64. Special tokens written out in it are plain text."""
+        """Return the token ids of a text, shape (n_tokens,), int64; a special token in the text is plain text."""
 
     @abstractmethod
     def encode_bytes(self, data: bytes, *, source: str, offset: int = 0) -> np.ndarray:
-        """Token ids of a piece of a corpus, shape (n_tokens,), in whatever unsigned type holds them.
+        """Return the token ids of a piece of a corpus, shape (n_tokens,), in an unsigned dtype.
 
-        It works on one core, and may be called from several threads at once.
+        Runs on one core; several threads may call it at once.
 
         Args:
-            data: The piece as it lies in its file.
-            source: What to call the corpus in an error message.
-            offset: Where in the corpus the piece begins, in bytes; for error messages alone.
+            data: The bytes of the piece.
+            source: Name of the corpus for error messages.
+            offset: Byte offset of the piece in the corpus, for error messages.
 
         Raises:
-            UserError: The tokenizer needs UTF-8 text and `data` is none, or a character has no token.
+            UserError: The tokenizer needs UTF-8 and `data` is not, or a character has no token.
         """
 
     @abstractmethod
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
-        """The text of some token ids.
+        """Return the text of token ids.
 
-        Bytes that are not UTF-8 (a sample may end inside a character) and unused ids of the vocabulary become U+FFFD.
+        Incomplete UTF-8, such as half a character at the end of a sample, and unused ids become U+FFFD, the replacement
+        character.
 
         Raises:
             UserError: An id is not in the vocabulary.
         """
 
     def cut(self, data: bytes, start: int) -> int | None:
-        """Where UTF-8 text may be cut so that its two sides have the tokens of the whole, one after the other.
+        """Find where UTF-8 text can be cut so that the tokens of both sides concatenate to those of the whole.
 
-        The cut holds whatever comes before and after `data`.
+        The cut is valid whatever comes before and after `data`.
 
         Args:
             data: A text.
-            start: The byte from which on a cut is looked for.
+            start: Byte offset where the search starts.
 
         Returns:
-            The first such byte from `start` on, with at least a byte on each side; None where there is none in `data`,
-            or where no rule is known for the tokenizer.
+            The first such offset from `start` on, with at least one byte on each side; None if there is none in
+            `data`, or if no rule is known for the tokenizer.
         """
         return None
 
     def answers_to(self, spelling: str) -> bool:
-        """Whether ``--tokenizer`` with this value may mean this tokenizer."""
+        """Return whether this value of ``--tokenizer`` may mean this tokenizer."""
         return spelling == self.name
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything needed to rebuild the tokenizer, in JSON's types."""
+        """Return everything needed to rebuild the tokenizer, in JSON types."""
         return {"name": self.name}
 
     def _checked(self, ids: Iterable[int] | np.ndarray) -> np.ndarray:
@@ -111,7 +112,7 @@ class Tokenizer(ABC):
 
 
 def around_gaps(tokens: list[int], is_known: Callable[[int], bool], decode: Callable[[list[int]], str]) -> str:
-    """The text of tokens, with U+FFFD for an id that the vocabulary leaves unused, which a model may draw as well."""
+    """Decode tokens, with U+FFFD for ids that the vocabulary does not use but a model may sample."""
     runs = ((known, list(run)) for known, run in itertools.groupby(tokens, is_known))
     return "".join(decode(run) if known else "\ufffd" * len(run) for known, run in runs)
 
@@ -121,11 +122,11 @@ def as_text(data: bytes, *, source: str, offset: int = 0) -> str:
 
     Args:
         data: A piece of a corpus.
-        source: What to call the corpus in the error message.
-        offset: Where in the corpus the piece begins, in bytes.
+        source: Name of the corpus for the error message.
+        offset: Byte offset of the piece in the corpus.
 
     Raises:
-        UserError: It is not UTF-8; names the byte.
+        UserError: The data is not UTF-8; the message names the byte.
     """
     try:
         return data.decode("utf-8")
@@ -137,5 +138,5 @@ def as_text(data: bytes, *, source: str, offset: int = 0) -> str:
 
 
 def without_surrogates(text: str) -> str:
-    """A text with U+FFFD in the place of lone surrogates, which stand for no character and are in no UTF-8."""
+    """Replace lone surrogates, which UTF-8 cannot encode, by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -1,4 +1,4 @@
-"""A Hugging Face `tokenizer.json`, through the package tokenizers."""
+"""Hugging Face `tokenizer.json` files, through the package tokenizers."""
 
 from __future__ import annotations
 
@@ -19,16 +19,15 @@ _ENDS_OF_TEXT = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """What a `tokenizer.json` says, kept whole, so that the file is not needed again.
+    """A tokenizer from a `tokenizer.json`, whose whole text is kept, so that the file is not needed again.
 
-    Special tokens written out in a text are plain text, none are added, and what the file says of truncation, padding
-    and dropout is left aside: a text has one sequence of tokens. Whether decoding gives the very text back is up to
-    the file: a normalizer may lose what it was. Tokens that the file adds without calling them special are found in
-    texts, as they are meant to be.
+    A text has exactly one sequence of tokens: special tokens that occur in it are plain text, none are added, and the
+    file's truncation, padding and dropout are ignored. Added tokens that are not special are recognised in texts. If
+    the file has a normalizer, decoding may not restore the text.
 
     Args:
-        text: The file's text.
-        vocab_size: One more than its largest id; an id below it may be unused.
+        text: Text of the file.
+        vocab_size: Largest id plus one; smaller ids may be unused.
         end_of_text: Id of the special token that ends a text, or None.
     """
 
@@ -41,10 +40,10 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @classmethod
     def build(cls, spelling: str, *, corpus: bytes | None, source: str) -> HuggingFaceTokenizer:
-        """Reads the file that ``--tokenizer`` names; needs nothing from the corpus.
+        """Read the file that ``--tokenizer`` names; needs no corpus.
 
         Raises:
-            UserError: The package or the file is missing, or the file is no `tokenizer.json`.
+            UserError: The package or the file is missing, or the file is not a `tokenizer.json`.
         """
         path = Path(spelling).expanduser()
         try:
@@ -65,30 +64,31 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> HuggingFaceTokenizer:
-        """Rebuild the tokenizer from what `to_dict` returned."""
+        """Rebuild the tokenizer from the result of `to_dict`."""
         text, size, end = (fields.get(key) for key in ("tokenizer_json", "vocab_size", "end_of_text"))
         if not isinstance(text, str) or type(size) is not int or size < 1 or (end is not None and type(end) is not int):
             raise UserError("a saved huggingface tokenizer needs 'tokenizer_json', 'vocab_size' and 'end_of_text'")
         return cls(text, vocab_size=size, end_of_text=end)
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids of a text, shape (n_tokens,), int64.
+        """Return the token ids of a text, shape (n_tokens,), int64.
 
         Raises:
-            UserError: The vocabulary lacks something, or the package tokenizers is not installed.
+            UserError: The vocabulary cannot encode it, or the package tokenizers is not installed.
         """
         return np.asarray(self._ids(without_surrogates(text), source="the text"), dtype=np.int64)
 
     def encode_bytes(self, data: bytes, *, source: str, offset: int = 0) -> np.ndarray:
-        """Token ids of a piece of UTF-8 text, shape (n_tokens,), uint32.
+        """Return the token ids of a piece of UTF-8 text, shape (n_tokens,), uint32.
 
         Raises:
-            UserError: Not UTF-8, or the vocabulary lacks something, or the package tokenizers is not installed.
+            UserError: The data is not UTF-8, the vocabulary cannot encode it, or the package tokenizers is not
+                installed.
         """
         return np.asarray(self._ids(as_text(data, source=source, offset=offset), source=source), dtype=np.uint32)
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
-        """The text of some token ids, special tokens written out.
+        """Return the text of token ids, special tokens included.
 
         Raises:
             UserError: An id is not in the vocabulary, or the package tokenizers is not installed.
@@ -99,30 +99,30 @@ class HuggingFaceTokenizer(Tokenizer):
         return around_gaps(tokens, lambda token: tokenizer.id_to_token(token) is not None, decode)
 
     def cut(self, data: bytes, start: int) -> int | None:
-        """As GPT-2's where the file splits as GPT-2 does; otherwise nowhere, and a text is encoded in one piece."""
+        """Cut where GPT-2's encoding is cut, if the file splits text as GPT-2 does; else nowhere."""
         return cut_where(CUT_BEFORE_NEWLINE, data, start) if _splits_as_gpt2(self.text) else None
 
     def answers_to(self, spelling: str) -> bool:
-        """Whether ``--tokenizer`` may mean this one: a file that says the same, or one that is gone since."""
+        """Return whether this value of ``--tokenizer`` is a file with the same text, or one that no longer exists."""
         path = Path(spelling).expanduser()
         return is_path(spelling) and (not path.is_file() or path.read_bytes() == self.text.encode("utf-8"))
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything needed to rebuild the tokenizer, in JSON's types."""
+        """Return everything needed to rebuild the tokenizer, in JSON types."""
         numbers = {"vocab_size": self.vocab_size, "end_of_text": self.end_of_text}
         return {"name": self.name, "tokenizer_json": self.text, **numbers}
 
     def _ids(self, text: str, *, source: str) -> list[int]:
         tokenizer = _load(self.text)
         try:
-            # Of a batch alone the library lets other threads run.
+            # The library releases Python's lock only for a batch.
             return tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
-        except Exception as error:  # the library raises nothing more exact
+        except Exception as error:  # the library raises nothing more specific
             raise UserError(f"the tokenizer.json has no tokens for {source} ({error})") from error
 
 
 def is_path(spelling: str) -> bool:
-    """Whether a value of ``--tokenizer`` is the path of a file, not a name."""
+    """Return whether a value of ``--tokenizer`` is a path instead of a name."""
     return spelling.endswith(".json") or "/" in spelling or os.sep in spelling
 
 
@@ -138,8 +138,8 @@ def _load(text: str) -> Any:
         tokenizer = tokenizers.Tokenizer.from_str(text)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # the library raises nothing more exact, and its panics are no Exceptions
-        raise UserError(f"not a Hugging Face tokenizer.json that can be read ({error})") from error
+    except BaseException as error:  # the library's panics are not Exceptions
+        raise UserError(f"not a readable Hugging Face tokenizer.json ({error})") from error
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -154,11 +154,11 @@ def _added(text: str) -> list[dict[str, Any]]:
 
 @functools.lru_cache(maxsize=4)
 def _splits_as_gpt2(text: str) -> bool:
-    """Whether GPT-2's pattern alone makes the pieces, and no added token is found in texts before it."""
-    said = json.loads(text)
-    splitter = said.get("pre_tokenizer") or {}
+    """Return whether only GPT-2's pattern splits text, without a normalizer or added tokens before it."""
+    fields = json.loads(text)
+    splitter = fields.get("pre_tokenizer") or {}
     return (
-        said.get("normalizer") is None
+        fields.get("normalizer") is None
         and splitter.get("type") == "ByteLevel"
         and splitter.get("use_regex", True)
         and not splitter.get("add_prefix_space", True)

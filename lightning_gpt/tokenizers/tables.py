@@ -1,8 +1,8 @@
-"""tiktoken's tables: where they are looked for, and that they are the right ones.
+"""Find, check and cache tiktoken's tables.
 
-tiktoken's own reader deletes a cached file that has a wrong hash and fetches it again without a word, whoever put it
-there, and waits for a network without an end. So ours stands in its place while an encoding is made: it never deletes,
-and it says which file is wrong. The addresses and the hashes are tiktoken's, also those of its plugins.
+tiktoken's own reader silently deletes a cached file with a wrong hash, whoever put it there, and waits for the network
+without a time limit. This module replaces it while an encoding is built: it never deletes, and names the wrong file.
+URLs and hashes are those of tiktoken and its plugins.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _TIMEOUT = (5, 60)  # seconds to connect, and to wait for the next bytes
 
 
 def encoding_names() -> list[str]:
-    """The encodings that tiktoken and its plugins know; empty where it is not installed."""
+    """Return the encodings of tiktoken and its plugins; empty if it is not installed."""
     try:
         import tiktoken
     except ImportError:
@@ -35,13 +35,13 @@ def encoding_names() -> list[str]:
 
 @functools.cache
 def load_encoding(name: str) -> Any:
-    """A ``tiktoken.Encoding`` by its name.
+    """Return a ``tiktoken.Encoding`` by its name.
 
-    Its tables are looked for in TIKTOKEN_CACHE_DIR, in our own cache (see `keep_tables`) and in tiktoken's default
-    folder, then downloaded into our cache.
+    Looks for its tables in TIKTOKEN_CACHE_DIR, in our cache (see `keep_tables`) and in tiktoken's default folder, then
+    downloads them to our cache.
 
     Raises:
-        UserError: tiktoken is not installed, a file is not what tiktoken expects, or a table cannot be had.
+        UserError: tiktoken is not installed, a file has a wrong hash, or a table cannot be found or downloaded.
     """
     named = (os.environ.get(variable) for variable in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"))
     folders = [Path(folder) for folder in named if folder]
@@ -52,7 +52,7 @@ def load_encoding(name: str) -> Any:
         for folder in folders:
             if file := _in_folder(folder, url):
                 return _verified(file, url, expected, encoding=name)
-        if failures:  # one wait for a network is enough
+        if failures:  # wait for the network only once
             return None
         try:
             content = _download(url, expected)
@@ -67,8 +67,8 @@ def load_encoding(name: str) -> Any:
     if missing:
         raise UserError(
             f"the tables of {name} are not on this machine and cannot be fetched ({type(failures[0]).__name__}); put "
-            f"{' and '.join(missing)} into a folder and name it in TIKTOKEN_CACHE_DIR, or by train.py --tokenizer_file,"
-            " or use --tokenizer char"
+            f"{' and '.join(missing)} into a folder and name it in TIKTOKEN_CACHE_DIR or by train.py --tokenizer_file, "
+            "or use --tokenizer char"
         )
     import tiktoken
 
@@ -76,15 +76,15 @@ def load_encoding(name: str) -> Any:
 
 
 def keep_tables(name: str, path: str) -> None:
-    """Checks the tables of an encoding and copies them into our cache, where `load_encoding` finds them.
+    """Check the tables of an encoding and copy them to our cache, where `load_encoding` finds them.
 
     Args:
-        name: The encoding.
-        path: A folder that holds its files, under the names they have at their source (``vocab.bpe`` and
-            ``encoder.json`` for gpt2, ``r50k_base.tiktoken`` and so on) or in tiktoken's cache; or the file itself.
+        name: Name of the encoding.
+        path: The file, or a folder with the files under their original names (``vocab.bpe`` and ``encoder.json`` for
+            gpt2, else for example ``r50k_base.tiktoken``) or their names in tiktoken's cache.
 
     Raises:
-        UserError: A file is missing or is not what tiktoken expects; nothing is copied then.
+        UserError: A file is missing or has a wrong hash; nothing was copied.
     """
     given = Path(path).expanduser()
     if not os.path.exists(given):
@@ -112,7 +112,7 @@ def keep_tables(name: str, path: str) -> None:
 
 
 def _construct(name: str, read: Callable[[str, str | None], bytes | None]) -> tuple[dict[str, Any], list[str]]:
-    """What ``tiktoken.Encoding`` takes, with the tables that `read` gives, and the addresses of those it has not."""
+    """Return the arguments of ``tiktoken.Encoding`` with the tables from `read`, and the URLs of missing tables."""
     try:
         import tiktoken.load
         import tiktoken.registry
@@ -134,11 +134,13 @@ def _construct(name: str, read: Callable[[str, str | None], bytes | None]) -> tu
         tiktoken_reader = tiktoken.load.read_file_cached
         tiktoken.load.read_file_cached = reader
         try:
-            return tiktoken.registry.ENCODING_CONSTRUCTORS[name](), missing
+            constructors = tiktoken.registry.ENCODING_CONSTRUCTORS
+            assert constructors is not None  # list_encoding_names has filled it
+            return constructors[name](), missing
         except (ValueError, AssertionError, LookupError):
             if not missing:
                 raise
-            return {}, missing  # tables that are not there are empty, which tiktoken need not bear
+            return {}, missing  # a missing table is read as empty, which tiktoken may refuse
         finally:
             tiktoken.load.read_file_cached = tiktoken_reader
 
@@ -165,10 +167,10 @@ def _verified(file: Path, url: str, expected: str | None, *, encoding: str) -> b
     except OSError as error:
         raise UserError(f"{file}, a table of {encoding}, cannot be read: {error.strerror}") from error
     actual = hashlib.sha256(content).hexdigest()
-    if expected not in (None, actual):
+    if expected is not None and expected != actual:
         raise UserError(
             f"{file} is not {encoding}'s {_file_name(url)}: its sha256 begins with {actual[:12]}, not {expected[:12]}; "
-            f"put {url} in its place"
+            f"replace it by {url}"
         )
     return content
 
@@ -179,7 +181,7 @@ def _download(url: str, expected: str | None) -> bytes:
     answer = requests.get(url, timeout=_TIMEOUT)
     answer.raise_for_status()
     actual = hashlib.sha256(answer.content).hexdigest()
-    if expected not in (None, actual):
+    if expected is not None and expected != actual:
         raise UserError(f"{url} gave a file whose sha256 begins with {actual[:12]}, not {expected[:12]}; try again")
     return answer.content
 

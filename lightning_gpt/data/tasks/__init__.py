@@ -1,7 +1,7 @@
-"""The registry of tasks: what `--data` can name in the place of a text, to learn answers to questions.
+"""The registry of tasks: generated questions and answers that `--data` can name in place of a text.
 
-A task is a file with one frozen dataclass, a subclass of `Task`, whose fields become flags, and a row in `TASKS`; one
-of a user's own needs no row.
+A task is one file with a frozen dataclass that subclasses `Task`, and a row in `TASKS`. Its fields become flags. A
+user's own task needs no row.
 """
 
 from __future__ import annotations
@@ -23,33 +23,32 @@ TASKS: dict[str, str] = {
 
 
 def find_task(data: str) -> type[Task] | None:
-    """The task that `--data` names.
+    """Import the task that `--data` names.
 
     Args:
-        data: A key of `TASKS`, or `package.module:Class` for a task of a user's own; write `./adder` for a file or
-            folder of that name.
+        data: A key of `TASKS`, or `package.module:Class` for a user's own task. `./adder` means a file or folder.
 
     Returns:
-        Its class, imported now; None where `data` has neither form, or is a file with a dotted name.
+        The class, or None if `data` has neither form or names an existing file.
 
     Raises:
-        UserError: There is no such module or class, or it is no task.
+        UserError: The module or class does not exist, or is not a task.
     """
     module_name, _, class_name = TASKS.get(data, data).partition(":")
     is_dotted = all(part.isidentifier() for part in (*module_name.split("."), class_name))
     if not is_dotted or module_name == "chargpt" or (data not in TASKS and os.path.exists(data)):
         return None
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # a script's own folder is on the path, the folder it is called from is not
+        sys.path.append(os.getcwd())  # Python adds the script's folder only
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         known = ", ".join(TASKS)
         raise UserError(
-            f"--data {data}: {error}; give a text, chargpt:FILE, one of the tasks {known}, or package.module:Class for"
-            " a task of your own in this folder"
+            f"--data {data}: {error}; give a text, chargpt:FILE, one of the tasks {known}, or package.module:Class of"
+            " your own"
         ) from error
-    from lightning_gpt.data.tasks.base import Task  # imports torch, which --help need not wait for
+    from lightning_gpt.data.tasks.base import Task  # imports torch, which --help must not
 
     task = getattr(module, class_name, None)
     if not (isinstance(task, type) and issubclass(task, Task)):

@@ -1,4 +1,4 @@
-"""What a task offers: questions, each with one right answer, as rows of tokens."""
+"""The interface of a task: questions, each with one right answer, as rows of tokens."""
 
 from __future__ import annotations
 
@@ -16,39 +16,39 @@ from lightning_gpt.tokenizers import Tokenizer
 
 
 class Task(ABC):
-    """Questions and answers, to be subclassed as a frozen dataclass.
+    """Base class of tasks; subclass it as a frozen dataclass.
 
-    Its fields become flags of train.py when `--data` names it. They are saved with a run, which then needs no flags. A
-    subclass says which row an index means; a row that is of the validation split is of no use if it is also trained on.
-    Checks of its fields belong in `__post_init__` and raise a UserError that names the flag.
+    The fields become flags of train.py when `--data` names the task, and are saved with the run. A subclass maps an
+    index to a row; no row may be in both splits. Check the fields in `__post_init__` and raise a UserError that names
+    the flag.
     """
 
     @property
     @abstractmethod
     def tokenizer(self) -> Tokenizer:
-        """Between tokens and text."""
+        """Return the tokenizer of questions and answers."""
 
     @property
     @abstractmethod
     def prompt_length(self) -> int:
-        """Tokens of a question, at least 1."""
+        """Return the tokens of a question, at least 1."""
 
     @property
     @abstractmethod
     def answer_length(self) -> int:
-        """Tokens of an answer, at least 1."""
+        """Return the tokens of an answer, at least 1."""
 
     @abstractmethod
     def n_rows(self, split: Split) -> int:
-        """How many rows a split has, at least 1 and at most 2**62."""
+        """Return the number of rows in a split, 1 to 2**62."""
 
     @abstractmethod
     def rows(self, split: Split, indices: np.ndarray) -> np.ndarray:
-        """Questions, each followed by its answer: a pure function of the indices.
+        """Return questions, each followed by its answer: a pure function of the indices.
 
         Args:
             split: "train" or "val".
-            indices: Which rows, shape (m,), int64, in range(n_rows(split)).
+            indices: Row numbers, shape (m,), int64, in range(n_rows(split)).
 
         Returns:
             Tokens, shape (m, prompt_length + answer_length), int64.
@@ -56,30 +56,35 @@ class Task(ABC):
 
     @property
     def vocab_size(self) -> int:
-        """Every token id is below it."""
+        """Return the upper bound of the token ids, exclusive."""
         return self.tokenizer.vocab_size
 
     @property
     def block_size(self) -> int:
-        """Inputs of a row: all its tokens but the last one."""
+        """Return the inputs of a row: all its tokens but the last."""
         return self.prompt_length + self.answer_length - 1
 
     def prompt(self) -> str:
-        """A question of the validation split, for the sample at the end of a run."""
+        """Return a validation question, for the sample at the end of a run."""
         return self.tokenizer.decode(self.rows("val", np.array([0]))[0, : self.prompt_length])
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields of the dataclass."""
+        assert dataclasses.is_dataclass(self)
+        return dataclasses.asdict(self)
+
     def describe(self) -> str:
-        """The task and its size, for people."""
-        fields = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(self).items())
+        """Return one line about the task and its size."""
+        fields = ", ".join(f"{name} {value}" for name, value in self.to_dict().items())
         counts = f"{self.n_rows('train'):,} training and {self.n_rows('val'):,} validation rows"
         return f"{type(self).__name__} ({fields}): {counts}" if fields else f"{type(self).__name__}: {counts}"
 
     def batch(self, split: Split, indices: np.ndarray) -> Batch:
-        """Inputs and targets of some rows; the targets are -1 but where a token of the answer is asked for.
+        """Return inputs and targets of rows; targets are -1 except for the tokens of the answer.
 
         Args:
             split: "train" or "val".
-            indices: Which rows, shape (B,), int64.
+            indices: Row numbers, shape (B,), int64.
 
         Returns:
             idx and targets, each (B, block_size) int64 and contiguous.
@@ -90,18 +95,18 @@ class Task(ABC):
         return torch.from_numpy(idx), torch.from_numpy(targets)
 
     def train_stream(self, *, block_size: int, seed: int) -> TaskStream:
-        """The endless training samples."""
+        """Return the endless training samples."""
         assert block_size == self.block_size
         return TaskStream(self, seed=seed)
 
     def val_pass(self, *, block_size: int, **share: Any) -> TaskPass:
-        """A rank's share of the validation split; `share` are the arguments of EvalPass."""
+        """Return a rank's share of the validation split; `share` holds the arguments of EvalPass."""
         assert block_size == self.block_size
         return TaskPass(self, **share)
 
 
 class TaskStream:
-    """Which training row each sample is: a pass visits every one once, in an order of its own (see `Stream`)."""
+    """Map each sample to a training row; a pass visits every row once, in its own order (see `Stream`)."""
 
     def __init__(self, task: Task, *, seed: int) -> None:
         self.task = task
@@ -109,21 +114,21 @@ class TaskStream:
         self.n_windows = task.n_rows("train")
 
     def batches(self, samples: np.ndarray) -> Iterator[Batch]:
-        """Batches of given samples: see `Stream`."""
+        """Yield a batch for each row of `samples`: see `Stream`."""
         rows, _ = shuffle(samples.ravel(), n=self.n_windows, seed=self.seed)
         for indices in rows.reshape(samples.shape):
             yield self.task.batch("train", indices)
 
 
 class TaskPass(EvalPass):
-    """One pass over the validation rows, each answer scored exactly once."""
+    """One pass over the validation rows that scores each answer exactly once."""
 
     def __init__(self, task: Task, **share: Any) -> None:
         super().__init__(task.n_rows("val"), **share)
         self.task = task
 
     def open(self) -> Callable[[np.ndarray], Batch]:
-        """Rows are made up, there is nothing to open."""
+        """Return the reader of batches; rows are computed, so there is no file to open."""
         return self._batch
 
     def _batch(self, sequences: np.ndarray) -> Batch:

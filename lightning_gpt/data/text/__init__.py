@@ -1,1 +1,1 @@
-"""Text to train on: corpora, documents, named sets."""
+"""Text to train on: find files (corpora.py), read documents (documents.py), fetch named data sets (sets.py)."""

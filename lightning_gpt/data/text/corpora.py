@@ -1,4 +1,4 @@
-"""What text to train on: files, folders of them, or the standard library of the running Python."""
+"""Find the text to train on: files, folders, or the standard library of the running Python."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ _STDLIB_LEFT_OUT = frozenset({"test", "tests", "idle_test", "__pycache__", "site
 
 @dataclass(frozen=True)
 class Corpus:
-    """Some documents, and what they are called.
+    """Documents and their name.
 
     Attributes:
-        source: Where they came from, for messages and `meta.json`.
+        source: Where the documents came from, for messages and `meta.json`.
         documents: The documents.
-        is_one_text: Whether they are a single text file, which is taken byte for byte.
+        is_one_text: Whether they are a single text file, which is read byte for byte.
     """
 
     source: str
@@ -44,7 +44,7 @@ class Corpus:
     is_one_text: bool = False
 
     def joined(self, first: int = 0, offset: int = 0) -> Iterator[Block]:
-        """The documents as one text, each ending in a newline; from byte `offset` of document number `first` on."""
+        """Yield the documents as one text, each ending in a newline, from byte `offset` of document `first` on."""
         if self.is_one_text:
             return self.documents.blocks(first, offset)
         return ending_in_newline(self.documents, first, offset)
@@ -53,37 +53,38 @@ class Corpus:
 def load_corpus(data: str) -> Corpus:
     """Find the text that `--data` names.
 
-    `stdlib` is the ASCII-only Python source of the running interpreter's standard library without its tests: some
-    megabytes of real text that every machine has. Its files are ordered by the hash of their names, so the tail that
-    is split off for validation is a mixture. Anything else is a path, see `find_corpus`.
+    `stdlib` is the ASCII-only Python source of the interpreter's standard library without its tests: a few megabytes
+    of real text that every machine has. Its files are ordered by the hash of their names, so that the validation tail
+    is a mixture. Anything else is a path, see `find_corpus`.
 
     Args:
-        data: `stdlib`, a file, or a folder; write `./stdlib` for a file or folder of that name.
+        data: `stdlib`, a file, or a folder. `./stdlib` means a file or folder.
 
     Raises:
-        UserError: Nothing there, nothing readable, or nothing in it.
+        UserError: The path is missing, unreadable or has no text.
     """
     return _standard_library() if data == "stdlib" else find_corpus([data], flag="--data ")
 
 
 def find_corpus(paths: Sequence[str], *, field: str = "text", flag: str = "") -> Corpus:
-    """Find the documents in some files and folders.
+    """Find the documents in files and folders.
 
-    A folder is searched recursively for text files (see `TEXT_SUFFIXES`), JSON lines and Parquet, by sorted path; what
-    is hidden is left out. A file may have any name; one that does not end in .jsonl, .ndjson or .parquet is a text.
+    A folder is searched recursively, by sorted path, for text files (see `TEXT_SUFFIXES`), JSON lines and Parquet;
+    hidden files are skipped. A file that is given by its path may have any name; without the suffix .jsonl, .ndjson or
+    .parquet it is a text.
 
     Args:
         paths: The files and folders.
-        field: The field or column of a row that holds its text.
-        flag: What comes before a path in an error message.
+        field: The field or column that holds a row's text.
+        flag: Prefix of a path in error messages.
 
     Raises:
-        UserError: Nothing there, or nothing in it.
+        UserError: A path is missing, unreadable or has no text.
     """
     files: list[Path] = []
     for name in paths:
         path = Path(name).expanduser()
-        if name and os.path.isdir(path):  # an empty name would be the current folder
+        if name and os.path.isdir(path):  # Path("") is the current folder
             files += _in_folder(path, flag)
         elif name and os.path.isfile(path):
             files.append(path)

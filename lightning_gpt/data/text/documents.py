@@ -1,4 +1,4 @@
-"""Files to documents, a block at a time: plain text, JSON lines and Parquet, also compressed by gzip or Zstandard."""
+"""Read documents block by block from plain text, JSON lines and Parquet, also compressed by gzip or Zstandard."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 from lightning_gpt.config import UserError
 
 BLOCK_BYTES = 1 << 20
-# A row is held whole, several times over while JSON is decoded; text files are not, and may be of any size.
+# A row is held in memory, several times while JSON is decoded. Text files are not, and may have any size.
 MAX_ROW_BYTES = 64 << 20
 COMPRESSED = frozenset({".gz", ".zst"})
 ROW_SUFFIXES = frozenset({".jsonl", ".ndjson", ".parquet"})
@@ -24,14 +24,14 @@ _BATCH_BYTES = 4 << 20
 
 
 class Block(NamedTuple):
-    """Some bytes of one document.
+    """Bytes of one document.
 
     Attributes:
         data: The bytes; they may end inside a character.
-        ends: Whether they are the last of their document.
-        where: The file, and the row where it has rows, for messages.
-        offset: Place of the first byte in the document.
-        disk: How much of the documents' `size` has been read up to here.
+        ends: Whether the document ends here.
+        where: The file, and the row if it has rows, for messages.
+        offset: Offset of the first byte in the document.
+        disk: How much of the documents' `size` has been read so far.
     """
 
     data: bytes
@@ -42,26 +42,26 @@ class Block(NamedTuple):
 
 
 class Documents(Protocol):
-    """A sequence of documents that can be read from anywhere on, always the same."""
+    """A fixed sequence of documents that can be read from any position."""
 
     @property
     def size(self) -> int | None:
-        """All that there is to read, in bytes; None where unknown."""
+        """Return the bytes to read in total, or None if unknown."""
 
     def identity(self) -> list[Any]:
-        """What tells these documents from others, in JSON's types."""
+        """Return what identifies these documents and their content, in JSON types."""
 
     def blocks(self, first: int = 0, offset: int = 0) -> Iterator[Block]:
-        """The blocks from byte `offset` of document number `first` on."""
+        """Yield blocks from byte `offset` of document `first` on."""
 
 
 @dataclass(frozen=True)
 class FileDocuments:
-    """The documents of some files: a text file is one, every row of JSON lines and Parquet is one.
+    """The documents in files: a text file is one document, and so is every row of JSON lines and Parquet.
 
     Attributes:
         files: The files, in order.
-        field: The field or column of a row that holds its text.
+        field: The field or column that holds a row's text.
     """
 
     files: tuple[Path, ...]
@@ -69,22 +69,22 @@ class FileDocuments:
 
     @property
     def size(self) -> int:
-        """Size of the files as they lie on the disk, in bytes."""
+        """Return the size of the files on disk, in bytes."""
         return sum(path.stat().st_size for path in self.files)
 
     def identity(self) -> list[Any]:
-        """Path, size and time of change of every file, and the field."""
+        """Return the path, size and modification time of every file, and the field."""
         stats = [(str(path.resolve()), path.stat()) for path in self.files]
         return [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats] + [self.field]
 
     def blocks(self, first: int = 0, offset: int = 0) -> Iterator[Block]:
-        """The blocks from byte `offset` of document number `first` on.
+        """Yield blocks from byte `offset` of document `first` on.
 
         Raises:
             UserError: A file is damaged, or a row has no text.
             OSError: A file cannot be read.
         """
-        number = before = 0  # documents and bytes of the files before
+        number = before = 0  # documents and bytes in earlier files
         for path in self.files:
             size = path.stat().st_size
             row_reader = _ROW_READERS.get(_bare_suffix(path))
@@ -103,19 +103,19 @@ class FileDocuments:
 
 
 def is_plain_text(path: Path) -> bool:
-    """Whether a file is one document, perhaps compressed, and not rows."""
+    """Return whether a file is one document, perhaps compressed, instead of rows."""
     return _bare_suffix(path) not in _ROW_READERS
 
 
 def ending_in_newline(documents: Documents, first: int = 0, offset: int = 0) -> Iterator[Block]:
-    """As `Documents.blocks`, but each document that is not empty ends in a newline; `offset` may count that, too."""
+    """Yield `Documents.blocks`, ending each non-empty document in a newline, which `offset` may count."""
     last = b""
     for block in documents.blocks(first, max(0, offset - 1)):
         data = block.data
         last = data[-1:] or last
         if block.ends and last not in (b"", b"\n"):
             data += b"\n"
-        if offset:  # the byte before is read again, to know whether a newline is missing
+        if offset:  # the byte before was read to know whether a newline is missing
             data, block, offset = data[1:], block._replace(offset=offset), 0
         if block.ends:
             last = b""
@@ -131,7 +131,7 @@ def _bare_suffix(path: Path) -> str:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
-    """The content of a file, decompressed, and what tells how many of the file's own bytes have been read."""
+    """Open a file, decompressed; also yield a function that returns how many bytes of the file were read."""
     suffix = path.suffix.lower()
     with open(path, "rb") as file, contextlib.ExitStack() as stack:
         stream: Any = file
@@ -142,22 +142,26 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
                 stream = stack.enter_context(_decompressed_zst(path, file))
             yield stream, file.tell
         except (OSError, EOFError, zlib.error) as error:
-            if getattr(error, "errno", None) is not None:  # the disk's fault: a later start may go on
+            if getattr(error, "errno", None) is not None:  # a disk error: a later start may continue
                 raise
             raise UserError(f"{path} is damaged or not a {suffix} file: {error}") from error
 
 
 def _decompressed_zst(path: Path, file: BinaryIO) -> BinaryIO:
-    pyarrow = require("pyarrow", f"{path} is compressed by Zstandard, and reading it")
-    # Unlike the package zstandard, Arrow notices that a file was cut off.
+    pyarrow = require("pyarrow", f"{path}: reading Zstandard")
+    # Unlike the package zstandard, Arrow reports a truncated file.
     return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "zstd"), BLOCK_BYTES)
 
 
 def require(package: str, what: str) -> Any:
     """Import an optional package.
 
+    Args:
+        package: Name of the package.
+        what: What needs it, the start of the error message.
+
     Raises:
-        UserError: It is not installed; begins with `what`, which needs it.
+        UserError: The package is not installed.
     """
     try:
         return __import__(package)
@@ -209,7 +213,7 @@ def _text_of_row(line: bytes, field: str, where: str) -> bytes:
     if not isinstance(row.get(field), str):
         texts = ", ".join(key for key, value in row.items() if isinstance(value, str))
         raise UserError(
-            f"{where} has no text in a field {field!r} (texts: {texts or 'none'}); name one by prepare.py --field"
+            f"{where} has no text in field {field!r} (text fields: {texts or 'none'}); name one by prepare.py --field"
         )
     try:
         return row[field].encode("utf-8")
@@ -218,13 +222,13 @@ def _text_of_row(line: bytes, field: str, where: str) -> bytes:
 
 
 def _parquet_rows(path: Path, field: str, skip: int, before: int) -> Iterator[Block]:
-    require("pyarrow", f"{path} is a Parquet file, and reading it")
+    require("pyarrow", f"{path}: reading Parquet")
     import pyarrow
     from pyarrow import parquet
 
     size, number = path.stat().st_size, 0
     try:
-        # Without buffering ahead: that would hold a whole row group.
+        # pre_buffer would hold a whole row group in memory.
         with parquet.ParquetFile(path, buffer_size=BLOCK_BYTES, pre_buffer=False) as file:
             _check_column(path, file.schema_arrow, field)
             groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
@@ -233,7 +237,7 @@ def _parquet_rows(path: Path, field: str, skip: int, before: int) -> Iterator[Bl
                     yield from itertools.repeat(Block(b"", True, str(path), 0, before), group.num_rows)
                     number += group.num_rows
                     continue
-                # Rows of a batch are in memory together.
+                # All rows of a batch are in memory at once.
                 rows = max(1, min(1024, _BATCH_BYTES * group.num_rows // max(1, group.total_byte_size)))
                 for batch in file.iter_batches(rows, row_groups=[i], columns=[field]):
                     for value in batch.column(0).cast(pyarrow.large_binary()).to_pylist():

@@ -1,4 +1,4 @@
-"""Texts that have a name: where they are from, and what they are usually made into."""
+"""Named data sets: where to get them, and their usual tokenizer and split."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 OPENWEBTEXT = "Skylion007/openwebtext"
 OPENWEBTEXT_ROWS = 8_013_769
 _ADVICE = (
-    f"put its files (https://huggingface.co/datasets/{OPENWEBTEXT}) into a folder, as .parquet, .jsonl or .txt, each "
-    "perhaps .gz or .zst, and give that by --from FOLDER"
+    f"put its files (https://huggingface.co/datasets/{OPENWEBTEXT}) into a folder, as .parquet, .jsonl or .txt, "
+    "optionally .gz or .zst, and give it by --from FOLDER"
 )
 _TIMEOUT_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class NamedSet:
-    """A text with a name.
+    """A named data set.
 
     Attributes:
-        tokenizer: What it is tokenized by, unless the user says otherwise.
-        val_fraction: Share that is for validation, likewise.
-        find: Gets it, from a file or folder of the user's if one is given.
+        tokenizer: Default of ``--tokenizer``.
+        val_fraction: Default of ``--val_fraction``.
+        find: Function from the values of ``--from`` and ``--field`` to the corpus.
     """
 
     tokenizer: str
@@ -53,7 +53,7 @@ def _tiny_shakespeare(from_file: str | None, field: str) -> Corpus:
     if hashlib.sha256(content).hexdigest() != SHAKESPEARE_SHA256:
         raise UserError(
             f"{path} is not the text of tiny Shakespeare (its SHA-256 differs); to prepare another text, "
-            "give its path in place of the name"
+            "give its path instead of the name"
         )
     return Corpus(f"tiny Shakespeare ({SHAKESPEARE_URL})", FileDocuments((path,)), is_one_text=True)
 
@@ -64,8 +64,8 @@ def _download(path: Path) -> None:
             content = answer.read()
     except (URLError, OSError) as error:
         raise UserError(
-            f"tiny Shakespeare cannot be fetched ({error}); put {SHAKESPEARE_URL} into a file and give it by "
-            f"--from FILE, or put it at {path}"
+            f"tiny Shakespeare cannot be fetched ({error}); save {SHAKESPEARE_URL} as {path}, or as any file and give "
+            "it by --from FILE"
         ) from error
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
@@ -74,11 +74,11 @@ def _download(path: Path) -> None:
 
 @dataclass(frozen=True)
 class HubDocuments:
-    """The rows of a data set of the Hugging Face hub, read as they arrive.
+    """The rows of a data set on the Hugging Face hub, streamed.
 
     Attributes:
-        name: The data set.
-        n_rows: How many rows it has: fewer, and something is missing.
+        name: Name of the data set.
+        n_rows: Number of rows; with fewer the stream is incomplete.
         field: The column that holds the text.
     """
 
@@ -87,18 +87,19 @@ class HubDocuments:
     field: str = "text"
 
     @property
-    def size(self) -> None:
-        """Unknown."""
+    def size(self) -> int | None:
+        """Return None: a stream's size is unknown."""
+        return None
 
     def identity(self) -> list[Any]:
-        """The name and the column."""
+        """Return the name and the column."""
         return [self.name, self.field]
 
     def blocks(self, first: int = 0, offset: int = 0) -> Iterator[Block]:
-        """The blocks from byte `offset` of row number `first` on; `disk` counts from there.
+        """Yield blocks from byte `offset` of row `first` on; `disk` counts from there.
 
         Raises:
-            UserError: The hub does not give all rows, or they have no text.
+            UserError: The hub returned too few rows, or rows without text.
             OSError: The connection was lost.
         """
         read, number = 0, first - 1
@@ -117,18 +118,18 @@ class HubDocuments:
         try:
             try:
                 rows = load(self.name, split="train", streaming=True)
-            except (RuntimeError, ValueError):  # it comes with code of its own, which datasets does not run
+            except (RuntimeError, ValueError):  # the data set has a loading script, which datasets does not run
                 rows = load(self.name, revision="refs/convert/parquet", split="train", streaming=True)
             yield from rows.skip(first) if first else rows
-        except Exception as error:  # whatever the HTTP client of the day raises
+        except Exception as error:  # each HTTP client raises its own kind
             raise ConnectionError(f"{self.name} cannot be read further ({error})") from error
 
 
 def _openwebtext(from_file: str | None, field: str) -> Corpus:
     if from_file:
         return find_corpus([from_file], field=field, flag="--from ")
-    require("datasets", "openwebtext comes from the Hugging Face hub, which")
-    try:  # datasets itself tries for minutes
+    require("datasets", "openwebtext: reading the Hugging Face hub")
+    try:  # datasets itself would retry for minutes
         socket.create_connection(("huggingface.co", 443), timeout=_TIMEOUT_SECONDS).close()
     except OSError as error:
         raise UserError(f"huggingface.co cannot be reached ({error}); {_ADVICE}") from error

@@ -1,1 +1,5 @@
-"""Text to token files: encode, split, write, and open what `--data` names."""
+"""Text to token files.
+
+preparation.py serves `--data` and prepare.py, token_files.py is the format on disk. A corpus passes through
+tokenizing.py: splitting.py (train or val), encoding.py (pieces, threads), writing.py (files that survive a kill).
+"""

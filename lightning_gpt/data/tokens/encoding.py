@@ -1,4 +1,4 @@
-"""Text to tokens on many threads: cut where the tokens stay those of the whole, encoded at once, handed on in order."""
+"""Encode text on several threads: cut it where the tokens do not change, encode the pieces, return them in order."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import numpy as np
 from lightning_gpt.data.tokens.writing import SPLITS, Split
 from lightning_gpt.tokenizers import Tokenizer
 
-# Text that a thread takes at a time. The tokens do not depend on it.
+# Bytes that a thread encodes at a time. The tokens do not depend on it.
 UNIT_BYTES = 1 << 19
-# Where so much text has no place to cut it, it is cut all the same, and may have some tokens more.
+# Longest text without a safe place to cut. Longer text is cut anyway, which may add a few tokens.
 LIMIT_BYTES = 4 << 20
 _AHEAD_BYTES = 1 << 12
 _IN_FLIGHT_BYTES = 16 << 20
@@ -25,16 +25,16 @@ _WORD = re.compile(rb"(?<=[!-~]) (?=[A-Za-z])")
 
 
 class Span(NamedTuple):
-    """A part of one text, as it is read.
+    """Bytes of one text as they are read.
 
     Attributes:
         data: The bytes; they may end inside a character.
-        split: Which split the text belongs to.
-        ends_text: Whether they are the last of their text: tokens never reach over the end of a text.
-        ends_document: Whether they are the last of their document.
-        where: What to call the place in an error message.
-        offset: Place of the first byte there.
-        disk: How much of the documents' `size` has been read up to here.
+        split: The split that the text belongs to.
+        ends_text: Whether the text ends here; no token crosses the end of a text.
+        ends_document: Whether the document ends here.
+        where: Name of the place for error messages.
+        offset: Offset of the first byte in `where`.
+        disk: How much of the documents' `size` has been read so far.
     """
 
     data: bytes
@@ -47,7 +47,7 @@ class Span(NamedTuple):
 
 
 class Position(NamedTuple):
-    """A place in the text: so many documents, and so many bytes of the next."""
+    """A position in the corpus: number of complete documents, and bytes of the next one."""
 
     document: int
     offset: int
@@ -55,17 +55,17 @@ class Position(NamedTuple):
 
 @dataclass
 class Piece:
-    """A part of one text, with tokens of its own.
+    """Bytes of one text that are encoded by themselves.
 
     Attributes:
         data: The bytes.
-        split: Which split the text belongs to.
-        ends_text: Whether they are the last of their text.
-        rough: Whether the cut at their end may have changed the tokens.
-        where: What to call the place in an error message.
-        offset: Place of the first byte there.
-        after: The position of their end.
-        disk: How much of the documents' `size` had to be read for them.
+        split: The split that the text belongs to.
+        ends_text: Whether the text ends here.
+        rough: Whether the cut at the end may have changed the tokens.
+        where: Name of the place for error messages.
+        offset: Offset of the first byte in `where`.
+        after: Position of the end.
+        disk: How much of the documents' `size` has been read so far.
     """
 
     data: bytes
@@ -80,25 +80,24 @@ class Piece:
 
 @dataclass
 class Unit:
-    """What a thread takes at a time: one piece of a long text, or many short texts."""
+    """The work of one thread at a time: a piece of a long text, or many short texts."""
 
     pieces: list[Piece] = field(default_factory=list)
     n_bytes: int = 0
 
 
 def pieces(spans: Iterable[Span], *, tokenizer: Tokenizer, start: Position) -> Iterator[Piece]:
-    """Cut texts into pieces whose tokens, one after the other, are those of the whole.
+    """Cut texts into pieces whose concatenated tokens equal the tokens of the whole texts.
 
-    The pieces depend on the text from `start` on and on nothing else, so that who goes on after any of them gets the
-    same further ones.
+    The pieces depend only on the text from `start` on, so a resumed job gets the same further pieces.
 
     Args:
         spans: The text, in order.
-        tokenizer: What is going to encode it; knows where it may be cut.
-        start: Where the first span begins.
+        tokenizer: The tokenizer that will encode it, which decides where it may be cut.
+        start: Position of the first span.
     """
-    document, document_start = start.document, -start.offset  # the latter on the scale of `taken`
-    taken = read = 0  # bytes in pieces, and bytes of spans
+    document, document_start = start.document, -start.offset  # document_start counts like `taken`
+    taken = read = 0  # bytes in pieces, bytes in spans
     buffer = bytearray()
     ends: deque[int] = deque()
     look = UNIT_BYTES + _AHEAD_BYTES
@@ -136,12 +135,12 @@ def pieces(spans: Iterable[Span], *, tokenizer: Tokenizer, start: Position) -> I
 def _next_cut(buffer: bytearray, look: int, tokenizer: Tokenizer) -> int | None:
     if len(buffer) <= UNIT_BYTES:
         return None
-    # Looked for in a part of fixed length: how the text came in blocks must make no difference.
+    # Search a part of fixed length, so that the block boundaries make no difference.
     return tokenizer.cut(bytes(buffer[:look]), UNIT_BYTES)
 
 
 def _rough_cut(buffer: bytearray) -> int:
-    """Before the last word after a single space, where most tokenizers keep the tokens; else between two characters."""
+    """Cut before the last word after a single space, which keeps most tokenizers' tokens, else between characters."""
     words = [found.start() for found in _WORD.finditer(buffer, LIMIT_BYTES // 2, LIMIT_BYTES)]
     if words:
         return words[-1]
@@ -152,7 +151,7 @@ def _rough_cut(buffer: bytearray) -> int:
 
 
 def units(cut: Iterable[Piece]) -> Iterator[Unit]:
-    """Put pieces together, in order, until there is something to do for a thread."""
+    """Group pieces, in order, into units that are worth a thread's time."""
     unit = Unit()
     for piece in cut:
         unit.pieces.append(piece)
@@ -166,12 +165,12 @@ def units(cut: Iterable[Piece]) -> Iterator[Unit]:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Encodes units.
+    """Encode units.
 
     Attributes:
-        tokenizer: What does it.
+        tokenizer: The tokenizer.
         dtype: "uint16" or "uint32".
-        end_of_text: The token after each text; None for none.
+        end_of_text: Token to add after each text, or None.
     """
 
     tokenizer: Tokenizer
@@ -179,7 +178,7 @@ class Encoder:
     end_of_text: int | None = None
 
     def __call__(self, unit: Unit) -> dict[Split, bytes]:
-        """The tokens of a unit as they lie in the files.
+        """Return the tokens of a unit for each split, as the bytes of its file.
 
         Raises:
             UserError: The text does not suit the tokenizer.
@@ -196,15 +195,15 @@ class Encoder:
 def encode_in_order(
     todo: Iterable[Unit], encode: Callable[[Unit], dict[Split, bytes]], *, workers: int
 ) -> Iterator[tuple[Unit, dict[Split, bytes]]]:
-    """Encode units on several threads, and hand on each with its tokens in the order of the text.
+    """Encode units on several threads and yield each with its tokens, in order.
 
-    Threads are enough, as tokenizers let go of Python's lock while they work. Only so much text is taken from `todo` at
-    a time that every thread has some, so the memory does not depend on the length of the text.
+    Threads suffice because tokenizers release Python's global lock. Only enough units to keep every thread busy are
+    taken from `todo`, so memory does not depend on the length of the text.
 
     Args:
         todo: The units; read by the calling thread.
-        encode: What encodes one, such as an `Encoder`.
-        workers: How many threads encode.
+        encode: Function that encodes a unit, such as an `Encoder`.
+        workers: Number of threads.
 
     Raises:
         UserError: The text does not suit the tokenizer.

@@ -1,4 +1,4 @@
-"""From what the command line names to token files: those of `--data`, and those that prepare.py writes."""
+"""Open or create the token files that `--data` names, and create those that prepare.py writes."""
 
 from __future__ import annotations
 
@@ -41,26 +41,28 @@ def prepare(
 ) -> TokenFiles:
     """Open a token folder, or tokenize a corpus into the cache and open that.
 
-    A corpus is tokenized once: a later start with the same content and tokenizer finds the tokens in the cache. When
-    several processes start at once, one does the work and the others wait for it.
+    A corpus is tokenized once: later runs with the same content and tokenizer find the tokens in the cache. If several
+    processes start at once, one tokenizes and the others wait.
 
     Args:
-        data: A token folder, anything that `load_corpus` takes, or `chargpt:` and that.
-        tokenizer: What ``--tokenizer`` says, or a tokenizer to use as it is; None means the one stored with the tokens,
-            or char for a corpus.
-        block_size: Tokens the model sees at once; the splits must be long enough for it.
-        tokenizer_file: Tables of the tokenizer, which are checked and kept in the user's cache first.
+        data: A token folder, anything that `load_corpus` takes, or `chargpt:` followed by the latter.
+        tokenizer: The value of ``--tokenizer``, or a tokenizer; None means the one stored with the tokens, or char for
+            a corpus.
+        block_size: Context length of the model in tokens; the splits must be long enough for it.
+        tokenizer_file: Tables of the tokenizer, which are checked and copied to the cache first.
         cache_dir: The cache folder; None means `cache_root()`.
 
     Raises:
-        UserError: The data is missing, damaged, too short, or made with another tokenizer; or the cache cannot be
+        UserError: The data is missing, damaged, too short or made with another tokenizer, or the cache cannot be
             written.
     """
     if data.startswith(CHARGPT):
         data, tokenizer = data.removeprefix(CHARGPT), tokenizer or CharTokenizer.name
         name = tokenizer.name if isinstance(tokenizer, Tokenizer) else tokenizer
         if name != CharTokenizer.name:
-            raise UserError(f"--data {CHARGPT}{data} is a text by characters, not by --tokenizer {name}; leave it out")
+            raise UserError(
+                f"--tokenizer {name}: --data {CHARGPT}{data} is tokenized by characters; leave --tokenizer out"
+            )
     if isinstance(tokenizer, str):
         tokenizer = resolve_tokenizer(tokenizer)
     root = cache_dir or cache_root()
@@ -70,7 +72,9 @@ def prepare(
         _require_same(tokenizer, files, data=data)
         if tokenizer_file is not None:
             if files.tokenizer is None:
-                raise UserError(f"--tokenizer_file: {data} does not say what its tokenizer is; leave it out")
+                raise UserError(
+                    f"--tokenizer_file: {data} does not say what its tokenizer is; leave --tokenizer_file out"
+                )
             keep_tables(files.tokenizer, tokenizer_file)
     else:
         tokenizer = tokenizer or DEFAULT_TOKENIZER
@@ -82,21 +86,21 @@ def prepare(
 
 
 def prepare_folder(options: PrepareOptions) -> str:
-    """Make a token folder, as `prepare.py` is asked to.
+    """Create a token folder as the options of prepare.py say.
 
-    A single text file is one text, split by tail; of anything else every file, or every row, is a document.
+    A single text file is one text, split by its tail. Otherwise every file, or every row, is a document.
 
     Args:
-        options: What to prepare, how, and where to.
+        options: The options of prepare.py.
 
     Returns:
-        What the folder holds, for people.
+        A summary of the folder, several lines.
 
     Raises:
-        UserError: Something is missing, wrong or damaged; no folder was made, and none replaced.
+        UserError: Something is missing, wrong or damaged; no folder was created or replaced.
     """
     if options.out is None:
-        raise UserError("--out is missing: name the folder that the token files go to")
+        raise UserError("--out is missing; name the folder for the token files")
     corpus, named = _named_corpus(options) or (None, None)
     tokenizer = resolve_tokenizer(options.tokenizer or (named.tokenizer if named else "gpt2"))
     if options.tokenizer_file is not None:
@@ -114,7 +118,7 @@ def prepare_folder(options: PrepareOptions) -> str:
     try:
         meta = write_corpus(folder, corpus=corpus, plan=plan, say=lambda line: print(line, file=sys.stderr))
     except KeyboardInterrupt:
-        print("stopped: the same command goes on where it was", file=sys.stderr)
+        print("stopped; the same command goes on from here", file=sys.stderr)
         raise
     return "\n".join(_summary(meta, folder, time.monotonic() - started))
 
@@ -122,9 +126,11 @@ def prepare_folder(options: PrepareOptions) -> str:
 def _named_corpus(options: PrepareOptions) -> tuple[Corpus, NamedSet] | None:
     names = [name for name in options.inputs if name in NAMED_SETS]
     if names and len(options.inputs) > 1:
-        raise UserError(f"{names[0]} is prepared by itself; write ./{names[0]} for a file or folder of that name")
+        raise UserError(
+            f"{names[0]} is prepared by itself; give it alone, or ./{names[0]} for a file or folder of that name"
+        )
     if options.from_file is not None and not names:
-        raise UserError(f"--from {options.from_file} takes the text of {', '.join(NAMED_SETS)}; name one of them")
+        raise UserError(f"--from {options.from_file}: it is the text of a named data set; name {', '.join(NAMED_SETS)}")
     if not options.inputs:
         raise UserError(f"name what to prepare: {', '.join(NAMED_SETS)}, or files and folders")
     if not names:
@@ -137,18 +143,18 @@ def _summary(meta: dict[str, Any], folder: Path, seconds: float) -> Iterator[str
     yield f"{folder}: tokenizer {meta['tokenizer']['name']}, {meta['vocab_size']:,} symbols, {meta['dtype']}"
     for split in SPLITS:
         yield f"{split:5} {meta[f'{split}_tokens']:>15,} tokens of {meta[f'{split}_bytes']:>15,} bytes"
-    drawn = meta["split"]
-    if drawn["by"] == "tail":
-        yield f"split by tail: the last {drawn['val_fraction']:g} of the characters are for validation"
+    split_by = meta["split"]
+    if split_by["by"] == "tail":
+        yield f"split by tail: the last {split_by['val_fraction']:g} of the characters are for validation"
     else:
-        counts = (f"{drawn[f'{split}_documents']:,} {split}" for split in SPLITS)
+        counts = (f"{split_by[f'{split}_documents']:,} {split}" for split in SPLITS)
         yield (
             f"split by document: {' and '.join(counts)}, each for validation with probability "
-            f"{drawn['val_fraction']:g}, seed {drawn['seed']}"
+            f"{split_by['val_fraction']:g}, seed {split_by['seed']}"
         )
     if meta["rough_cuts"]:
         limit = f"{LIMIT_BYTES >> 20} MiB of text"
-        yield f"{meta['rough_cuts']:,} cuts where {limit} had no place for one that surely keeps the tokens"
+        yield f"{meta['rough_cuts']:,} cuts where {limit} had no safe place to cut; they may have added tokens"
     yield f"{(meta['train_bytes'] + meta['val_bytes']) / 1e6:,.1f} MB of text in {seconds:,.1f} s"
 
 
@@ -162,8 +168,8 @@ def _require_same(tokenizer: str | Tokenizer | None, files: TokenFiles, *, data:
         )
     if isinstance(tokenizer, Tokenizer) and (stored is None or stored.to_dict() != tokenizer.to_dict()):
         raise UserError(
-            f"the tokens of {data} were made by another tokenizer ({name}) than the one that is asked for "
-            f"({tokenizer.name}); give the text itself, or prepare it again"
+            f"the tokens of {data} were made by another tokenizer ({name}) than the requested {tokenizer.name}; "
+            "give the text itself, or prepare it again"
         )
 
 
@@ -176,7 +182,7 @@ def _cached(corpus: Corpus, *, tokenizer: str | Tokenizer, root: Path) -> TokenF
         if files and files.tokenizer and files.tokenizer.to_dict() == tokenizer.to_dict():
             return files
         folder = _folder(corpus, json.dumps(tokenizer.to_dict(), sort_keys=True), root)
-    # A folder appears whole or not at all, so a hit needs no lock and works in a cache that is read-only.
+    # A folder appears complete or not at all, so a hit needs no lock and works in a read-only cache.
     if files := _opened(folder, root):
         return files
     lock = folder.with_suffix(".lock")
@@ -203,7 +209,7 @@ def _folder(corpus: Corpus, tokenizer: str, root: Path) -> Path:
 
 
 def _opened(folder: Path, root: Path) -> TokenFiles | None:
-    """The cached token files, or None where there are none or they are damaged and have to be made again."""
+    """Open cached token files; None if they are missing or damaged, and must be written again."""
     if folder.exists():
         with contextlib.suppress(UserError):
             return open_token_files(folder, cache_dir=root)

@@ -1,4 +1,4 @@
-"""Which part of a text is for training and which for validation: the tail of it, or documents that are drawn."""
+"""Split text into training and validation: by the tail of the text, or by drawing documents."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import numpy as np
 
 from lightning_gpt.data.text.documents import Block
 from lightning_gpt.data.tokens.encoding import Position, Span
+from lightning_gpt.data.tokens.writing import Split
 
 _MARK_BYTES = 16 << 20
 _LAST_CODE_POINT = 0x10FFFF
 
-Reader = Callable[[int, int], Iterator[Block]]  # from which document on, and from which of its bytes
+Reader = Callable[[int, int], Iterator[Block]]  # (first document, byte offset in it)
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What a first look over a whole text tells.
+    """Facts about a whole text, from reading it once.
 
     Attributes:
-        n_bytes: Its length.
-        boundary: Byte at which the tail begins that is kept for validation; between two characters where the text is
-            UTF-8.
-        alphabet: Its different characters, sorted; empty where the text is not UTF-8 or nobody asked.
+        n_bytes: Length of the text.
+        boundary: Byte offset where the validation tail starts; between two characters if the text is UTF-8.
+        alphabet: The distinct characters, sorted; empty if the text is not UTF-8 or it was not requested.
     """
 
     n_bytes: int
@@ -42,21 +42,21 @@ def survey(
     progress: Callable[[int], object],
     not_utf8: Callable[[Block, bytes], object],
 ) -> Survey:
-    """Read a text once, to know its characters.
+    """Read a text once to find its length, its alphabet and where the validation tail starts.
 
-    The tail begins at character int((1 - val_fraction) * number of characters), as nanoGPT has it.
+    The tail starts at character int((1 - val_fraction) * number of characters), as in nanoGPT.
 
     Args:
-        read: Gives the text.
-        val_fraction: Share of the characters that is kept for validation.
-        alphabet: Whether to collect the different characters.
-        progress: Is told how much of the documents' `size` has been read.
-        not_utf8: Is told of the first block that is not UTF-8, with the first bytes that are wrong; may raise.
+        read: Reads the text.
+        val_fraction: Share of the characters for validation.
+        alphabet: Whether to collect the distinct characters.
+        progress: Called with how much of the documents' `size` has been read.
+        not_utf8: Called with the first block that is not UTF-8 and its first invalid bytes; may raise.
     """
     decoder, valid = codecs.getincrementaldecoder("utf-8")(), True
     seen = np.zeros(_LAST_CODE_POINT + 1, dtype=bool)
     n_bytes = n_chars = document = 0
-    marks: list[tuple[int, int, Position]] = []  # characters and bytes before a place
+    marks: list[tuple[int, int, Position]] = []  # (characters before, bytes before, position)
     for block in read(0, 0):
         if not marks or n_bytes - marks[-1][1] >= _MARK_BYTES:
             marks.append((n_chars, n_bytes, Position(document, block.offset)))
@@ -80,13 +80,13 @@ def survey(
 
 
 def by_tail(read: Reader, *, found: Survey, start: Position, done: int) -> Iterator[Span]:
-    """All documents as one text, of which the tail is for validation.
+    """Yield all documents as one text whose tail is for validation.
 
     Args:
-        read: Gives the text.
-        found: Its survey.
-        start: The position to start from.
-        done: How many bytes lie before it.
+        read: Reads the text.
+        found: Survey of the text.
+        start: Position to start from.
+        done: Number of bytes before `start`.
     """
     at = done
     for block in read(*start):
@@ -101,22 +101,22 @@ def by_tail(read: Reader, *, found: Survey, start: Position, done: int) -> Itera
             rest = block._replace(data=block.data[head:], offset=block.offset + head)
         at += len(rest.data)
         ends_text = bool(rest.data) and at == found.n_bytes
-        split = "val" if at > found.boundary else "train"
+        split: Split = "val" if at > found.boundary else "train"
         yield Span(rest.data, split, ends_text, rest.ends, rest.where, rest.offset, rest.disk)
 
 
 def by_document(read: Reader, *, val_fraction: float, seed: int, start: Position) -> Iterator[Span]:
-    """Each document as a text of its own; the seed and its number decide which split it belongs to.
+    """Yield each document as a text of its own, drawn for a split by the seed and its number.
 
     Args:
-        read: Gives the text.
-        val_fraction: Chance of a document to be for validation.
+        read: Reads the text.
+        val_fraction: Probability that a document is for validation.
         seed: Seed of the draw.
-        start: The position to start from.
+        start: Position to start from.
     """
     document = start.document
     for block in read(*start):
-        split = "val" if _draw(seed, document) < val_fraction else "train"
+        split: Split = "val" if _draw(seed, document) < val_fraction else "train"
         yield Span(block.data, split, block.ends, block.ends, block.where, block.offset, block.disk)
         document += block.ends
 
@@ -134,7 +134,7 @@ def _collect(text: str, seen: np.ndarray) -> None:
 
 
 def _starts(data: bytes) -> np.ndarray:
-    """Which bytes begin a character of UTF-8, shape (n_bytes,), bool."""
+    """Return which bytes start a UTF-8 character, shape (n_bytes,), bool."""
     return np.frombuffer(data, np.uint8) & 0xC0 != 0x80
 
 

@@ -1,8 +1,8 @@
-"""How a tokenized corpus lies on disk.
+"""The token folder format: open, check and write it.
 
 A token folder holds `train.bin` and `val.bin`, raw little-endian token ids of 2 bytes (vocabularies of up to 65,536
-tokens) or 4, and `meta.json`, which says how to read them. nanoGPT's folders, with `meta.pkl` or with no description
-at all, open as well.
+tokens) or 4 bytes, and `meta.json`, which describes them. nanoGPT's folders, with `meta.pkl` or no description, can be
+opened too.
 """
 
 from __future__ import annotations
@@ -13,19 +13,16 @@ import hashlib
 import json
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from lightning_gpt.config import UserError, cache_root
 from lightning_gpt.data.tokens.writing import SPLITS, Split, TokenWriter
 from lightning_gpt.tokenizers import CharTokenizer, GPT2Tokenizer, Tokenizer, tokenizer_from_dict
-
-if TYPE_CHECKING:
-    from lightning_gpt.data.streams import EvalBatches, TokenStream
 
 FORMAT_VERSION = 1
 _BYTES_PER_TOKEN = {"uint16": 2, "uint32": 4}
@@ -34,18 +31,18 @@ _SCAN_TOKENS = 1 << 24
 
 @dataclass(frozen=True)
 class TokenFiles:
-    """An opened token folder; holds no file open, so it can be sent to another process.
+    """A checked token folder. It keeps no file open, so it can be sent to another process.
 
     Attributes:
-        folder: Where the files lie.
+        folder: The token folder.
         dtype: "uint16" or "uint32".
-        vocab_size: Every token id is below it.
-        tokenizer: What made the tokens, or None where the folder does not say.
-        source: What text it was.
-        train_tokens: Tokens in `train.bin`.
-        val_tokens: Tokens in `val.bin`.
-        train_bytes: Size of the training text in UTF-8, or None where unknown.
-        val_bytes: Size of the validation text in UTF-8, or None where unknown.
+        vocab_size: Upper bound of the token ids, exclusive.
+        tokenizer: The tokenizer that made the tokens, or None if unknown.
+        source: Name of the text, for messages.
+        train_tokens: Number of tokens in `train.bin`.
+        val_tokens: Number of tokens in `val.bin`.
+        train_bytes: Size of the training text in UTF-8, or None if unknown.
+        val_bytes: Size of the validation text in UTF-8, or None if unknown.
     """
 
     folder: Path
@@ -59,68 +56,56 @@ class TokenFiles:
     val_bytes: int | None
 
     def path(self, split: Split) -> Path:
-        """The file of a split."""
+        """Return the path of a split's file."""
         return self.folder / f"{split}.bin"
 
     def n_tokens(self, split: Split) -> int:
-        """How many tokens a split has."""
+        """Return the number of tokens in a split."""
         return {"train": self.train_tokens, "val": self.val_tokens}[split]
 
     def n_bytes(self, split: Split) -> int | None:
-        """Size of a split's text in UTF-8, or None where unknown."""
+        """Return the size of a split's text in UTF-8, or None if unknown."""
         return {"train": self.train_bytes, "val": self.val_bytes}[split]
 
     def tokens(self, split: Split) -> np.memmap:
-        """A fresh read-only memory map of a split, shape (n_tokens,), uint16 or uint32."""
+        """Map a split into memory, read-only: shape (n_tokens,), uint16 or uint32."""
         return _memory_map(self.path(split), self.dtype)
 
     def opener(self, split: Split) -> Callable[[], np.ndarray]:
-        """What the streams take: a picklable function that maps a split into memory when it is called."""
+        """Return a picklable function that maps a split into memory, as the streams expect."""
         return functools.partial(_memory_map, self.path(split), self.dtype)
 
     def describe(self) -> str:
-        """The text and its length, for people."""
+        """Return one line about the text and its length."""
         return f"{self.source}: {self.train_tokens:,} training and {self.val_tokens:,} validation tokens"
-
-    def train_stream(self, *, block_size: int, seed: int) -> TokenStream:
-        """Endless windows of the training split, of `block_size` inputs each."""
-        from lightning_gpt.data.streams import TokenStream  # imports torch, which writing tokens need not wait for
-
-        return TokenStream(self.opener("train"), n_tokens=self.train_tokens, block_size=block_size, seed=seed)
-
-    def val_pass(self, *, block_size: int, stride: int | None = None, **share: Any) -> EvalBatches:
-        """A rank's share of the validation split; `share` are the arguments of EvalPass."""
-        from lightning_gpt.data.streams import EvalBatches
-
-        return EvalBatches(self.opener("val"), n_tokens=self.val_tokens, block_size=block_size, stride=stride, **share)
 
 
 def is_token_folder(folder: Path) -> bool:
-    """Whether a folder holds token files, perhaps not all of them."""
+    """Return whether a folder holds at least one of the token files."""
     return any(os.path.isfile(folder / f"{split}.bin") for split in SPLITS)
 
 
 def token_dtype(vocab_size: int) -> str:
-    """What a token is stored in: "uint16" for up to 65,536 symbols, "uint32" for more."""
+    """Return the dtype of stored tokens: "uint16" for up to 65,536 symbols, else "uint32"."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
 def describe(
     *,
-    n_tokens: dict[Split, int],
-    n_bytes: dict[Split, int | None],
+    n_tokens: Mapping[Split, int],
+    n_bytes: Mapping[Split, int | None],
     tokenizer: Tokenizer | None,
     vocab_size: int,
     source: str,
 ) -> dict[str, Any]:
-    """The content of `meta.json`.
+    """Return the content of `meta.json`.
 
     Args:
-        n_tokens: Tokens of each split.
-        n_bytes: Size of each split's text in UTF-8, None where unknown.
-        tokenizer: What made the tokens, or None where unknown.
-        vocab_size: Every token id is below it.
-        source: What text it was.
+        n_tokens: Number of tokens in each split.
+        n_bytes: Size of each split's text in UTF-8, or None if unknown.
+        tokenizer: The tokenizer that made the tokens, or None if unknown.
+        vocab_size: Upper bound of the token ids, exclusive.
+        source: Name of the text, for messages.
     """
     return {
         "format": FORMAT_VERSION,
@@ -144,17 +129,17 @@ def write_token_files(
     train_bytes: int | None = None,
     val_bytes: int | None = None,
 ) -> None:
-    """Write a token folder from arrays; either all of it appears or nothing does.
+    """Write a token folder from arrays; it appears complete or not at all.
 
     Args:
-        folder: Where to; it may exist if it is empty or holds token files only, which are then replaced.
-        train: Token ids of the training split, shape (n_tokens,), any integer type.
-        val: Token ids of the validation split, likewise.
-        tokenizer: What made them, or None where unknown.
-        vocab_size: Decides whether a token takes 2 bytes or 4.
-        source: What text it was.
-        train_bytes: Size of the training text in UTF-8, or None where unknown.
-        val_bytes: Size of the validation text in UTF-8, or None where unknown.
+        folder: The folder to create; an existing one must be empty or hold only token files, which are replaced.
+        train: Token ids of the training split, shape (n_tokens,), any integer dtype.
+        val: Token ids of the validation split, shape (n_tokens,), any integer dtype.
+        tokenizer: The tokenizer that made them, or None if unknown.
+        vocab_size: Upper bound of the token ids, exclusive; decides whether a token takes 2 or 4 bytes.
+        source: Name of the text, for messages.
+        train_bytes: Size of the training text in UTF-8, or None if unknown.
+        val_bytes: Size of the validation text in UTF-8, or None if unknown.
 
     Raises:
         UserError: The folder holds other files, or cannot be written.
@@ -175,17 +160,17 @@ def write_token_files(
 
 
 def open_token_files(folder: Path, *, cache_dir: Path | None = None) -> TokenFiles:
-    """Open a token folder and check it: sizes, counts, and that every token is in the vocabulary.
+    """Open a token folder and check it: file sizes, token counts, and that every token is in the vocabulary.
 
-    The last needs all tokens read once; that it went well is noted in the cache, so the next start is fast.
+    The vocabulary check reads all tokens once and leaves a stamp in the cache, so the next start skips it.
 
     Args:
-        folder: A folder with `train.bin`, `val.bin` and `meta.json`, or nanoGPT's with `meta.pkl` or neither (then
-            the tokens are taken for GPT-2's).
+        folder: A folder with `train.bin`, `val.bin` and `meta.json`, or nanoGPT's with `meta.pkl` or no description;
+            without one the tokens are taken for GPT-2's.
         cache_dir: The cache folder; None means `cache_root()`.
 
     Raises:
-        UserError: A file is missing, empty, damaged or does not fit the others.
+        UserError: A file is missing, empty or damaged, or contradicts another.
     """
     for split in SPLITS:
         if not (folder / f"{split}.bin").is_file():
@@ -205,9 +190,8 @@ def _read_meta(folder: Path) -> TokenFiles:
     if (folder / "meta.pkl").is_file():
         vocab_size, tokenizer = _read_meta_pickle(folder / "meta.pkl")
     else:
-        tokenizer = GPT2Tokenizer()
-        vocab_size = tokenizer.vocab_size
-    return _describe(folder, dtype="uint16", vocab_size=vocab_size, tokenizer=tokenizer, source=str(folder))
+        vocab_size, tokenizer = GPT2Tokenizer.vocab_size, GPT2Tokenizer()
+    return _token_files(folder, dtype="uint16", vocab_size=vocab_size, tokenizer=tokenizer, source=str(folder))
 
 
 def _little_endian(dtype: str) -> np.dtype:
@@ -218,18 +202,16 @@ def _memory_map(path: Path, dtype: str) -> np.memmap:
     return np.memmap(path, dtype=_little_endian(dtype), mode="r")
 
 
-def _describe(folder: Path, *, dtype: str, **fields: Any) -> TokenFiles:
-    counts = {}
+def _token_files(folder: Path, *, dtype: str, **fields: Any) -> TokenFiles:
     for split in SPLITS:
         size, width = (folder / f"{split}.bin").stat().st_size, _BYTES_PER_TOKEN[dtype]
         if size == 0:
             raise UserError(f"{folder}: {split}.bin is empty")
         if size % width:
             raise UserError(f"{folder}: {split}.bin has {size} bytes, not a whole number of {width}-byte tokens")
-        counts[f"{split}_tokens"] = size // width
-    for name in ("train_bytes", "val_bytes"):
-        fields.setdefault(name, None)
-    return TokenFiles(folder=folder, dtype=dtype, **counts, **fields)
+        fields[f"{split}_tokens"] = size // width
+        fields.setdefault(f"{split}_bytes", None)
+    return TokenFiles(folder=folder, dtype=dtype, **fields)
 
 
 def _read_meta_json(folder: Path) -> TokenFiles:
@@ -248,7 +230,7 @@ def _read_meta_json(folder: Path) -> TokenFiles:
     if not _is_count(meta.get("vocab_size")):
         raise UserError(f"{path}: vocab_size is {meta.get('vocab_size')!r}, it must be a positive whole number")
     stored = meta.get("tokenizer")
-    files = _describe(
+    files = _token_files(
         folder,
         dtype=meta["dtype"],
         vocab_size=meta["vocab_size"],
@@ -271,7 +253,7 @@ def _is_count(value: Any) -> bool:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Unpickles containers, texts and numbers only: a pickle that names a class or function could run anything."""
+    """Unpickle only containers, strings and numbers: a pickle that names a class or function could run any code."""
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         raise pickle.UnpicklingError(f"it refers to {module_name}.{global_name}")
@@ -288,8 +270,9 @@ def _read_meta_pickle(path: Path) -> tuple[int, Tokenizer | None]:
     vocab_size, itos = meta["vocab_size"], meta.get("itos")
     if not isinstance(itos, dict) or len(itos) != vocab_size:
         return vocab_size, None
-    chars = [itos.get(token) for token in range(vocab_size)]
-    if not all(isinstance(char, str) and len(char) == 1 for char in chars) or len(set(chars)) != vocab_size:
+    values = [itos.get(token) for token in range(vocab_size)]
+    chars = [char for char in values if isinstance(char, str) and len(char) == 1]
+    if len(set(chars)) != vocab_size:
         return vocab_size, None
     return vocab_size, CharTokenizer("".join(chars))
 
@@ -312,6 +295,6 @@ def _check_vocabulary(files: TokenFiles, split: Split, *, cache_dir: Path) -> No
                 f"{files.folder}: {split}.bin holds token {chunk[at]} at position {start + at}, "
                 f"but the vocabulary has {files.vocab_size} symbols"
             )
-    with contextlib.suppress(OSError):  # the stamp only saves time
+    with contextlib.suppress(OSError):  # without the stamp the next start checks again
         stamp.parent.mkdir(parents=True, exist_ok=True)
         stamp.touch()

@@ -1,4 +1,4 @@
-"""A corpus of any size to a token folder, in memory that does not grow, going on where an earlier start was stopped."""
+"""Tokenize a corpus of any size into a token folder, in constant memory, continuing after an interruption."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ COMMIT_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Plan:
-    """How a corpus becomes tokens.
+    """How to turn a corpus into tokens.
 
     Attributes:
-        tokenizer: What ``--tokenizer`` says, or a tokenizer to use as it is.
-        split: "tail": all documents are one text, and the last of its characters are for validation; "document": each
-            is a text of its own, ends in the end-of-text token, and is drawn for one of the splits.
-        val_fraction: Share of the characters, or of the documents, that is for validation.
+        tokenizer: The value of ``--tokenizer``, or a tokenizer.
+        split: "tail": all documents form one text whose last characters are for validation; "document": each document
+            ends in the end-of-text token and is drawn for one of the splits.
+        val_fraction: Share of the characters, or of the documents, for validation.
         seed: Seed of the draw.
-        workers: Threads that encode; None for one per core. The tokens do not depend on it.
+        workers: Encoding threads; None for one per core. The tokens do not depend on it.
     """
 
     tokenizer: str | Tokenizer
@@ -56,7 +56,7 @@ class Plan:
     workers: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """What the tokens depend on, in JSON's types."""
+        """Return what the tokens depend on, in JSON types."""
         tokenizer = self.tokenizer
         if isinstance(tokenizer, Tokenizer):
             tokenizer = hashlib.sha256(json.dumps(tokenizer.to_dict(), sort_keys=True).encode()).hexdigest()
@@ -71,7 +71,7 @@ class Plan:
 
 @dataclass
 class _State:
-    """How far the work has got; what the journal keeps."""
+    """The progress of a job, as the journal stores it."""
 
     survey: dict[str, Any] | None = None
     position: tuple[int, int] = (0, 0)
@@ -91,22 +91,23 @@ class _State:
 def write_corpus(
     folder: Path, *, corpus: Corpus, plan: Plan, say: Callable[[str], object] = lambda line: None
 ) -> dict[str, Any]:
-    """Tokenize a corpus into a token folder, which appears when it is whole.
+    """Tokenize a corpus into a token folder, which appears when it is complete.
 
-    Work that was stopped at any point, by a full disk or a lost machine, goes on when the same is asked for again; the
-    result is the same, byte by byte.
+    If the job was interrupted at any point, by a full disk or a crash, the same call continues it. The result is the
+    same, byte for byte.
 
     Args:
-        folder: Where to; it may exist if it is empty or holds token files only, which are then replaced.
+        folder: The folder to create; an existing one must be empty or hold only token files, which are replaced.
         corpus: The text.
-        plan: What is to become of it.
-        say: Is told in a line what is worth knowing on the way.
+        plan: How to split and tokenize it.
+        say: Called with each message for the user.
 
     Returns:
         The content of `meta.json`.
 
     Raises:
-        UserError: The text does not suit the tokenizer or is too short to split, or the folder cannot be written.
+        UserError: The tokenizer cannot encode the text, the text is too short to split, or the folder cannot be
+            written.
     """
     try:
         documents = corpus.documents.identity()
@@ -116,12 +117,11 @@ def write_corpus(
                 writer.discard()
                 return json.loads((folder / "meta.json").read_text(encoding="ascii"))
             if writer.discarded:
-                say("what an earlier start left is of other inputs or settings: beginning anew")
+                say("unfinished work of other inputs or settings was deleted: beginning anew")
             return _write(writer, corpus, plan, say, documents=documents)
     except OSError as error:
         raise UserError(
-            f"{error.filename or folder}: {error.strerror or error}; what is done so far is kept, and the same command "
-            "goes on with it"
+            f"{error.filename or folder}: {error.strerror or error}; the same command goes on with the work so far"
         ) from error
 
 
@@ -134,7 +134,7 @@ def _write(
     tokenizer, is_char = plan.tokenizer, plan.tokenizer == CharTokenizer.name
     if isinstance(tokenizer, str):
         tokenizer = CharTokenizer("a") if is_char else build_tokenizer(tokenizer, corpus=None, source=corpus.source)
-    tokenizer.encode("a")  # missing tables are told now, not after a long text was read
+    tokenizer.encode("a")  # report missing tables now, not after reading a long text
     read: Reader = corpus.documents.blocks
     if plan.split == "tail":
         read = corpus.joined
@@ -164,7 +164,7 @@ def _write(
 
 def _survey(corpus: Corpus, read: Reader, plan: Plan, tokenizer: Tokenizer, *, alphabet: bool) -> Survey:
     def not_utf8(block: Block, wrong: bytes) -> None:
-        # A tokenizer that needs text complains.
+        # Raises if the tokenizer needs UTF-8.
         at = block.offset + max(0, block.data.find(wrong))
         tokenizer.encode_bytes(wrong, source=block.where, offset=at)
 
@@ -205,8 +205,8 @@ def _finish(writer: TokenWriter, state: _State, tokenizer: Tokenizer, plan: Plan
         for name in SPLITS:
             if not n_tokens[name]:
                 raise UserError(
-                    f"none of the {sum(state.n_documents.values())} documents of {corpus.source} fell to {name}.bin; "
-                    "give more of them, or another --val_fraction or --seed"
+                    f"{corpus.source}: none of the {sum(state.n_documents.values())} documents fell to {name}.bin; "
+                    "give more documents, or another --val_fraction or --seed"
                 )
     meta = describe(
         n_tokens=n_tokens,
