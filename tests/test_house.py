@@ -163,3 +163,12 @@ def test_file_is_about_one_idea(path):
     assert path.stem not in ("utils", "util", "helpers", "helper", "common", "misc")
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 450
     assert path.read_bytes().isascii()
+
+
+def test_data_runs_from_text_to_loading():
+    order = ["loading", "tasks", "streams", "tokens", "text"]
+    for path in sorted((REPO / "lightning_gpt" / "data").rglob("*.py")):
+        room = path.relative_to(REPO / "lightning_gpt" / "data").with_suffix("").parts[0]
+        if room != "__init__":
+            parts = [name.split(".") for name in _imports(path) if name.startswith("lightning_gpt.data.")]
+            assert {part[2] for part in parts} <= set(order[order.index(room) :]), path

@@ -266,7 +266,7 @@ def test_killed_it_leaves_nothing_that_looks_whole_and_goes_on(story, tmp_path):
     again = [*command, "0", *options, f"--out={out}"]
     done = subprocess.run(again, env=environment, capture_output=True, text=True, check=True)
     assert "going on where an earlier start was stopped" in done.stderr
-    subprocess.run([*command, "0", *options, f"--out={tmp_path / 'whole'}"], env=environment, check=True)
+    prepare.main([*options, f"--out={tmp_path / 'whole'}"])
     assert _files(out) == _files(tmp_path / "whole")
     assert not journal.parent.exists()
 
@@ -335,7 +335,7 @@ def test_stopped_while_the_folder_takes_its_place(story, tmp_path, monkeypatch, 
         replace(source, target)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writing.os, "replace", failing)
+        patch.setattr(os, "replace", failing)
         with pytest.raises(_Stopped):
             prepare.main(command)
     prepare.main(command)
@@ -371,7 +371,7 @@ def test_training_from_the_folder(story, tmp_path, tiny_flags, monkeypatch, caps
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
 
 
-# Not the peak that getrusage tells, in which the parent's memory counts.
+# getrusage would count the parent's memory, too.
 _MEASURED = """
 import re, sys
 import prepare

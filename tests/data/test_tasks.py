@@ -248,13 +248,10 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused_in_one_line(case, tmp_path, monkeypatch, capsys):
+def test_refused_in_one_line(case, tmp_path, monkeypatch, refused):
     flags, mention = REFUSED[case]
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        train.main([*NANO, *flags.split()])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and mention in error
+    refused(train.main, *NANO, *flags.split(), mentions=mention)
     assert not list(tmp_path.iterdir())
 
 
