@@ -16,6 +16,7 @@ from filelock import Timeout
 
 from lightning_gpt import atomic
 from lightning_gpt.atomic import atomic_file, locked, remove, swap_in
+from lightning_gpt.data.tokens.writing import SPLITS, TokenWriter
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
 # The calls that change the names on a disk, as CPython audits them.
@@ -117,6 +118,36 @@ def test_a_folder_survives_two_kills_at_any_steps(tmp_path, monkeypatch):
             break
     assert first >= 6 and between == 1
     assert list(tmp_path.iterdir()) == [path]
+
+
+def _write_tokens(folder: Path, number: int) -> None:
+    with TokenWriter(folder, job={"number": number}) as writer:
+        if writer.finished:
+            writer.discard()
+            return
+        if not writer.state:
+            for split in SPLITS:
+                writer.append(split, str(number).encode())
+            writer.commit({"written": True})
+        writer.publish({})
+
+
+def test_a_token_folder_survives_a_kill_at_any_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(atomic.os, "fsync", lambda descriptor: None)
+    whole = [{"train.bin": str(n), "val.bin": str(n), "meta.json": "{}\n"} for n in range(2)]
+    folder, between = tmp_path / "out", 0
+    for step in itertools.count():
+        _write_tokens(folder, 0)
+        assert _content(folder) == whole[0]
+        killed = _killed_before(step, _write_tokens, folder, 1, events=("open", *CHANGES))
+        between += not folder.exists()
+        assert _content(folder) in ({}, *whole), step
+        _write_tokens(folder, 1)
+        assert _content(folder) == whole[1], step
+        assert list(tmp_path.iterdir()) == [folder], step
+        if not killed:
+            break
+    assert step >= 30 and 1 <= between <= 2
 
 
 @pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])
