@@ -1,4 +1,4 @@
-"""A text, the flags of a run of seconds, and one such run that several tests look at."""
+"""Fixtures shared by the rooms: a small text, flags of a tiny run, and refusals by entry points."""
 
 import os
 import random
@@ -6,19 +6,28 @@ from pathlib import Path
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: workers must not compete for the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 _TINY = (
     "--n_layer=1 --n_head=1 --n_embd=16 --block_size=16 --batch_size=4 --max_steps=4 --eval_interval=2 --logger=none"
     " --accelerator=cpu --sample_tokens=8"
 )
 
 
+def pytest_collection_modifyitems(items):
+    """Mark the tests that need GPT-2's tables, so that `-m tables` selects them."""
+    for item in items:
+        if "gpt2_tables" in item.fixturenames:
+            item.add_marker("tables")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
-    """Tokens, and what DeepSpeed compiles, are kept in folders of this session, never in the user's."""
-    # Workers of pytest-xdist compile it once for all: each has a folder of its own in the session's.
-    session = (
-        tmp_path_factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else tmp_path_factory.getbasetemp()
-    )
+    """Keep tokens and DeepSpeed's compiled extensions in this session's folders, away from the user's."""
+    session = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the parent folder is shared, so that the extensions are compiled once
+        session = session.parent
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LIGHTNING_GPT_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("TORCH_EXTENSIONS_DIR", str(session / "extensions"))
@@ -26,8 +35,20 @@ def _own_cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def gpt2_tables(_own_cache):
+    """Skip a test where GPT-2's byte-pair tables are neither cached nor downloadable."""
+    from lightning_gpt.config import UserError
+    from lightning_gpt.tokenizers.tables import load_encoding
+
+    try:
+        load_encoding("gpt2")
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
 def text_file(tmp_path_factory) -> Path:
-    """A few kB of ASCII words in lines, the same every time."""
+    """Write a few kB of ASCII words in lines; the text never changes."""
     draw = random.Random(0)
     words = "the cat sat on a mat and saw one dog run by under its blue moon".split()
     lines = (" ".join(draw.choices(words, k=8)) for _ in range(150))
@@ -38,7 +59,7 @@ def text_file(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def byte_level_file(tmp_path_factory, text_file) -> Path:
-    """A Hugging Face tokenizer.json of 300 tokens, learnt on ``text_file`` and on white space, with <|endoftext|>."""
+    """Train a Hugging Face tokenizer.json of 300 tokens on `text_file` and white space, with <|endoftext|>."""
     tokenizers = pytest.importorskip("tokenizers")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -57,13 +78,13 @@ def byte_level_file(tmp_path_factory, text_file) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_flags() -> list[str]:
-    """Flags of a run of four steps of a tiny model on the CPU; what is given after them counts."""
+    """Flags of a four-step run of a tiny model on the CPU; later flags override them."""
     return _TINY.split()
 
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory, text_file, tiny_flags) -> Path:
-    """The folder of one finished run of ``tiny_flags`` on ``text_file``; look, do not write."""
+    """Run train.py once with `tiny_flags` on `text_file`, and return its run folder; read-only."""
     import train
 
     out_dir = tmp_path_factory.mktemp("runs") / "tiny"
@@ -73,7 +94,7 @@ def tiny_run(tmp_path_factory, text_file, tiny_flags) -> Path:
 
 @pytest.fixture
 def saved_model(tmp_path):
-    """Writes a checkpoint file of a model whose every weight is random; its characters are "abc\\n "."""
+    """Return a function that saves a checkpoint with random weights; its characters are "abc\\n "."""
     import torch
 
     from lightning_gpt.models import GPTModule
@@ -103,16 +124,16 @@ def saved_model(tmp_path):
 
 @pytest.fixture
 def export(tmp_path, capsys):
-    """Exports a checkpoint, and returns the folder and what was said on stderr."""
+    """Return a function that exports a checkpoint and returns the folder and the text on stderr."""
     import evaluate
 
-    def write(checkpoint: Path, form: str, out: Path | None = None) -> tuple[Path, str]:
-        folder = out or tmp_path / "out" / form
+    def write(checkpoint: Path, form: str, target: Path | None = None) -> tuple[Path, str]:
+        folder = target or tmp_path / "out" / form
         capsys.readouterr()
         evaluate.main([f"--checkpoint={checkpoint}", f"--export={form}", f"--out={folder}"])
-        said = capsys.readouterr()
-        assert said.out == f"{'exported':14}{folder}\n"
-        return folder, said.err
+        out, err = capsys.readouterr()
+        assert out == f"{'exported':14}{folder}\n"
+        return folder, err
 
     return write
 

@@ -1,1 +1,1 @@
-"""Benchmarks: one file each."""
+"""Benchmarks of bench.py: one file each, listed in ``registry``."""

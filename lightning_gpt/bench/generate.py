@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_gpt.bench.tax import machine_facts, require_writable, write_result
+from lightning_gpt.bench.report import machine_facts, require_writable, write_result
 from lightning_gpt.checkpoint.architectures.gpt2 import gpt2_config, is_transposed
 from lightning_gpt.config import UserError
 from lightning_gpt.implementations.generation import GenerationSettings

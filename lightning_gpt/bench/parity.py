@@ -1,7 +1,8 @@
-"""Whether every strategy trains the same model: the same losses and weights as a single process, step for step."""
+"""``bench.py parity``: losses and weights of every strategy against a single process."""
 
 import csv
 import itertools
+import os
 import subprocess
 import sys
 import tempfile
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lightning_gpt.bench.tax import machine_facts, require_writable, write_result
+from lightning_gpt.bench.report import machine_facts, require_writable, write_result
 from lightning_gpt.checkpoint import open_checkpoint
 from lightning_gpt.cli import parse_train
 from lightning_gpt.config import TrainerOptions, UserError
@@ -22,20 +23,27 @@ from lightning_gpt.optim import OPTIMIZERS
 from lightning_gpt.strategies import STRATEGIES, find_devices, get_strategy
 from lightning_gpt.training.run import train
 
-# Samples of an optimizer step, however they are divided into ranks and micro-batches.
+# Samples per optimizer step, over all ranks and micro-batches.
 GLOBAL_BATCH = 8
-# Sizes that no number of ranks divides evenly, so that the padding of shards is put to the test.
+# No number of ranks divides these sizes, so that shards need padding.
 _RUN = (
     "--n_layer=2 --n_head=3 --n_embd=33 --block_size=15 --eval_batches=4 --logger=csv --log_every_n_steps=1"
     " --sample_tokens=0 --warmup_steps=2"
 )
-# Rotary positions want heads of an even size; here tables divide by no number of ranks, and heads share keys.
-_OWN = {"moderngpt": ["--n_embd=42", "--n_kv_head=1", "--window=9", "--bigram=501", "--smear=true"]}
+# moderngpt needs an even head size, and has options of its own to cover. 501 rows do not divide by 2 either.
+_MODEL_FLAGS = {"moderngpt": ["--n_embd=42", "--n_kv_head=1", "--window=9", "--bigram=501", "--smear=true"]}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One way of taking an optimizer step."""
+    """One setting to train with.
+
+    Attributes:
+        implementation: Name of the model.
+        accumulate: Micro-batches per optimizer step.
+        clip: Gradient norm limit; 0 turns clipping off.
+        optimizer: Name of the optimizer.
+    """
 
     implementation: str
     accumulate: int
@@ -45,15 +53,15 @@ class Case:
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far a strategy is from a single process.
+    """Differences between a strategy and a single process in one case.
 
     Attributes:
-        strategy: The strategy.
-        case: What was trained.
-        losses: The training loss of each step.
-        loss: Largest relative difference of one of them.
-        norm: Largest relative difference of a step's gradient norm, which the optimizer hides from the losses; 0 where
-            nothing is clipped, since nothing is measured then.
+        strategy: Name of the strategy.
+        case: The case.
+        losses: Training loss of each step under the strategy, nats per token.
+        loss: Largest relative difference of a loss.
+        norm: Largest relative difference of a gradient norm, which AdamW hides from the losses. It is 0 without
+            clipping, because the norm is not logged then.
         weights: Largest absolute difference of a final weight.
     """
 
@@ -66,11 +74,14 @@ class Deviation:
 
 
 def cases(strategy: str, *, implementations: Sequence[str] = tuple(IMPLEMENTATIONS)) -> list[Case]:
-    """Every implementation, with and without accumulation and clipping, and with each further optimizer.
+    """Return the cases to compare under a strategy.
+
+    Every model is trained with AdamW, with and without accumulation and clipping, and with every other optimizer that
+    the strategy supports.
 
     Args:
-        strategy: A row of the registry; optimizers that do not work under it are left out.
-        implementations: Names of the registry.
+        strategy: Name of the strategy.
+        implementations: Names of the models.
     """
     with_adamw = [Case(*case) for case in itertools.product(implementations, (1, 2), (0.0, 0.5))]
     fit = [o.name for o in OPTIMIZERS.values() if o.build_deepspeed or STRATEGIES[strategy].form != "deepspeed"]
@@ -81,19 +92,19 @@ def cases(strategy: str, *, implementations: Sequence[str] = tuple(IMPLEMENTATIO
 def deviations(
     strategy: str, *, folder: Path, which: Sequence[Case], devices: int, accelerator: str, steps: int, data: str
 ) -> list[Deviation]:
-    """Trains the cases in a single process, and under a strategy, and compares.
+    """Train cases under a strategy and in a single process, and compare them.
 
     Args:
-        strategy: A row of the registry.
-        folder: Where the runs are kept; what a single process trained there for another strategy serves again.
+        strategy: Name of the strategy.
+        folder: Folder for the runs. Single-process runs that it already contains are used again.
         which: The cases.
-        devices: Its number of ranks.
+        devices: Number of ranks.
         accelerator: "cpu" or "gpu".
-        steps: Optimizer steps.
-        data: What is trained on.
+        steps: Optimizer steps of each run.
+        data: Text or token files to train on, as for train.py.
 
     Raises:
-        UserError: A run under the strategy failed; the message is its first error.
+        UserError: A run failed; the message has its first error.
     """
     shared = [*_RUN.split(), f"--max_steps={steps}", f"--eval_interval={steps}", f"--data={data}"]
     shared += [f"--accelerator={accelerator}"]
@@ -101,25 +112,24 @@ def deviations(
     for name, ranks in (("auto", 1), (strategy, devices)):
         runs[name] = [folder / f"{name}-{'-'.join(map(str, astuple(case)))}" for case in which]
         missing = [(case, run) for case, run in zip(which, runs[name], strict=True) if not run.exists()]
-        place = [f"--strategy={name}"]
-        plans = [[*shared, *_flags(case, ranks), *place, f"--out_dir={run}"] for case, run in missing]
-        if plans:
-            _launch(plans, ranks)
+        commands = [[*shared, *_flags(case, ranks), f"--strategy={name}", f"--out_dir={run}"] for case, run in missing]
+        if commands:
+            _launch(commands, ranks)
     return [_compare(strategy, case, *pair) for case, *pair in zip(which, *runs.values(), strict=True)]
 
 
-def _compare(strategy: str, case: Case, alone: Path, spread: Path) -> Deviation:
-    losses = [_column(run, "train_loss") for run in (alone, spread)]
-    # DeepSpeed measures the norm always, the others only to clip by it.
-    norms = [_column(run, "grad_norm") if case.clip else [] for run in (alone, spread)]
+def _compare(strategy: str, case: Case, reference: Path, run: Path) -> Deviation:
+    losses = [_column(folder, "train_loss") for folder in (reference, run)]
+    # Except for DeepSpeed, the norm is logged only if it is clipped.
+    norms = [_column(folder, "grad_norm") if case.clip else [] for folder in (reference, run)]
     assert losses[0] and len(norms[0]) == (len(losses[0]) if case.clip else 0)
     return Deviation(
         strategy,
         case,
         losses=tuple(losses[1]),
-        loss=_apart(*losses),
-        norm=_apart(*norms),
-        weights=_weight_difference(alone, spread),
+        loss=_relative_difference(*losses),
+        norm=_relative_difference(*norms),
+        weights=_weight_difference(reference, run),
     )
 
 
@@ -134,16 +144,16 @@ def _flags(case: Case, ranks: int) -> list[str]:
         f"--gradient_clip_val={case.clip}",
         f"--optimizer={case.optimizer}",
         *(f"--{name}=0" for name in dropout),
-        *_OWN.get(case.implementation, []),
+        *_MODEL_FLAGS.get(case.implementation, []),
     ]
 
 
-def _launch(runs: list[list[str]], ranks: int) -> None:
-    """Runs command lines of train.py, one after another, in one group of processes."""
+def _launch(commands: list[list[str]], ranks: int) -> None:
+    """Run command lines of train.py, one after another, in one group of processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command += ["-m", "lightning_gpt.bench.parity", dumps(runs)]
-    root = Path(__file__).parent.parent
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    command += ["-m", "lightning_gpt.bench.parity", dumps(commands)]
+    search_path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": search_path}, capture_output=True, text=True)
     if done.returncode:
         raised = [line for line in done.stderr.splitlines() if "Error: " in line or line.startswith("error: ")]
         raise UserError(f"a run failed: {(raised or done.stderr.splitlines() or ['no message'])[0]}")
@@ -155,24 +165,24 @@ def _column(run: Path, name: str) -> list[float]:
         return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
 
 
-def _apart(alone: list[float], spread: list[float]) -> float:
-    return max((abs(b / a - 1) for a, b in zip(alone, spread, strict=True)), default=0.0)
+def _relative_difference(reference: list[float], values: list[float]) -> float:
+    return max((abs(b / a - 1) for a, b in zip(reference, values, strict=True)), default=0.0)
 
 
-def _weight_difference(a: Path, b: Path) -> float:
-    ours, theirs = (open_checkpoint(run / "checkpoints" / "last.ckpt") for run in (a, b))
-    assert ours.names() == theirs.names()
-    return max((ours.weight(name) - theirs.weight(name)).abs().max().item() for name in ours.names())
+def _weight_difference(reference: Path, run: Path) -> float:
+    a, b = (open_checkpoint(folder / "checkpoints" / "last.ckpt") for folder in (reference, run))
+    assert a.names() == b.names()
+    return max((a.weight(name) - b.weight(name)).abs().max().item() for name in a.names())
 
 
 @dataclass(frozen=True)
 class Parity:
-    """What was found under each strategy.
+    """Result of the benchmark.
 
     Attributes:
-        found: All cases of all strategies.
+        found: Deviations of all cases of all strategies.
         steps: Optimizer steps of each run.
-        devices: Ranks of each strategy.
+        devices: Number of ranks.
         machine: Hardware and versions.
     """
 
@@ -182,50 +192,60 @@ class Parity:
     machine: dict[str, Any]
 
     def table(self) -> str:
-        """A line for each strategy and optimizer: the worst of its cases."""
+        """Return the result as text: per strategy and optimizer, the largest differences over its cases."""
         lines = [f"{'strategy':28}{'loss, relative':>16}{'norm, relative':>16}{'weight, absolute':>18}{'runs':>6}"]
         by_row: dict[str, list[Deviation]] = {}
         for d in self.found:
-            own = "" if d.case.optimizer == Case.optimizer else f", {d.case.optimizer}"
-            by_row.setdefault(d.strategy + own, []).append(d)
-        for name, mine in by_row.items():
-            loss, norm, weights = (max(getattr(d, part) for d in mine) for part in ("loss", "norm", "weights"))
-            lines.append(f"{name:28}{loss:16.1e}{norm:16.1e}{weights:18.1e}{len(mine):6}")
-        lines.append(f"worst of so many runs of {self.steps} steps each, {self.devices} ranks against one process")
+            optimizer = "" if d.case.optimizer == Case.optimizer else f", {d.case.optimizer}"
+            by_row.setdefault(d.strategy + optimizer, []).append(d)
+        for name, found in by_row.items():
+            loss, norm, weights = (max(getattr(d, part) for d in found) for part in ("loss", "norm", "weights"))
+            lines.append(f"{name:28}{loss:16.1e}{norm:16.1e}{weights:18.1e}{len(found):6}")
+        lines.append(f"largest differences over the runs, {self.steps} steps each; {self.devices} ranks, one process")
         return "\n".join([*lines, ", ".join(f"{key} {value}" for key, value in self.machine.items())])
 
 
 def measure_parity(
     *, steps: int, devices: int | None, accelerator: str, data: str, strategies: str | None, json: str | None
 ) -> Parity:
-    """Trains every case under every strategy and in a single process.
+    """Train every case under every strategy and in a single process, and compare them.
 
     Args:
         steps: Optimizer steps of each run.
-        devices: Ranks; by default all GPUs, or 2 on a CPU.
+        devices: Number of ranks; None for all GPUs, or 2 on a CPU.
         accelerator: "auto", "cpu" or "gpu".
-        data: What is trained on.
-        strategies: Names, separated by commas; by default all.
-        json: Where the result is written as JSON as well.
+        data: Text or token files to train on, as for train.py.
+        strategies: Names, separated by commas; None for all.
+        json: File for the result, or None.
 
     Raises:
-        UserError: A strategy is unknown, or one of its runs failed.
+        UserError: An option is wrong, or a run failed.
     """
     require_writable(json)
     if accelerator == "auto":
         accelerator = "gpu" if torch.cuda.is_available() else "cpu"
     devices = devices or (torch.cuda.device_count() if accelerator == "gpu" else 2)
     if GLOBAL_BATCH % (2 * devices):
-        raise UserError(f"--devices {devices} does not divide the {GLOBAL_BATCH // 2} samples of a micro-batch")
+        choices = [str(n) for n in range(1, GLOBAL_BATCH // 2 + 1) if GLOBAL_BATCH // 2 % n == 0]
+        raise UserError(
+            f"--devices {devices}: {GLOBAL_BATCH // 2} samples are not divisible by it; give {', '.join(choices)}"
+        )
     names = strategies.split(",") if strategies else [name for name in STRATEGIES if name != "auto"]
-    found = []
-    settings = {"devices": devices, "accelerator": accelerator, "steps": steps, "data": data}
+    found: list[Deviation] = []
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
             options = TrainerOptions(strategy=name, accelerator=accelerator, devices=devices)
             get_strategy(options, where=find_devices(options))
             print(f"training under {name}", file=sys.stderr, flush=True)
-            found += deviations(name, folder=Path(folder), which=cases(name), **settings)
+            found += deviations(
+                name,
+                folder=Path(folder),
+                which=cases(name),
+                devices=devices,
+                accelerator=accelerator,
+                steps=steps,
+                data=data,
+            )
     device = torch.device("cuda" if accelerator == "gpu" else "cpu")
     parity = Parity(found, steps, devices, machine_facts(device, torch.get_num_threads()))
     write_result(json, asdict(parity))

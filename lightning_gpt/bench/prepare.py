@@ -1,34 +1,35 @@
-"""How fast text becomes tokens: ``prepare.py``'s whole path beside tiktoken's own batch encoder."""
+"""``bench.py prepare``: speed of prepare.py, relative to tiktoken's batch encoder."""
 
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from lightning_gpt.bench.tax import machine_facts, require_positive, require_writable, spread, write_result
+from lightning_gpt.bench.report import machine_facts, require_positive, require_writable, spread, write_result
 from lightning_gpt.config import UserError
 from lightning_gpt.data.text.corpora import find_corpus
 from lightning_gpt.data.tokens.encoding import UNIT_BYTES
 from lightning_gpt.data.tokens.tokenizing import Plan, write_corpus
 from lightning_gpt.tokenizers.tables import load_encoding
 
-OURS, THEIRS = "prepare.py", "tiktoken"
+PREPARE, TIKTOKEN = "prepare.py", "tiktoken"
 
 
 @dataclass(frozen=True)
 class PrepareSpeed:
-    """Two paths over the same text, measured in turns on the same machine.
+    """Result of the benchmark.
 
     Attributes:
         megabytes: Size of the text, in 10^6 bytes.
-        workers: Threads that encode, the same for both.
-        speeds: Speed of each round by path, in 10^6 bytes per second.
+        workers: Number of encoding threads of both paths.
+        speeds: Speed of each path per round, in 10^6 bytes per second.
         machine: Hardware and versions.
     """
 
@@ -39,11 +40,11 @@ class PrepareSpeed:
 
     @property
     def ratios(self) -> list[float]:
-        """Our speed over tiktoken's in each round: what both share, such as a busy machine, cancels out."""
-        return [ours / theirs for ours, theirs in zip(self.speeds[OURS], self.speeds[THEIRS], strict=True)]
+        """Speed of prepare.py over tiktoken's, per round, which cancels a machine that slows down between rounds."""
+        return [ours / theirs for ours, theirs in zip(self.speeds[PREPARE], self.speeds[TIKTOKEN], strict=True)]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything measured, and its medians, in plain types."""
+        """Return settings, measurements and their spreads, ready for JSON."""
         measured = self.speeds | {"ratio": self.ratios}
         return {
             "benchmark": "prepare",
@@ -53,7 +54,7 @@ class PrepareSpeed:
         } | {name: spread(values) | {"rounds": values} for name, values in measured.items()}
 
     def table(self) -> str:
-        """The same for people."""
+        """Return the result as text."""
         rows = [f"{'path':12}{'median MB/s':>14}{'min':>10}{'max':>10}"]
         for name, values in (self.speeds | {"ratio": self.ratios}).items():
             rows.append(f"{name:12}{statistics.median(values):14.3f}{min(values):10.3f}{max(values):10.3f}")
@@ -66,36 +67,29 @@ class PrepareSpeed:
 
 
 def measure_prepare(
-    *,
-    rounds: int = 5,
-    megabytes: int = 32,
-    workers: int | None = None,
-    data: str | None = None,
-    json: str | None = None,
+    *, rounds: int, megabytes: int, workers: int | None, data: str | None, json: str | None
 ) -> PrepareSpeed:
-    """Times ``prepare.py`` from a text file to GPT-2 token files, and ``encode_ordinary_batch`` on the same text.
+    """Time prepare.py from a text file to GPT-2 token files, and tiktoken's ``encode_ordinary_batch`` on the same text.
 
-    Ours reads the file, twice, and writes the tokens to the disk; tiktoken's gets the text in memory, cut into pieces
-    as long as ours, and makes lists of tokens.
+    prepare.py reads the file twice and writes the tokens to disk. tiktoken gets the text in memory, in pieces of the
+    same length as ours, and returns lists of tokens.
 
     Args:
-        rounds: How often each path is measured.
+        rounds: Number of measurements of each path.
         megabytes: Length of the text, in 10^6 bytes.
-        workers: Threads that encode; None for one per core.
-        data: A text file, repeated up to the length; None for words in lines.
-        json: Where the result is written as JSON as well.
+        workers: Number of encoding threads; None for one per core.
+        data: Text file, repeated up to ``megabytes``; None for random words.
+        json: File for the result, or None.
 
     Raises:
-        UserError: Nothing to measure, GPT-2's tables cannot be had, or a file cannot be read or written.
+        UserError: A count is below 1, a file cannot be read or written, or GPT-2's tables are not available.
     """
     require_positive(rounds=rounds, megabytes=megabytes, workers=workers)
     require_writable(json)
-    import tiktoken
-
+    text = _text(data, megabytes * 1_000_000)  # first, so that a wrong --data is reported without GPT-2's tables
     encoding = load_encoding("gpt2")
-    machine = machine_facts(torch.device("cpu"), torch.get_num_threads()) | {"tiktoken": tiktoken.__version__}
+    machine = machine_facts(torch.device("cpu"), torch.get_num_threads()) | {"tiktoken": version("tiktoken")}
     workers = workers or machine["cores"]
-    text = _text(data, megabytes * 1_000_000)
     pieces = [text[start : start + UNIT_BYTES] for start in range(0, len(text), UNIT_BYTES)]
     with tempfile.TemporaryDirectory(prefix="lightning-gpt-bench-") as temporary:
         file = Path(temporary, "text.txt")
@@ -103,8 +97,8 @@ def measure_prepare(
         corpus, plan = find_corpus([str(file)]), Plan("gpt2", workers=workers)
         size = file.stat().st_size / 1e6
         paths: list[tuple[str, Callable[[], object]]] = [
-            (OURS, lambda: write_corpus(Path(temporary, "tokens"), corpus=corpus, plan=plan)),
-            (THEIRS, lambda: encoding.encode_ordinary_batch(pieces, num_threads=workers)),
+            (PREPARE, lambda: write_corpus(Path(temporary, "tokens"), corpus=corpus, plan=plan)),
+            (TIKTOKEN, lambda: encoding.encode_ordinary_batch(pieces, num_threads=workers)),
         ]
         speeds: dict[str, list[float]] = {name: [] for name, _ in paths}
         for number in range(rounds):
@@ -118,27 +112,28 @@ def measure_prepare(
 
 
 def _text(data: str | None, size: int) -> str:
+    """Return a file's text, or random words if data is None, repeated up to size bytes."""
     if data is None:
-        draw = np.random.default_rng(0)
-        words = ["".join(letters) for letters in _letters(draw, 5000)]
-        lines = (" ".join(line) for line in np.array(words)[draw.zipf(1.3, (20_000, 12)) % len(words)])
-        content = ("\n".join(lines) + "\n").encode()
+        content = _random_words()
     else:
         try:
             content = Path(data).expanduser().read_bytes()
         except OSError as error:
             raise UserError(f"--data {data}: {error.strerror}; give a text file") from error
     if not content:
-        raise UserError(f"--data {data}: there is no text in it")
+        raise UserError(f"--data {data}: the file is empty; give a text file")
     try:
-        whole = content.decode("utf-8")
+        text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"--data {data} is not UTF-8 text (byte {error.start})") from None
-    return whole * (size // len(content)) or whole
+        raise UserError(f"--data {data}: byte {error.start} is not UTF-8; give a text file") from None
+    return text * (size // len(content)) or text
 
 
-def _letters(draw: np.random.Generator, count: int) -> list[list[str]]:
+def _random_words() -> bytes:
+    draw = np.random.default_rng(0)
     alphabet = list("etaoinshrdlucmfwypvbgkjqxz")
     weights = 1 / np.arange(2, len(alphabet) + 2)
-    lengths = 1 + draw.poisson(4, count)
-    return [list(draw.choice(alphabet, length, p=weights / weights.sum())) for length in lengths]
+    lengths = 1 + draw.poisson(4, 5000)
+    words = np.array(["".join(draw.choice(alphabet, length, p=weights / weights.sum())) for length in lengths])
+    lines = words[draw.zipf(1.3, (20_000, 12)) % len(words)]
+    return ("\n".join(" ".join(line) for line in lines) + "\n").encode()

@@ -1,48 +1,43 @@
-"""What the convenience costs: the time per step of ``train.py`` beside that of a loop written by hand."""
+"""``bench.py tax``: time per step of train.py, relative to a hand-written loop."""
 
-import contextlib
 import gc
 import math
-import os
-import platform
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from json import dumps
 from pathlib import Path
 from typing import Any
 
-import lightning
 import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from lightning_gpt.bench.report import machine_facts, require_positive, require_writable, spread, write_result
+from lightning_gpt.bench.timing import device_time, train_silently
 from lightning_gpt.cli import parse_train
-from lightning_gpt.config import TrainConfig, UserError
+from lightning_gpt.config import TrainConfig
 from lightning_gpt.data.tokens.token_files import write_token_files
 from lightning_gpt.implementations.registry import get_implementation
 from lightning_gpt.models import GPTModule
-from lightning_gpt.training.run import train
 
-WARMUP_STEPS = 10  # a multiple of the log interval, so that the timed steps hold as many log lines as they should
+WARMUP_STEPS = 10  # a multiple of the log interval, so that the timed steps contain their share of log lines
 VOCAB_SIZE = 65
 TRAIN_TOKENS, VAL_TOKENS = 1_000_000, 10_000
 MODEL = {"n_layer": 4, "n_head": 4, "n_embd": 128, "dropout": 0.0, "bias": False}
 BLOCK_SIZE, BATCH_SIZE = 64, 12
-LOOP, OURS = "loop", "trainer"
+LOOP, TRAINER = "loop", "trainer"
 
 
 @dataclass
 class Timing:
-    """The rounds of one path.
+    """Measurements of one path, one per round.
 
     Attributes:
-        ms_per_step: Mean time per optimizer step of each round, milliseconds.
-        first_loss: Training loss of each round's first step, nats per token.
-        last_loss: Training loss of each round's last step.
+        ms_per_step: Mean milliseconds per optimizer step.
+        first_loss: Training loss of the first step, nats per token.
+        last_loss: Training loss of the last step, nats per token.
     """
 
     ms_per_step: list[float] = field(default_factory=list)
@@ -52,12 +47,12 @@ class Timing:
 
 @dataclass(frozen=True)
 class Tax:
-    """Two paths, measured in turns on the same machine.
+    """Result of the benchmark.
 
     Attributes:
-        rounds: How often each path was measured.
-        steps: Optimizer steps timed in each round.
-        paths: The timings by path, "loop" and "trainer".
+        rounds: Number of measurements of each path.
+        steps: Timed optimizer steps per round.
+        paths: Timings of the paths "loop" and "trainer".
         machine: Hardware and versions.
     """
 
@@ -68,28 +63,26 @@ class Tax:
 
     @property
     def ratios(self) -> list[float]:
-        """The Trainer's time over the loop's in each round: what both share, such as a busy machine, cancels out."""
-        pairs = zip(self.paths[OURS].ms_per_step, self.paths[LOOP].ms_per_step, strict=True)
-        return [ours / loop for ours, loop in pairs]
+        """Trainer time over loop time, per round, which cancels a machine that slows down between rounds."""
+        pairs = zip(self.paths[TRAINER].ms_per_step, self.paths[LOOP].ms_per_step, strict=True)
+        return [trainer / loop for trainer, loop in pairs]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything measured, and its medians, in plain types."""
-        paths = {name: spread(timing.ms_per_step) | asdict(timing) for name, timing in self.paths.items()}
-        model = MODEL | {"implementation": "nanogpt", "block_size": BLOCK_SIZE, "vocab_size": VOCAB_SIZE}
+        """Return settings, measurements and their spreads, ready for JSON."""
         return {
             "benchmark": "tax",
             "rounds": self.rounds,
             "steps": self.steps,
             "warmup_steps": WARMUP_STEPS,
-            "model": model,
+            "model": MODEL | {"implementation": "nanogpt", "block_size": BLOCK_SIZE, "vocab_size": VOCAB_SIZE},
             "batch_size": BATCH_SIZE,
-            "paths": paths,
+            "paths": {name: spread(timing.ms_per_step) | asdict(timing) for name, timing in self.paths.items()},
             "ratio": spread(self.ratios) | {"rounds": self.ratios},
             "machine": self.machine,
         }
 
     def table(self) -> str:
-        """The same for people."""
+        """Return the result as text."""
         rows = [f"{'path':10}{'median ms/step':>16}{'min':>10}{'max':>10}"]
         measured = {name: timing.ms_per_step for name, timing in self.paths.items()} | {"ratio": self.ratios}
         for name, values in measured.items():
@@ -102,95 +95,47 @@ class Tax:
         return "\n".join(rows)
 
 
-def measure_tax(*, rounds: int = 7, steps: int = 100, threads: int | None = None, json: str | None = None) -> Tax:
-    """Times the training step of ``train.py`` and of a loop in the manner of nanoGPT's ``train.py``.
+def measure_tax(*, rounds: int, steps: int, threads: int | None, json: str | None) -> Tax:
+    """Time the training step of train.py and of a loop like nanoGPT's train.py.
 
-    Both train the same model from the same weights on the same synthetic tokens, in turns; who goes first alternates.
-    A round's time runs from the end of the last warm-up step to the end of the last step. In the Trainer's path that
-    holds the logger, the progress bar and every callback of a default run, but neither validation nor saving.
+    Both train the same model from the same weights on the same synthetic tokens. They take turns and alternate which
+    goes first. The timed steps of train.py include the logger, the progress bar and the callbacks of a default run, but
+    no validation and no checkpoint.
 
     Args:
-        rounds: How often each path is measured.
-        steps: Optimizer steps timed in each round.
-        threads: Threads that torch computes with, the same for both; None for torch's own choice.
-        json: Where the result is written as JSON as well.
+        rounds: Number of measurements of each path.
+        steps: Timed optimizer steps per round, after the warm-up.
+        threads: Number of torch threads for both; None for torch's own choice.
+        json: File for the result, or None.
 
     Raises:
-        UserError: A count is not positive, or the file cannot be written.
+        UserError: A count is below 1, or the file cannot be written.
     """
     require_positive(rounds=rounds, steps=steps, threads=threads)
     require_writable(json)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    before = torch.get_num_threads()
-    tax = Tax(rounds, steps, {LOOP: Timing(), OURS: Timing()}, machine_facts(device, threads or before))
-    pair = [(LOOP, _hand_written), (OURS, _through_trainer)]
+    default_threads = torch.get_num_threads()
+    threads = threads or default_threads
+    tax = Tax(rounds, steps, {LOOP: Timing(), TRAINER: Timing()}, machine_facts(device, threads))
+    paths: list[tuple[str, Run]] = [(LOOP, _run_loop), (TRAINER, _run_trainer)]
     try:
         with tempfile.TemporaryDirectory(prefix="lightning-gpt-bench-") as temporary:
             data = Path(temporary, "tokens")
             _write_tokens(data)
             for number in range(rounds):
                 config = _config(data, Path(temporary, f"run-{number}"), device, WARMUP_STEPS + steps)
-                for name, run in pair if number % 2 == 0 else reversed(pair):
-                    torch.set_num_threads(threads or before)
+                for name, run in paths if number % 2 == 0 else reversed(paths):
+                    torch.set_num_threads(threads)  # train.py may have changed it
                     gc.collect()
                     _record(tax.paths[name], run, config, device, steps)
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(default_threads)
     write_result(json, tax.to_dict())
     return tax
 
 
-def require_positive(**counts: int | None) -> None:
-    """Checks options that count what is measured; one that is not given may be None.
-
-    Raises:
-        UserError: One of them is below 1.
-    """
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value} leaves nothing to measure; give a positive number")
-
-
-def require_writable(file: str | None, *, flag: str = "json") -> None:
-    """Checks the file for a result before anything is measured.
-
-    Raises:
-        UserError: It cannot be written.
-    """
-    if file and (Path(file).is_dir() or not os.access(Path(file).resolve().parent, os.W_OK)):
-        raise UserError(f"--{flag} {file} cannot be written: name a file in a folder that can")
-
-
-def write_result(json: str | None, result: dict[str, Any]) -> None:
-    """Writes a result as JSON where that was asked for."""
-    if json:
-        Path(json).write_text(dumps(result, indent=2) + "\n", encoding="utf-8")
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """What is told of the rounds of a measurement."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-def machine_facts(device: torch.device, threads: int) -> dict[str, Any]:
-    """Hardware and versions, for the record beside a number."""
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
-    return {
-        "hardware": f"{torch.cuda.get_device_name(device)} and {cpu}" if device.type == "cuda" else cpu,
-        "device": device.type,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": threads,
-        "torch": torch.__version__,
-        "lightning": lightning.__version__,
-        "python": platform.python_version(),
-    }
-
-
 def _write_tokens(folder: Path) -> None:
-    """Tokens that can be learnt a little: their frequencies differ."""
+    # Small ids are more frequent, so that the loss can fall.
     draw = np.random.default_rng(0)
     tokens = VOCAB_SIZE * draw.random(TRAIN_TOKENS + VAL_TOKENS) ** 2
     train_tokens, val_tokens = np.split(tokens.astype(np.uint16), [TRAIN_TOKENS])
@@ -200,7 +145,6 @@ def _write_tokens(folder: Path) -> None:
 
 
 def _config(data: Path, run_dir: Path, device: torch.device, max_steps: int) -> TrainConfig:
-    """The run as ``train.py`` would be asked for it; all that is not said here is its default."""
     return parse_train(
         [
             "--implementation=nanogpt",
@@ -220,7 +164,7 @@ def _config(data: Path, run_dir: Path, device: torch.device, max_steps: int) -> 
 
 @dataclass
 class _Clock:
-    """Takes the time at the end of the last warm-up step and of the last step."""
+    """Time from the end of the last warm-up step to the end of the last step."""
 
     device: torch.device
     last_step: int
@@ -230,20 +174,14 @@ class _Clock:
     last_loss: Tensor | None = None
 
     def step_ended(self, step: int, loss: Tensor | None) -> None:
-        """Is told of every step, counted from 1, and its loss, which is not read before the end."""
+        """Take the time if step, counted from 1, is the last of its phase, and keep the loss without reading it."""
         if step == 1:
             self.first_loss = loss
         if step == WARMUP_STEPS:
-            self._wait()
-            self.started = time.perf_counter()
+            self.started = device_time(self.device)
         elif step == self.last_step:
-            self._wait()
-            self.seconds = time.perf_counter() - self.started
+            self.seconds = device_time(self.device) - self.started
             self.last_loss = loss
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 Run = Callable[[TrainConfig, _Clock], None]
@@ -259,29 +197,21 @@ def _record(timing: Timing, run: Run, config: TrainConfig, device: torch.device,
 
 
 class _ClockCallback(Callback):
-    """Tells the clock of the Trainer's steps."""
-
     def __init__(self, clock: _Clock) -> None:
         self.clock = clock
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Comes after all that a step does except the module's own hook and the writing of a due log line."""
+        # Runs after everything else in a step, except the module's own hook and the writing of log lines.
         assert isinstance(pl_module, GPTModule)
         self.clock.step_ended(trainer.global_step, pl_module.step_loss)
 
 
-def train_unseen(config: TrainConfig, callback: Callback) -> None:
-    """The whole of ``train.py``, but what it writes to the terminal goes nowhere."""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        train(config, callbacks=[callback])
+def _run_trainer(config: TrainConfig, clock: _Clock) -> None:
+    train_silently(config, _ClockCallback(clock))
 
 
-def _through_trainer(config: TrainConfig, clock: _Clock) -> None:
-    train_unseen(config, _ClockCallback(clock))
-
-
-def _hand_written(config: TrainConfig, clock: _Clock) -> None:
-    """A loop after nanoGPT's ``train.py`` (https://github.com/karpathy/nanoGPT), which is what people write by hand."""
+def _run_loop(config: TrainConfig, clock: _Clock) -> None:
+    """Train with a plain loop, modelled on nanoGPT's train.py (https://github.com/karpathy/nanoGPT)."""
     optim, device, max_steps = config.optim, clock.device, clock.last_step
     torch.manual_seed(config.run.seed)
     row = get_implementation(config.model.implementation)
@@ -292,9 +222,9 @@ def _hand_written(config: TrainConfig, clock: _Clock) -> None:
         [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
         lr=optim.learning_rate,
         betas=(optim.beta1, optim.beta2),
-        **({"fused": True} if device.type == "cuda" else {}),
+        fused=device.type == "cuda" or None,
     )
-    batches = _hand_written_batches(Path(config.data.data, "train.bin"), config, device)
+    batches = _batches(Path(config.data.data, "train.bin"), config, device)
     warmup, floor = min(100, max_steps // 10), optim.learning_rate / 10
     idx, targets = next(batches)
     for step in range(max_steps):
@@ -306,7 +236,7 @@ def _hand_written(config: TrainConfig, clock: _Clock) -> None:
         for group in optimizer.param_groups:
             group["lr"] = rate
         _, loss = model(idx, targets)
-        idx, targets = next(batches)  # read and sent while a GPU computes
+        idx, targets = next(batches)  # prefetch while a GPU computes
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), optim.gradient_clip_val)
         optimizer.step()
@@ -316,10 +246,11 @@ def _hand_written(config: TrainConfig, clock: _Clock) -> None:
         clock.step_ended(step + 1, loss.detach())
 
 
-def _hand_written_batches(file: Path, config: TrainConfig, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(file: Path, config: TrainConfig, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     block_size, batch_size = config.model.block_size, config.data.batch_size
     while True:
-        tokens = np.memmap(file, dtype=np.uint16, mode="r")  # anew for each batch, else its pages count as memory
+        # Open the memory map for each batch: its pages count as resident memory while it is open.
+        tokens = np.memmap(file, dtype=np.uint16, mode="r")
         starts = torch.randint(len(tokens) - block_size, (batch_size,))
         x = torch.stack([torch.from_numpy(tokens[s : s + block_size].astype(np.int64)) for s in starts])
         y = torch.stack([torch.from_numpy(tokens[s + 1 : s + 1 + block_size].astype(np.int64)) for s in starts])

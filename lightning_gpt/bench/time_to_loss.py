@@ -1,17 +1,17 @@
-"""How soon a model has learnt what nanoGPT learns: steps and seconds of ``train.py`` to the same validation loss."""
+"""``bench.py time_to_loss``: steps and seconds of train.py until nanoGPT's validation loss is reached."""
 
 import gc
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from lightning_gpt.bench.curves import Curve, TimeToLoss, Trained, read_result, require_drawing
-from lightning_gpt.bench.tax import machine_facts, require_positive, require_writable, train_unseen, write_result
+from lightning_gpt.bench.curves import Curve, TimeToLoss, Trained, read_result, require_matplotlib
+from lightning_gpt.bench.report import machine_facts, require_positive, require_writable, write_result
+from lightning_gpt.bench.timing import device_time, train_silently
 from lightning_gpt.cli import parse_train
 from lightning_gpt.config import RunOptions, UserError
 from lightning_gpt.models import GPTModule
@@ -22,12 +22,12 @@ _EVERY_RUN = "--devices=1 --eval_batches=0 --logger=none --sample_tokens=0 --tra
 
 @dataclass(frozen=True)
 class Row:
-    """One way to train.
+    """A training setup to compare.
 
     Attributes:
-        flags: What ``train.py`` gets beside the recipe's.
-        steps: Length of the run and of its schedule, optimizer steps.
-        eval_interval: Optimizer steps between validations, which is how finely a loss is placed.
+        flags: Flags of train.py, added to the recipe's.
+        steps: Optimizer steps of the run and its schedule.
+        eval_interval: Optimizer steps between validations, the resolution of the result.
     """
 
     flags: str
@@ -35,19 +35,19 @@ class Row:
     eval_interval: int
 
     def shortened(self, steps: int, *, longest: int) -> "Row":
-        """The same where the longest row has so many steps."""
+        """Return this row in proportion to a longest row of ``steps`` instead of ``longest`` optimizer steps."""
         return Row(self.flags, *(max(1, number * steps // longest) for number in (self.steps, self.eval_interval)))
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What all rows share.
+    """Rows to compare, and the settings that they share.
 
     Attributes:
-        flags: What ``train.py`` gets for every row.
-        device: Where it trains, "cpu" or "cuda".
-        rows: By name; the first that is run is what the others are compared with.
-        goal: The loss to reach; None for that of the first row at its end.
+        flags: Flags of train.py.
+        device: "cpu" or "cuda".
+        rows: Rows by name; the first one selected is the baseline.
+        goal: Target loss in nats per token; None for the baseline's final loss.
     """
 
     flags: str
@@ -59,7 +59,7 @@ class Recipe:
 _NANOGPT = "--implementation=nanogpt --dropout=0 --bias=false"
 _MODERNGPT = "--implementation=moderngpt --bigram=1021 --smear=true --beta2=0.95"
 
-# Rates, their ends, decay and warm-up are tuned, each row's for itself, except where a row is as published.
+# Learning rates, weight decay and warm-up are tuned for each row, except for nanogpt-published.
 RECIPES = {
     "cpu": Recipe(
         "--accelerator=cpu --n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --batch_size=12 --beta2=0.99"
@@ -90,7 +90,7 @@ RECIPES = {
             ),
         },
     ),
-    # In bfloat16 and compiled, as nanoGPT trains where there is a GPU.
+    # bfloat16 and torch.compile, as in nanoGPT on a GPU.
     "gpu": Recipe(
         "--accelerator=gpu --precision=bf16 --compile=true --n_layer=6 --n_head=6 --n_embd=384 --block_size=256"
         " --batch_size=64 --beta2=0.99 --warmup_steps=100 --weight_decay=0.1 --gradient_clip_val=1",
@@ -111,31 +111,31 @@ RECIPES = {
 
 
 class _Recorder(Callback):
-    """Fills a curve.
+    """Record each validation in a curve.
 
-    The clock runs from the first step of a stretch, when its batch is there, to the validation that ends the stretch:
-    a batch of the whole stretch is fetched outside of the time, and every step counts, the first of the run as well.
+    The clock runs from the start of a training step to the next validation. It excludes the loading of the first batch
+    after a validation, and includes the first step of the run.
     """
 
     def __init__(self, curve: Curve) -> None:
         self.curve = curve
         self.val_tokens = 0
         self._seconds = 0.0
-        self._since: float | None = None
+        self._started: float | None = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Starts the clock, at the beginning and after a validation and its saving."""
-        if self._since is None:
-            self._since = _now(pl_module)
+        """Start the clock if it is stopped."""
+        if self._started is None:
+            self._started = device_time(pl_module.device)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stops the clock when the device has done all steps."""
-        assert self._since is not None
-        self._seconds += _now(pl_module) - self._since
-        self._since = None
+        """Stop the clock once the device has finished all steps."""
+        assert self._started is not None
+        self._seconds += device_time(pl_module.device) - self._started
+        self._started = None
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes down what the validation found."""
+        """Record the validation."""
         assert isinstance(pl_module, GPTModule)
         self.val_tokens = pl_module.val_tokens
         self.curve.steps.append(trainer.global_step)
@@ -143,70 +143,64 @@ class _Recorder(Callback):
         self.curve.losses.append(float(trainer.callback_metrics["val_loss"]))
 
 
-def _now(module: LightningModule) -> float:
-    if module.device.type == "cuda":
-        torch.cuda.synchronize(module.device)
-    return time.perf_counter()
-
-
 def measure_time_to_loss(
     *,
     data: str,
-    recipe: str = "cpu",
-    rows: str | None = None,
-    seeds: int = 3,
-    steps: int | None = None,
-    threads: int | None = None,
-    json: str | None = None,
-    plot: str | None = None,
-    from_file: str | None = None,
+    recipe: str,
+    rows: str | None,
+    seeds: int,
+    steps: int | None,
+    threads: int | None,
+    json: str | None,
+    plot: str | None,
+    from_file: str | None,
 ) -> TimeToLoss:
-    """Trains every row with every seed through ``train.py``'s own path, and says when each reached the target.
+    """Train every row with every seed through train.py, and find when each run reaches the target loss.
 
-    Each row is first tried for a few steps, which are thrown away: what cannot run is told before anything is
-    measured, and no row pays for what a process does but once. Then all rows are trained with the first seed, all with
-    the second, and so on, so that a machine that slows down does so for all.
+    A short trial of every row comes first. It reports errors before anything is measured, and keeps one-time costs of
+    the process out of the measurement. Then all rows are trained with the first seed, all with the second, and so on,
+    so that a machine that slows down affects every row.
 
     Args:
-        data: What ``--data`` of ``train.py`` takes.
-        recipe: A name of ``RECIPES``.
-        rows: Names of its rows, separated by commas; None for all. The first is what the others are compared with.
-        seeds: How many runs of each row.
-        steps: Optimizer steps of the recipe's longest rows; the others are shortened alike. None for all steps.
-        threads: Threads that torch computes with; None for torch's own choice.
-        json: Where the result is written as JSON as well, again after each seed.
-        plot: Where the curves are drawn, as PNG.
-        from_file: An earlier result, in place of training.
+        data: Text or token files, as for train.py.
+        recipe: Name of the recipe.
+        rows: Names of its rows, separated by commas, the baseline first; None for all.
+        seeds: Number of runs of each row.
+        steps: Optimizer steps of the longest row, to which other rows shrink in proportion; None for the recipe's.
+        threads: Number of torch threads; None for torch's own choice.
+        json: File for the result, written after each seed, or None.
+        plot: PNG file for the curves, or None.
+        from_file: Earlier result to show instead of training, or None.
 
     Raises:
-        UserError: An option makes no sense, a row cannot be trained here, or a file cannot be read or written.
+        UserError: An option is wrong, a row cannot be trained here, or a file cannot be read or written.
     """
     require_positive(seeds=seeds, steps=steps, threads=threads)
     if recipe not in RECIPES:
-        raise UserError(f"--recipe {recipe} is unknown; choose one of {', '.join(RECIPES)}")
-    chosen = _chosen(recipe, rows=rows, steps=steps)
+        raise UserError(f"--recipe {recipe}: unknown; choose one of {', '.join(RECIPES)}")
+    selected = _select(recipe, rows=rows, steps=steps)
     for flag, file in (("json", json), ("plot", plot)):
         require_writable(file, flag=flag)
     if plot:
-        require_drawing()
+        require_matplotlib()
     if from_file:
-        found = read_result(from_file)
+        result = read_result(from_file)
     else:
-        asked = {"data": data, "recipe": recipe, "rows": rows, "seeds": seeds, "steps": steps, "threads": threads}
-        command = ["python bench.py time_to_loss", *(f"--{k} {v}" for k, v in asked.items() if v is not None)]
-        found = _measure(" ".join(command), recipe, chosen, data=data, seeds=seeds, threads=threads, json=json)
-    write_result(json, found.to_dict())
+        flags = {"data": data, "recipe": recipe, "rows": rows, "seeds": seeds, "steps": steps, "threads": threads}
+        command = ["python bench.py time_to_loss", *(f"--{k} {v}" for k, v in flags.items() if v is not None)]
+        result = _measure(" ".join(command), recipe, selected, data=data, seeds=seeds, threads=threads, json=json)
+    write_result(json, result.to_dict())
     if plot:
-        found.draw(plot)
-    return found
+        result.draw(plot)
+    return result
 
 
-def _chosen(recipe: str, *, rows: str | None, steps: int | None) -> dict[str, Row]:
+def _select(recipe: str, *, rows: str | None, steps: int | None) -> dict[str, Row]:
     known = RECIPES[recipe].rows
     names = [name.strip() for name in rows.split(",")] if rows else list(known)
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise UserError(f"--rows {unknown[0]} is unknown; choose of {', '.join(known)}")
+        raise UserError(f"--rows {unknown[0]}: unknown; choose from {', '.join(known)}")
     longest = max(row.steps for row in known.values())
     return {name: known[name].shortened(steps or longest, longest=longest) for name in names}
 
@@ -223,7 +217,7 @@ def _measure(
 ) -> TimeToLoss:
     shared, device = RECIPES[recipe], torch.device(RECIPES[recipe].device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--recipe {recipe} trains on a GPU and none is found here; give --recipe cpu")
+        raise UserError(f"--recipe {recipe}: needs a GPU, and none was found; give --recipe cpu")
     flags = {
         name: [
             *f"{_EVERY_RUN} {shared.flags} {row.flags}".split(),
@@ -232,12 +226,12 @@ def _measure(
         ]
         for name, row in rows.items()
     }
-    for own in flags.values():  # all of them, before the first is tried
-        parse_train(own)
-    before = torch.get_num_threads()
-    threads = threads or before
-    facts = machine_facts(device, threads)
-    found = TimeToLoss(command, recipe, shared.goal, 0, facts, {name: Trained(own) for name, own in flags.items()})
+    for row_flags in flags.values():  # all rows are checked before the first is trained
+        parse_train(row_flags)
+    default_threads = torch.get_num_threads()
+    threads = threads or default_threads
+    trained = {name: Trained(row_flags) for name, row_flags in flags.items()}
+    result = TimeToLoss(command, recipe, shared.goal, 0, machine_facts(device, threads), trained)
     try:
         torch.set_num_threads(threads)
         for name in rows:
@@ -248,17 +242,17 @@ def _measure(
                 curve = Curve(seed)
                 recorder = _Recorder(curve)
                 _run([*flags[name], f"--data={data}", f"--seed={seed}"], recorder)
-                found.val_tokens = recorder.val_tokens
-                found.rows[name].curves.append(curve)
-                said = f"{name}, seed {seed}: loss {curve.losses[-1]:.4f} after {curve.seconds[-1]:.1f} s of training"
-                print(said, file=sys.stderr, flush=True)
-            write_result(json, found.to_dict())  # a benchmark of an hour that is stopped leaves what it has
+                result.val_tokens = recorder.val_tokens
+                result.rows[name].curves.append(curve)
+                line = f"{name}, seed {seed}: loss {curve.losses[-1]:.4f} after {curve.seconds[-1]:.1f} s of training"
+                print(line, file=sys.stderr, flush=True)
+            write_result(json, result.to_dict())  # keep the finished seeds if a long measurement is interrupted
     finally:
-        torch.set_num_threads(before)
-    return found
+        torch.set_num_threads(default_threads)
+    return result
 
 
 def _run(flags: list[str], recorder: _Recorder) -> None:
     gc.collect()
     with tempfile.TemporaryDirectory(prefix="lightning-gpt-bench-") as folder:
-        train_unseen(parse_train([*flags, f"--out_dir={folder}"]), recorder)
+        train_silently(parse_train([*flags, f"--out_dir={folder}"]), recorder)

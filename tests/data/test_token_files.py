@@ -104,11 +104,9 @@ def test_prepare_splits_the_characters(text_file: str, tokenizer: str | None, na
     assert (files.train_bytes, files.val_bytes) == (len(TEXT[:cut].encode()), len(TEXT[cut:].encode()))
 
 
+@pytest.mark.usefixtures("gpt2_tables")
 def test_prepare_gpt2(text_file: str) -> None:
-    try:
-        files = prepare(text_file, tokenizer="gpt2", block_size=8)
-    except UserError as error:
-        pytest.skip(f"GPT-2's tables cannot be loaded here: {error}")
+    files = prepare(text_file, tokenizer="gpt2", block_size=8)
     assert files.vocab_size == 50257
     assert files.tokenizer.decode(files.tokens("train")) == TEXT[: int(0.9 * len(TEXT))]
 

@@ -180,6 +180,7 @@ def test_what_tokenizer_file_cannot_be(toy: Path, places: Path) -> None:
         keep_tables(ByteTokenizer(), str(toy))
 
 
+@pytest.mark.tables
 def test_gpt2_from_its_two_files(places: Path) -> None:
     for name in ("vocab.bpe", "encoder.json"):
         table = GPT2_TABLES / hashlib.sha1((GPT2_URL + name).encode()).hexdigest()

@@ -26,13 +26,8 @@ from lightning_gpt.tokenizers import (
 
 
 @pytest.fixture(scope="module")
-def gpt2() -> GPT2Tokenizer:
-    tokenizer = GPT2Tokenizer()
-    try:
-        tokenizer.encode("a")
-    except UserError as error:
-        pytest.skip(f"GPT-2's tables cannot be loaded here: {error}")
-    return tokenizer
+def gpt2(gpt2_tables) -> GPT2Tokenizer:
+    return GPT2Tokenizer()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,76 @@
+"""Parts shared by all benchmarks: checks of their options, facts about the machine, and the JSON file."""
+
+import contextlib
+import os
+import platform
+import statistics
+from collections.abc import Sequence
+from json import dumps
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+
+from lightning_gpt.config import UserError
+
+
+def require_positive(**counts: int | None) -> None:
+    """Check options that count something.
+
+    Args:
+        counts: Values by flag name; None for a flag that was not given.
+
+    Raises:
+        UserError: A value is below 1.
+    """
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: nothing to measure; give 1 or more")
+
+
+def require_writable(file: str | None, *, flag: str = "json") -> None:
+    """Check that the output file can be written, before anything is measured.
+
+    Args:
+        file: Path of the file, or None.
+        flag: Name of the flag that it came from.
+
+    Raises:
+        UserError: The path is a folder, or its folder is missing or read-only.
+    """
+    if file and (Path(file).is_dir() or not os.access(Path(file).resolve().parent, os.W_OK)):
+        raise UserError(f"--{flag} {file}: cannot be written; give a file in a writable folder")
+
+
+def write_result(json: str | None, result: dict[str, Any]) -> None:
+    """Write a result to the file that --json names, if any."""
+    if json:
+        Path(json).write_text(dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return the median, minimum and maximum of some measurements."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def machine_facts(device: torch.device, threads: int) -> dict[str, Any]:
+    """Return the hardware and versions that belong beside a number.
+
+    Args:
+        device: Where the benchmark computes.
+        threads: Number of torch threads.
+    """
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
+    return {
+        "hardware": f"{torch.cuda.get_device_name(device)} and {cpu}" if device.type == "cuda" else cpu,
+        "device": device.type,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": threads,
+        "torch": torch.__version__,
+        "lightning": lightning.__version__,
+        "python": platform.python_version(),
+    }
