@@ -270,8 +270,8 @@ def test_chargpt_is_a_text_by_characters(text_file, tiny_flags, tmp_path):
     assert score(tmp_path, "--checkpoint", tmp_path / "a")["bits_per_byte"] > 0
 
 
-def test_readme_shows_how_to_add_a_task(tmp_path, monkeypatch, capsys):
-    code, _, rest = (REPO / "README.md").read_text().partition("# my_task.py\n")[2].partition("```\n")
+def test_docs_show_how_to_add_a_task(tmp_path, monkeypatch, capsys):
+    code, _, rest = (REPO / "docs" / "extending.md").read_text().partition("# my_task.py\n")[2].partition("```\n")
     (tmp_path / "my_task.py").write_text(code)
     command = rest.partition("```bash\n")[2].partition("\n")[0].split()
     assert command[:2] == ["python", "train.py"]
