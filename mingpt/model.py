@@ -1,7 +1,7 @@
 """The minGPT language model: untied output head, tanh GELU, logits at every position."""
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -82,54 +82,6 @@ def _resolve(config: GPTConfig) -> GPTConfig:
     return replace(config, **sizes)
 
 
-@dataclass
-class Cache:
-    """Each layer's keys and values of the tokens that a batch has read, so that a next token is read by itself."""
-
-    capacity: int
-    """The most tokens that a row will have."""
-    lengths: torch.Tensor | None = None
-    """Tokens of each row (B,) where they differ: the first batch is then padded on the right, which no token sees."""
-    length: int = 0  # of the longest row
-    layers: list[torch.Tensor] = field(default_factory=list)  # keys above values: (B, 2 n_head, capacity, head_size)
-    mask: torch.Tensor | None = None  # what each row's next token sees (B, 1, 1, length), where rows differ
-
-    def extend(self, T: int, device: torch.device) -> torch.Tensor:
-        """Make room for the next T tokens of each row; return their positions, (T,), or (B, 1) where rows differ."""
-        read, self.length = self.length, self.length + T
-        if self.length > self.capacity or (read and T > 1):
-            raise ValueError(f"a cache that holds {read} of {self.capacity} tokens takes one more at a time, not {T}")
-        if self.lengths is None or read == 0:
-            return torch.arange(read, self.length, device=device)
-        self.lengths = self.lengths + 1
-        self.mask = (torch.arange(self.length, device=device) < self.lengths[:, None])[:, None, None]
-        return self.lengths[:, None] - 1
-
-    def append(self, layer: int, new: torch.Tensor) -> torch.Tensor:
-        """Keep a layer's new keys and values (B, 2 n_head, T, head_size), and return all that it has."""
-        if layer == len(self.layers):
-            self.layers.append(new.new_zeros(*new.shape[:2], self.capacity, new.size(3)))
-        kept = self.layers[layer]
-        if self.mask is None:
-            kept.narrow(2, self.length - new.size(2), new.size(2)).copy_(new)
-        else:
-            kept[torch.arange(len(new), device=new.device), :, self.lengths - 1] = new[:, :, 0]
-        return kept.narrow(2, 0, self.length)
-
-    def last(self, x: torch.Tensor) -> torch.Tensor:
-        """Each row's last token (B, 1, C) of what was just read (B, T, C)."""
-        if self.lengths is None or x.size(1) == 1:
-            return x[:, -1:]
-        return x[torch.arange(len(x), device=x.device), self.lengths - 1][:, None]
-
-    def keep(self, rows: list[int]) -> None:
-        """Forget all rows but these."""
-        self.layers = [kept[rows] for kept in self.layers]
-        if self.lengths is not None:
-            self.lengths = self.lengths[rows]
-            self.length = int(self.lengths.max())
-
-
 class CausalSelfAttention(nn.Module):
     """Multi-head self-attention in which a position sees only itself and earlier ones."""
 
@@ -160,24 +112,26 @@ class CausalSelfAttention(nn.Module):
         state_dict.pop(prefix + "bias", None)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def forward(self, x: torch.Tensor, cache: Cache | None = None, layer: int = 0, last: bool = False) -> torch.Tensor:
-        """Map (B, T, C) as Block does, each position reading itself and earlier ones, those in the cache too."""
+    def forward(self, x: torch.Tensor, cache: Any = None) -> torch.Tensor:
+        """Map (B, T, C) to (B, T, C); a cache adds the keys and values of earlier tokens."""
         B, T, C = x.shape
-        heads = self.c_attn(x).view(B, T, 3 * self.n_head, self.head_size).transpose(1, 2)
-        q, kv = heads.split((self.n_head, 2 * self.n_head), dim=1)  # (B, n_head, T, head_size), and keys above values
-        k, v = (kv if cache is None else cache.append(layer, kv)).chunk(2, dim=1)
-        mask = None if cache is None else cache.mask
-        if last:
-            q, T = q[:, :, -1:], 1
+        q, k, v = self.c_attn(x).view(B, T, 3 * self.n_head, C // self.n_head).transpose(1, 2).chunk(3, dim=1)
+        mask = None  # causal
+        if cache is not None:
+            k, v = cache.append(k, v)  # of all S tokens so far
+            mask = cache.mask  # (B, 1, 1, S) if rows differ in length
+        # q is (B, nh, T, hs), k and v are (B, nh, S, hs)
         if self.fused:
             p = self.attn_dropout.p if self.training else 0.0
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p, is_causal=mask is None and T > 1)
         else:
-            scores = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(self.head_size))  # (B, n_head, T, S)
-            S = k.size(2)
-            future = torch.ones(T, S, dtype=torch.bool, device=x.device).triu(1 + S - T) if mask is None else ~mask
-            y = self.attn_dropout(F.softmax(scores.masked_fill(future, -math.inf), dim=-1)) @ v
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+            att = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(k.size(-1)))  # (B, nh, T, S)
+            if mask is None:
+                mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)
+            att = self.attn_dropout(F.softmax(att.masked_fill(~mask, -math.inf), dim=-1))
+            y = att @ v  # (B, nh, T, hs)
+        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side
+        return self.resid_dropout(self.c_proj(y))
 
 
 class MLP(nn.Module):
@@ -210,10 +164,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, cache: Cache | None = None, layer: int = 0, last: bool = False) -> torch.Tensor:
-        """Map (B, T, C) to (B, T, C), or (B, 1, C) of the `last` position; with a cache, this block is its `layer`."""
-        y = self.attn(self.ln_1(x), cache, layer, last)
-        x = (x[:, -1:] if last else x) + y
+    def forward(self, x: torch.Tensor, cache: Any = None) -> torch.Tensor:
+        """Map (B, T, C) to (B, T, C)."""
+        x = x + self.attn(self.ln_1(x), cache)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -232,8 +185,6 @@ class GPT(nn.Module):
 
     # `apply(_init_weights)` sets every parameter, so the model can be built without memory and initialised later.
     initialises_by_apply = True
-    # `forward` with one reads what is new to it alone, and gives the logits of each row's last token.
-    new_cache = Cache
 
     @staticmethod
     def get_default_config() -> GPTConfig:
@@ -319,34 +270,35 @@ class GPT(nn.Module):
             nn.init.zeros_(module.bias)
 
     def forward(
-        self, idx: torch.Tensor, targets: torch.Tensor | None = None, *, cache: Cache | None = None
+        self, idx: torch.Tensor, targets: torch.Tensor | None = None, *, cache: Any = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Predict the next token at every position.
 
         Args:
-            idx: Token indices (B, T), T at most block_size.
-            targets: Next tokens (B, T); positions holding -1 are ignored.
-            cache: What the rows have read before idx, which is added to it; not while training.
+            idx: Token indices (B, T) int64, T at most block_size.
+            targets: Next tokens (B, T) int64; positions holding -1 are ignored.
+            cache: Keys and values of earlier tokens (lightning_gpt.implementations.cache), for generation only; `idx`
+                then holds only the new tokens.
 
         Returns:
-            Logits (B, T, vocab_size), and the mean cross entropy as a scalar or None without targets. With a cache, the
-            logits of each row's last token (B, 1, vocab_size).
+            Logits (B, T, vocab_size), or (B, 1, vocab_size) of each row's last token given a cache; and the mean cross
+            entropy, or None without targets.
 
         Raises:
-            ValueError: If T exceeds block_size, or what a cache takes.
+            ValueError: T exceeds block_size.
         """
         T = idx.size(1)
         if T > self.block_size:
             raise ValueError(f"sequence of length {T} is longer than block_size={self.block_size}")
+        # positions of the tokens, (T,), or (B, 1) if the cache's rows differ in length
         pos = torch.arange(T, device=idx.device) if cache is None else cache.extend(T, idx.device)
-        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))  # (B, T, C)
-        # With a cache each row's last position alone is read, in the last block, too, where rows end at the same one.
-        top = len(self.transformer.h) - 1 if cache is not None and cache.lengths is None else None
-        for layer, block in enumerate(self.transformer.h):
-            x = block(x) if cache is None else block(x, cache, layer, layer == top)
+        x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C)
+        x = self.transformer.drop(x)
+        for block in self.transformer.h:
+            x = block(x, cache)
         if cache is not None:
-            x = cache.last(x)
-        logits = self.lm_head(self.transformer.ln_f(x))
+            x = cache.last(x)  # (B, 1, C)
+        logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, vocab_size)
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.reshape(-1), ignore_index=-1)
@@ -384,12 +336,8 @@ class GPT(nn.Module):
             raise ValueError(f"temperature must be positive, got {temperature}; use do_sample=False for greedy")
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {top_k}")
-        cache = self.new_cache(min(idx.size(1) + max_new_tokens, self.block_size))
         for _ in range(max_new_tokens):
-            if idx.size(1) <= cache.capacity:
-                logits = self(idx[:, cache.length :], cache=cache)[0][:, -1]  # (B, vocab_size)
-            else:  # the window slides, and every token in it has another position
-                logits = self(idx[:, -self.block_size :])[0][:, -1]
+            logits = self(idx[:, -self.block_size :])[0][:, -1]  # (B, vocab_size)
             logits = logits[:, : self.config.vocab_size - self.config.vocab_padding]
             if do_sample:
                 logits = logits / temperature

@@ -1,21 +1,20 @@
 """A modern GPT: rotary positions, RMSNorm, normed queries and keys, squared ReLU, no biases, a soft-capped head.
 
-The parts, as far as the defaults go, are those of Karpathy's nanochat; the options come from the nanoGPT speed runs
-(Jordan et al., modded-nanogpt). Norms have no parameters.
+With the default options it is Karpathy's nanochat; the other options come from the nanoGPT speed runs (Jordan et al.,
+modded-nanogpt). Norms have no parameters.
 """
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 ROTARY_BASE = 10000.0
-# With windows, every so many layers one sees everything, and the last one does.
-WHOLE_EVERY = 4
-# Entries of an embedding by which a gate decides.
-GATE = 12
+FULL_EVERY = 4  # every fourth layer and the last one attend to all tokens despite `window`
+GATE_SIZE = 12  # number of embedding entries that the smear gate reads
 
 
 @dataclass
@@ -23,78 +22,29 @@ class GPTConfig:
     """Sizes and options of the model."""
 
     block_size: int = 1024
-    """Longest sequence the model can read."""
+    """Maximum sequence length."""
     vocab_size: int = 50304
     """Number of distinct tokens."""
     n_layer: int = 12
     """Number of transformer blocks."""
     n_head: int = 12
-    """Number of attention heads in each block."""
+    """Number of attention heads per block."""
     n_embd: int = 768
     """Width of the residual stream; an even multiple of n_head."""
     n_kv_head: int | None = None
     """Number of key and value heads, each shared by as many query heads; a divisor of n_head (default: n_head)."""
     window: int = 0
-    """Tokens that a layer sees, itself included; 0: all. Every fourth layer and the last one see all."""
+    """Tokens that a layer attends to, itself included; 0: all. Every fourth layer and the last attend to all."""
     bigram: int = 0
-    """Rows of a table of embeddings for pairs of tokens, which are added to those of single ones; 0: none."""
+    """Rows of an embedding table for pairs of adjacent tokens, added to the token embedding; 0: none."""
     smear: bool = False
-    """Whether each token's embedding takes in, or takes out, some of that of the token before it."""
+    """Whether a learned gate adds the previous token's embedding to each token's."""
     softcap: float = 15.0
-    """Logits are bent to stay between minus and plus this."""
+    """Logits are bounded to this magnitude by tanh."""
     dropout: float = 0.0
     """Dropout probability on embeddings, attention weights and residual branches."""
     vocab_padding: int = 0
-    """How many tokens at the end of the vocabulary are padding, which is never sampled."""
-
-
-@dataclass
-class Cache:
-    """What the layers and the pair embeddings need of the tokens that a batch has read, to read a next one alone."""
-
-    capacity: int
-    """The most tokens that a row will have."""
-    lengths: torch.Tensor | None = None
-    """Tokens of each row (B,) where they differ: the first batch is then padded on the right, which no token sees."""
-    length: int = 0  # of the longest row
-    layers: list[tuple[torch.Tensor, ...]] = field(default_factory=list)  # each (B, n_kv_head, capacity, head_size)
-    before: tuple[torch.Tensor, ...] | None = None  # each row's last token (B, 1), and its embedding (B, 1, C)
-
-    def extend(self, T: int, device: torch.device) -> torch.Tensor:
-        """Make room for the next T tokens of each row; return their positions, (T,), or (B, 1) where rows differ."""
-        read = self.length
-        if read + T > self.capacity or (read and T > 1):
-            raise ValueError(f"a cache that holds {read} of {self.capacity} tokens takes one more at a time, not {T}")
-        self.length += T
-        if self.lengths is None or read == 0:
-            return torch.arange(read, self.length, device=device)
-        self.lengths = self.lengths + 1
-        return self.lengths[:, None] - 1
-
-    def append(self, layer: int, *new: torch.Tensor) -> list[torch.Tensor]:
-        """Keep a layer's new keys and values, each (B, n_kv_head, T, head_size), and return all that it has."""
-        if layer == len(self.layers):
-            self.layers.append(tuple(x.new_zeros(*x.shape[:2], self.capacity, x.size(3)) for x in new))
-        for kept, x in zip(self.layers[layer], new, strict=True):
-            if self.lengths is None or x.size(2) > 1:
-                kept[:, :, self.length - x.size(2) : self.length] = x
-            else:
-                kept[torch.arange(len(x), device=x.device), :, self.lengths - 1] = x[:, :, 0]
-        return [kept[:, :, : self.length] for kept in self.layers[layer]]
-
-    def last(self, x: torch.Tensor) -> torch.Tensor:
-        """Each row's last entry (B, 1, ...) of what was just read (B, T, ...)."""
-        if self.lengths is None or x.size(1) == 1:
-            return x[:, -1:]
-        return x[torch.arange(len(x), device=x.device), self.lengths - 1][:, None]
-
-    def keep(self, rows: list[int]) -> None:
-        """Forget all rows but these."""
-        self.layers = [tuple(kept[rows] for kept in layer) for layer in self.layers]
-        self.before = tuple(x[rows] for x in self.before)
-        if self.lengths is not None:
-            self.lengths = self.lengths[rows]
-            self.length = int(self.lengths.max())
+    """Number of tokens at the end of the vocabulary that are padding and never sampled."""
 
 
 def norm(x: torch.Tensor) -> torch.Tensor:
@@ -102,37 +52,39 @@ def norm(x: torch.Tensor) -> torch.Tensor:
     return F.rms_norm(x, x.shape[-1:], eps=1e-6)
 
 
-def behind(x: torch.Tensor, before: torch.Tensor | None, *, nothing: int) -> torch.Tensor:
-    """What stands before each entry of x (B, T, ...): before the first one `before` (B, 1, ...), or nothing."""
-    first = torch.full_like(x[:, :1], nothing) if before is None else before
+def shift_right(x: torch.Tensor, *, fill: int, cache: Any = None) -> torch.Tensor:
+    """Shift x (B, T, ...) right by one along T, filling with the entry before x in the cache, or with `fill`."""
+    first = torch.full_like(x[:, :1], fill) if cache is None else cache.previous(x, fill=fill)
     return torch.cat((first, x[:, :-1]), dim=1)
 
 
-def rotations(positions: torch.Tensor, head_size: int) -> torch.Tensor:
-    """Cosines and sines of the angles of positions (T,) or (B, T) (Su et al., 2021): (2, [B, 1,] T, head_size / 2)."""
+def rotary(positions: torch.Tensor, head_size: int) -> torch.Tensor:
+    """Return cosines and sines of the rotary angles (Su et al., 2021) of positions (T,) or (B, T).
+
+    Returns:
+        (2, T, hs / 2) or (2, B, 1, T, hs / 2) of float32.
+    """
     exponents = torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float32) / head_size
     angles = positions[..., None] * ROTARY_BASE**-exponents
     angles = angles if positions.dim() == 1 else angles[:, None]
     return torch.stack((angles.cos(), angles.sin()))
 
 
-def rotate(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
-    """Turn each pair of entries of x (B, heads, T, head_size), one from each half, by its position's angle."""
-    cos, sin = turn
+def apply_rotary(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
+    """Rotate x (B, nh, T, hs) by each position's angles; pairs take one entry of each half."""
+    cos, sin = cos_sin
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1).type_as(x)
 
 
-def visible(positions: torch.Tensor, keys: int, window: int) -> torch.Tensor | None:
-    """Which of `keys` keys the tokens at positions (T,) or (B, 1) see, at most `window` back unless that is 0.
+def window_mask(positions: torch.Tensor, S: int, window: int) -> torch.Tensor:
+    """Return which of S keys the queries at positions (T,) or (B, 1) attend to: the latest `window` ones.
 
     Returns:
-        (T, keys) or (B, 1, 1, keys) of bool; None without a window where each sees all that are not after it.
+        (T, S) or (B, 1, 1, S) of bool.
     """
-    if positions.dim() == 1 and not window:
-        return None
-    age = positions[..., None] - torch.arange(keys, device=positions.device)
-    mask = (age >= 0) & (age < (window or keys))
+    distance = positions[..., None] - torch.arange(S, device=positions.device)
+    mask = (distance >= 0) & (distance < window)
     return mask if positions.dim() == 1 else mask[:, None]
 
 
@@ -152,22 +104,23 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.dropout
 
     def forward(
-        self,
-        x: torch.Tensor,
-        turn: torch.Tensor,
-        mask: torch.Tensor | None,
-        cache: Cache | None,
-        layer: int,
-        last: bool,
+        self, x: torch.Tensor, cos_sin: torch.Tensor, mask: torch.Tensor | None = None, cache: Any = None
     ) -> torch.Tensor:
-        """Map (B, T, C) as Block does."""
+        """Map (B, T, C) to (B, T, C).
+
+        Args:
+            x: Input (B, T, C).
+            cos_sin: See `rotary`.
+            mask: Keys to attend to, bool, broadcast to (B, nh, T, S); None for causal attention.
+            cache: Keys and values of earlier tokens.
+        """
         B, T, C = x.shape
-        q, k, v = (c(x).view(B, T, -1, self.head_size).transpose(1, 2) for c in (self.c_q, self.c_k, self.c_v))
-        q, k = norm(rotate(q, turn)), norm(rotate(k, turn))
+        q = self.c_q(x).view(B, T, -1, self.head_size).transpose(1, 2)  # (B, nh, T, hs)
+        k = self.c_k(x).view(B, T, -1, self.head_size).transpose(1, 2)  # (B, n_kv_head, T, hs)
+        v = self.c_v(x).view(B, T, -1, self.head_size).transpose(1, 2)
+        q, k = norm(apply_rotary(q, cos_sin)), norm(apply_rotary(k, cos_sin))
         if cache is not None:
-            k, v = cache.append(layer, k, v)
-        if last:
-            T, q, mask = 1, q[:, :, -1:], None if mask is None else mask[..., -1:, :]
+            k, v = cache.append(k, v)  # (B, n_kv_head, S, hs) of all S tokens so far
         y = F.scaled_dot_product_attention(
             q,
             k,
@@ -176,8 +129,8 @@ class CausalSelfAttention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=mask is None and T > 1,
             enable_gqa=k.size(1) < q.size(1),
-        )
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        )  # (B, nh, T, hs)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # heads side by side
 
 
 class MLP(nn.Module):
@@ -206,29 +159,10 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self,
-        x: torch.Tensor,
-        turn: torch.Tensor,
-        mask: torch.Tensor | None = None,
-        cache: Cache | None = None,
-        layer: int = 0,
-        last: bool = False,
+        self, x: torch.Tensor, cos_sin: torch.Tensor, mask: torch.Tensor | None = None, cache: Any = None
     ) -> torch.Tensor:
-        """Read the tokens of a batch.
-
-        Args:
-            x: (B, T, C).
-            turn: Rotation of each position, see `rotations`.
-            mask: Which keys each position sees, broadcast to (B, n_head, T, keys); None: itself and all earlier ones.
-            cache: What the rows have read before.
-            layer: Which layer of the cache this block is.
-            last: Compute the last position alone, which reads all others.
-
-        Returns:
-            (B, T, C), or (B, 1, C) of the last position.
-        """
-        y = self.dropout(self.attn(norm(x), turn, mask, cache, layer, last))
-        x = (x[:, -1:] if last else x) + y
+        """Map (B, T, C) to (B, T, C); see CausalSelfAttention."""
+        x = x + self.dropout(self.attn(norm(x), cos_sin, mask, cache))
         return x + self.dropout(self.mlp(norm(x)))
 
 
@@ -245,8 +179,6 @@ class GPT(nn.Module):
 
     # `apply(_init_weights)` sets every parameter, so the model can be built without memory and initialised later.
     initialises_by_apply = True
-    # `forward` with one reads what is new to it alone, and gives the logits of each row's last token.
-    new_cache = Cache
     # No weight belongs to a position.
     extends_context = True
 
@@ -288,7 +220,7 @@ class GPT(nn.Module):
         if config.bigram:
             self.transformer["bigram"] = nn.Embedding(config.bigram, config.n_embd)
         if config.smear:
-            self.transformer["smear"] = nn.Linear(min(GATE, config.n_embd), 1, bias=False)
+            self.transformer["smear"] = nn.Linear(min(GATE_SIZE, config.n_embd), 1, bias=False)
             self.transformer["smear"].is_output = True  # type: ignore[assignment]
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.is_output = True  # type: ignore[assignment]
@@ -305,59 +237,55 @@ class GPT(nn.Module):
             nn.init.uniform_(module.weight, -bound, bound)
 
     def forward(
-        self, idx: torch.Tensor, targets: torch.Tensor | None = None, *, cache: Cache | None = None
+        self, idx: torch.Tensor, targets: torch.Tensor | None = None, *, cache: Any = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Predict next tokens.
 
         Args:
-            idx: Token indices (B, T), T at most block_size.
-            targets: Next tokens (B, T); positions holding -1 are ignored.
-            cache: What the rows have read before idx, which is added to it; not while training.
+            idx: Token indices (B, T) int64, T at most block_size.
+            targets: Next tokens (B, T) int64; positions holding -1 are ignored.
+            cache: Keys and values of earlier tokens (lightning_gpt.implementations.cache), for generation only; `idx`
+                then holds only the new tokens.
 
         Returns:
-            With targets, logits (B, T, vocab_size) and the mean cross entropy as a scalar; without, the logits of each
-            row's last token (B, 1, vocab_size) and None.
+            With targets, logits (B, T, vocab_size) and the mean cross entropy; without, logits (B, 1, vocab_size) of
+            each row's last token and None. Logits are float32.
 
         Raises:
-            ValueError: If T exceeds block_size, or what a cache takes.
+            ValueError: T exceeds block_size.
         """
         T, config = idx.size(1), self.config
         if T > config.block_size:
             raise ValueError(f"sequence of length {T} is longer than block_size={config.block_size}")
+        # positions of the tokens, (T,), or (B, 1) if the cache's rows differ in length
         positions = torch.arange(T, device=idx.device) if cache is None else cache.extend(T, idx.device)
         x = self.transformer.drop(self._embed(idx, cache))  # (B, T, C)
-        turn = rotations(positions, config.n_embd // config.n_head)
-        keys = T if cache is None else cache.length
-        whole = visible(positions, keys, 0)
-        local = visible(positions, keys, config.window) if config.window else whole
-        # The head reads each row's last position alone, and so does the last block, where rows end at the same one.
-        ends_alike = targets is None and (cache is None or cache.lengths is None)
-        for layer, block in enumerate(self.transformer.h):
-            is_top = layer + 1 == config.n_layer
-            mask = whole if (layer + 1) % WHOLE_EVERY == 0 or is_top else local
-            last = is_top and ends_alike
-            x = block(x, turn, mask, last=last) if cache is None else block(x, turn, mask, cache, layer, last)
-        if targets is None:
-            x = x[:, -1:] if cache is None else cache.last(x)
-        logits = config.softcap * torch.tanh(self.lm_head(norm(x)).float() / config.softcap)
+        cos_sin = rotary(positions, config.n_embd // config.n_head)
+        full_mask = None if cache is None else cache.mask  # None: causal
+        local_mask = full_mask
+        if config.window:
+            local_mask = window_mask(positions, T if cache is None else cache.length, config.window)
+        for layer, block in enumerate(self.transformer.h, start=1):
+            is_full = layer % FULL_EVERY == 0 or layer == config.n_layer
+            x = block(x, cos_sin, full_mask if is_full else local_mask, cache)
+        if targets is None:  # the head reads only each row's last position
+            x = x[:, -1:] if cache is None else cache.last(x)  # (B, 1, C)
+        logits = self.lm_head(norm(x)).float()  # (B, T, vocab_size)
+        logits = config.softcap * torch.tanh(logits / config.softcap)
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.reshape(-1), ignore_index=-1)
 
-    def _embed(self, idx: torch.Tensor, cache: Cache | None) -> torch.Tensor:
-        """Embed tokens (B, T), and what they make with those before them, as (B, T, C)."""
+    def _embed(self, idx: torch.Tensor, cache: Any) -> torch.Tensor:
         config = self.config
-        token, embedding = (None, None) if cache is None or cache.before is None else cache.before
-        x = self.transformer.wte(idx)
+        x = self.transformer.wte(idx)  # (B, T, C)
         if config.bigram:
-            # No two share one of (tokens + 1) * tokens rows; the first ones are for what begins a text.
-            tokens = config.vocab_size - config.vocab_padding
-            pairs = (behind(idx, token, nothing=-1) + 1) * tokens + idx
+            # A pair's row is its number among (V + 1) * V pairs, modulo the table; -1 precedes a text's first token.
+            V = config.vocab_size - config.vocab_padding
+            pairs = (shift_right(idx, fill=-1, cache=cache) + 1) * V + idx  # (B, T)
             x = x + self.transformer.bigram(pairs % config.bigram)
         x = norm(x)
-        if cache is not None:
-            # Laid out alike after any number of tokens, lest a compiled model be compiled again for each layout.
-            cache.before = tuple(cache.last(read).clone(memory_format=torch.contiguous_format) for read in (idx, x))
         if config.smear:
-            x = x + torch.tanh(self.transformer.smear(x[..., :GATE])) * behind(x, embedding, nothing=0)
+            gate = torch.tanh(self.transformer.smear(x[..., :GATE_SIZE]))  # (B, T, 1)
+            x = x + gate * shift_right(x, fill=0, cache=cache)
         return x

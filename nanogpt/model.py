@@ -2,7 +2,7 @@
 
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -67,54 +67,6 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, 1e-5)
 
 
-@dataclass
-class Cache:
-    """Each layer's keys and values of the tokens that a batch has read, so that a next token is read by itself."""
-
-    capacity: int
-    """The most tokens that a row will have."""
-    lengths: torch.Tensor | None = None
-    """Tokens of each row (B,) where they differ: the first batch is then padded on the right, which no token sees."""
-    length: int = 0  # of the longest row
-    layers: list[torch.Tensor] = field(default_factory=list)  # keys above values: (B, 2 n_head, capacity, head_size)
-    mask: torch.Tensor | None = None  # what each row's next token sees (B, 1, 1, length), where rows differ
-
-    def extend(self, T: int, device: torch.device) -> torch.Tensor:
-        """Make room for the next T tokens of each row; return their positions, (T,), or (B, 1) where rows differ."""
-        read, self.length = self.length, self.length + T
-        if self.length > self.capacity or (read and T > 1):
-            raise ValueError(f"a cache that holds {read} of {self.capacity} tokens takes one more at a time, not {T}")
-        if self.lengths is None or read == 0:
-            return torch.arange(read, self.length, device=device)
-        self.lengths = self.lengths + 1
-        self.mask = (torch.arange(self.length, device=device) < self.lengths[:, None])[:, None, None]
-        return self.lengths[:, None] - 1
-
-    def append(self, layer: int, new: torch.Tensor) -> torch.Tensor:
-        """Keep a layer's new keys and values (B, 2 n_head, T, head_size), and return all that it has."""
-        if layer == len(self.layers):
-            self.layers.append(new.new_zeros(*new.shape[:2], self.capacity, new.size(3)))
-        kept = self.layers[layer]
-        if self.mask is None:
-            kept.narrow(2, self.length - new.size(2), new.size(2)).copy_(new)
-        else:
-            kept[torch.arange(len(new), device=new.device), :, self.lengths - 1] = new[:, :, 0]
-        return kept.narrow(2, 0, self.length)
-
-    def last(self, x: torch.Tensor) -> torch.Tensor:
-        """Each row's last token (B, 1, C) of what was just read (B, T, C)."""
-        if self.lengths is None or x.size(1) == 1:
-            return x[:, -1:]
-        return x[torch.arange(len(x), device=x.device), self.lengths - 1][:, None]
-
-    def keep(self, rows: list[int]) -> None:
-        """Forget all rows but these."""
-        self.layers = [kept[rows] for kept in self.layers]
-        if self.lengths is not None:
-            self.lengths = self.lengths[rows]
-            self.length = int(self.lengths.max())
-
-
 class CausalSelfAttention(nn.Module):
     """Multi-head self-attention in which a position sees only itself and earlier ones."""
 
@@ -139,31 +91,35 @@ class CausalSelfAttention(nn.Module):
         state_dict.pop(prefix + "bias", None)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def forward(
-        self, x: torch.Tensor, cache: Cache | None = None, layer: int = 0, bias: Any = None, last: bool = False
-    ) -> torch.Tensor:
-        """Map (B, T, C) as Block does, each position reading itself and earlier ones, those in the cache too."""
+    def forward(self, x: torch.Tensor, mask: Any = None, cache: Any = None) -> torch.Tensor:
+        """Map (B, T, C) to (B, T, C).
+
+        Args:
+            x: Input (B, T, C).
+            mask: What to use in place of the causal mask: keys to attend to (bool) or a bias of the scores (float),
+                broadcast to (B, nh, T, S), or a function of q, k and v that computes the attention.
+            cache: Keys and values of earlier tokens.
+        """
         B, T, C = x.shape
-        heads = self.c_attn(x).view(B, T, 3 * self.n_head, self.head_size).transpose(1, 2)
-        q, kv = heads.split((self.n_head, 2 * self.n_head), dim=1)  # (B, n_head, T, head_size), and keys above values
-        k, v = (kv if cache is None else cache.append(layer, kv)).chunk(2, dim=1)
-        mask = cache.mask if bias is None and cache is not None else bias
-        if last and T > 1:
-            T, q, mask = 1, q[:, :, -1:], None if mask is None else mask[:, :, -1:]
+        q, k, v = self.c_attn(x).view(B, T, 3 * self.n_head, C // self.n_head).transpose(1, 2).chunk(3, dim=1)
+        if cache is not None:
+            k, v = cache.append(k, v)  # of all S tokens so far
+        # q is (B, nh, T, hs), k and v are (B, nh, S, hs)
         if callable(mask):
             y = mask(q, k, v)
         elif self.fused:
             p = self.attn_dropout.p if self.training else 0.0
-            # The flash kernel takes no mask, which rows of different lengths have.
+            # The flash kernel takes no mask, so rows of different lengths are left to another one.
             with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if self.flash and mask is None else nullcontext():
                 y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p, is_causal=mask is None and T > 1)
         else:
-            scores = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(self.head_size))  # (B, n_head, T, S)
+            att = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(k.size(-1)))  # (B, nh, T, S)
             if mask is None:
                 mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)
-            scores = scores + mask if mask.is_floating_point() else scores.masked_fill(~mask, -math.inf)
-            y = self.attn_dropout(F.softmax(scores, dim=-1)) @ v
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+            att = att + mask if mask.is_floating_point() else att.masked_fill(~mask, -math.inf)
+            y = self.attn_dropout(F.softmax(att, dim=-1)) @ v  # (B, nh, T, hs)
+        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side
+        return self.resid_dropout(self.c_proj(y))
 
 
 class MLP(nn.Module):
@@ -194,12 +150,9 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd, config.bias)
         self.mlp = MLP(config)
 
-    def forward(
-        self, x: torch.Tensor, cache: Cache | None = None, layer: int = 0, bias: Any = None, last: bool = False
-    ) -> torch.Tensor:
-        """Map (B, T, C) to (B, T, C), or (B, 1, C) of the `last` position; `layer` is the cache's, `bias` ALiBi's."""
-        y = self.attn(self.ln_1(x), cache, layer, bias, last)
-        x = (x[:, -1:] if last else x) + y
+    def forward(self, x: torch.Tensor, mask: Any = None, cache: Any = None) -> torch.Tensor:
+        """Map (B, T, C) to (B, T, C); see CausalSelfAttention."""
+        x = x + self.attn(self.ln_1(x), mask, cache)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -218,8 +171,6 @@ class GPT(nn.Module):
 
     # `apply(_init_weights)` sets every parameter, so the model can be built without memory and initialised later.
     initialises_by_apply = True
-    # `forward` with one reads what is new to it alone, and gives the logits of each row's last token.
-    new_cache = Cache
 
     def __init__(self, config: GPTConfig) -> None:
         """Build and initialise the model; it keeps a copy of `config`. ValueError on what makes no sense together."""
@@ -332,52 +283,56 @@ class GPT(nn.Module):
         total = sum(p.numel() for p in self.parameters())
         return total - self.transformer.wpe.weight.numel() if non_embedding and not self.extends_context else total
 
-    def _alibi(self, x: torch.Tensor, pos: torch.Tensor, S: int, dtype: torch.dtype) -> Any:
-        # Made once for all layers, in the type that they attend in, lest each of them keep a copy.
-        config, slopes = self.config, alibi_slopes(self.config.n_head, x.device)
-        # FlexAttention has no dropout and no float64, is slow where its blocks of 128 tokens are not full.
-        fits = x.is_cuda and dtype.itemsize < 8 and config.n_embd // config.n_head >= 16 and S % 128 == 0
+    def _alibi(self, pos: torch.Tensor, S: int, dtype: torch.dtype) -> Any:
+        # Built once per forward and in the dtype of the attention, so that layers share one tensor.
+        config, slopes = self.config, alibi_slopes(self.config.n_head, pos.device)
+        # FlexAttention has neither dropout nor float64, and is slow unless S fills its blocks of 128 keys.
+        fits = pos.is_cuda and dtype.itemsize < 8 and config.n_embd // config.n_head >= 16 and S % 128 == 0
         if fits and config.attention == "sdpa" and pos.shape == (S,) and not (self.training and config.dropout):
             return flex_alibi(slopes, S)
         return alibi_bias(slopes, pos, S).to(dtype)
 
     def forward(
-        self, idx: torch.Tensor, targets: torch.Tensor | None = None, *, cache: Cache | None = None
+        self, idx: torch.Tensor, targets: torch.Tensor | None = None, *, cache: Any = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Predict next tokens.
 
         Args:
-            idx: Token indices (B, T), T at most block_size.
-            targets: Next tokens (B, T); positions holding -1 are ignored.
-            cache: What the rows have read before idx, which is added to it; not while training.
+            idx: Token indices (B, T) int64, T at most block_size.
+            targets: Next tokens (B, T) int64; positions holding -1 are ignored.
+            cache: Keys and values of earlier tokens (lightning_gpt.implementations.cache), for generation only; `idx`
+                then holds only the new tokens.
 
         Returns:
-            With targets, logits (B, T, vocab_size) and the mean cross entropy as a scalar; without, the logits of each
-            row's last token (B, 1, vocab_size) and None.
+            With targets, logits (B, T, vocab_size) and the mean cross entropy; without, logits (B, 1, vocab_size) of
+            each row's last token and None.
 
         Raises:
-            ValueError: If T exceeds block_size, or what a cache takes, or the model `refuses` the device.
+            ValueError: T exceeds block_size, or the model `refuses` the device or dtype.
         """
         T = idx.size(1)
         if T > self.config.block_size:
             raise ValueError(f"sequence of length {T} is longer than block_size={self.config.block_size}")
+        # positions of the tokens, (T,), or (B, 1) if the cache's rows differ in length
         pos = torch.arange(T, device=idx.device) if cache is None else cache.extend(T, idx.device)
         x = self.transformer.wte(idx)  # (B, T, C)
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         if refusal := self.refuses(device, dtype):
             raise ValueError(refusal[0])
-        bias = self._alibi(x, pos, cache.length if cache else T, dtype) if self.extends_context else None
-        x = self.transformer.drop(x if self.extends_context else x + self.transformer.wpe(pos))
-        # The head reads each row's last position alone, and so does the last block, where rows end at the same one.
-        whole = targets is not None or callable(bias) or (cache is not None and cache.lengths is not None)
-        top = None if whole else self.config.n_layer - 1
-        for layer, block in enumerate(self.transformer.h):
-            x = block(x, bias=bias, last=layer == top) if cache is None else block(x, cache, layer, bias, layer == top)
+        mask = None if cache is None else cache.mask  # (B, 1, 1, S) if rows differ in length
+        if self.extends_context:
+            mask = self._alibi(pos, T if cache is None else cache.length, dtype)  # (1 or B, nh, T, S), or a function
+        else:
+            x = x + self.transformer.wpe(pos)
+        x = self.transformer.drop(x)
+        for block in self.transformer.h:
+            x = block(x, mask, cache)
+        if targets is None:  # the head reads only each row's last position
+            x = x[:, -1:] if cache is None else cache.last(x)  # (B, 1, C)
+        logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, vocab_size)
         if targets is None:
-            x = x[:, -1:] if cache is None else cache.last(x)
-            return self.lm_head(self.transformer.ln_f(x)), None
-        logits = self.lm_head(self.transformer.ln_f(x))
+            return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.reshape(-1), ignore_index=-1)
 
     @torch.no_grad()
@@ -414,12 +369,8 @@ class GPT(nn.Module):
             raise ValueError(f"temperature must be positive, got {temperature}; use do_sample=False for greedy")
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {top_k}")
-        cache = self.new_cache(min(idx.size(1) + max_new_tokens, self.config.block_size))
         for _ in range(max_new_tokens):
-            if idx.size(1) <= cache.capacity:
-                logits = self(idx[:, cache.length :], cache=cache)[0][:, -1]  # (B, vocab_size)
-            else:  # the window slides, and every token in it has another position
-                logits = self(idx[:, -self.config.block_size :])[0][:, -1]
+            logits = self(idx[:, -self.config.block_size :])[0][:, -1]  # (B, vocab_size)
             logits = logits[:, : self.config.vocab_size - self.config.vocab_padding]
             if do_sample:
                 logits = logits / temperature

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_gpt.config import UserError
+from lightning_gpt.implementations.cache import accepts_cache
 
 # On an x86 CPU: the weights as constants, and each product by a kernel made for its shape; no other is tried beside it.
 FROZEN = {"freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP"}
@@ -87,10 +88,10 @@ def compile_step(model: nn.Module, *, setting: bool | str) -> Callable[..., Any]
     arguments = compile_arguments(setting)
     if arguments is None:
         return None
-    if not hasattr(model, "new_cache"):
+    if not accepts_cache(model):
         raise UserError(
-            f"--compile {setting}: what would be compiled is the reading of one token after a cache, and this"
-            f" {type(model).__name__} has no new_cache; leave --compile, or give the model one"
+            f"--compile {setting}: {type(model).__name__}.forward has no parameter `cache`, which a compiled step"
+            " needs; leave out --compile or add it"
         )
     compiled = torch.compile(model.forward, dynamic=True, **arguments)
     on_cpu = next(model.parameters()).device.type == "cpu"

@@ -1,44 +1,37 @@
-"""New tokens from any model, one at a time, for any number of prompts of any lengths.
-
-A model may offer ``new_cache(capacity, lengths=None)``, whose result ``cache`` has
-
-- ``forward(idx, cache=cache)``: reads idx (B, T) after what the rows have read before, and gives the logits of each
-  row's last token, (B, 1, V). First come the prompts, T tokens, of which ``lengths`` (B,) count where rows are padded
-  on the right; then one token of each row at a time, until a row has ``capacity`` of them;
-- ``cache.keep(rows)``: forgets all rows but these.
-
-A model without it reads all tokens of a row again for each new one.
-"""
+"""Generate tokens with any model, one at a time, for any number of prompts of any lengths."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-FEW_ROWS = range(6, 24)  # where MKL multiplies a weight with few columns sooner than few rows with a weight
+from lightning_gpt.implementations.cache import Cache, accepts_cache
+
+SWAPPED_ROWS = range(6, 24)  # the numbers of rows for which MKL computes W @ x.T faster than x @ W.T
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationSettings:
-    """How new tokens are chosen, and when they end.
+    """How new tokens are chosen, and when a row ends.
 
     Attributes:
-        max_new_tokens: How many of each row at most.
-        greedy: Take the likeliest token, draw none.
+        max_new_tokens: Maximum number of new tokens per row.
+        greedy: Take the likeliest token instead of drawing one.
         temperature: Divides the logits.
-        top_k: Draw among this many likeliest tokens (and those as likely as the last of them).
-        top_p: Draw among the likeliest tokens that together have this probability, at least one.
-        repetition_penalty: Divides the logits of tokens that are in the row already, and multiplies negative ones.
-        stop_tokens: End a row; they are no part of it.
-        seed: Row r draws from a generator of its own, seeded with ``seed + r``.
+        top_k: Draw among this many likeliest tokens (and any as likely as the last of them).
+        top_p: Draw among the fewest likeliest tokens whose probabilities add up to this.
+        repetition_penalty: Divides positive logits of tokens that the row already holds, and multiplies negative ones.
+        stop_tokens: Tokens that end a row; they are not added to it.
+        seed: Row r draws from its own generator, seeded with ``seed + r``.
 
     Raises:
-        ValueError: A number makes no sense.
+        ValueError: A value is out of range.
     """
 
     max_new_tokens: int
@@ -52,7 +45,9 @@ class GenerationSettings:
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}; use greedy for the likeliest")
+            raise ValueError(
+                f"temperature must be positive, got {self.temperature}; use greedy for the likeliest token"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {self.top_k}")
         if not 0 < self.top_p <= 1:
@@ -72,25 +67,25 @@ def generate_tokens(
     step: Callable[..., tuple[Tensor, Tensor | None]] | None = None,
     is_over: Callable[[int, int], bool] | None = None,
 ) -> Iterator[list[tuple[int, int]]]:
-    """Continues every prompt, in whichever mode (train or eval) the model is in.
+    """Continue every prompt, one token per step, leaving the model in its mode (train or eval).
 
-    What a row draws depends on the seed, its place and its own tokens, not on the rows beside it; the global random
-    state is left as it was. Rows longer than ``block_size`` are continued from their last ``block_size`` tokens, read
-    anew at each step since every one has then another position. All ranks of a sharded model call this together, with
-    the same prompts and settings.
+    A row's draws depend on the seed, its index and its own tokens, not on the other rows, and do not change the global
+    random state. A row longer than ``block_size`` is continued from its last ``block_size`` tokens; these are read in
+    full at each step, since their positions change. All ranks of a sharded model call this together, with the same
+    arguments.
 
     Args:
-        model: Any model; the parameters may be sharded.
-        prompts: Token ids of each row, one or more.
-        settings: How tokens are chosen.
-        block_size: The most tokens that the model reads.
-        vocab_size: How many tokens, from the first, may be chosen: the vocabulary without its padding.
-        device: Where the model computes.
-        step: Reads one token of each row after a cache in the model's place, such as what was compiled for that.
-        is_over: Is told of each row and its new token, and says whether the row ends with it.
+        model: Any model; its parameters may be sharded.
+        prompts: Token ids of each row.
+        settings: How tokens are chosen and when rows end.
+        block_size: Maximum number of tokens that the model reads.
+        vocab_size: Size of the vocabulary without padding; larger ids are never chosen.
+        device: Device of the model.
+        step: Called in place of the model for one-token steps, such as a compiled forward.
+        is_over: Called with each row and its new token; returns whether the row ends with it.
 
     Yields:
-        For each step the rows that have a new token, and that token: (row, token).
+        For each step, (row, token) of every row that has a new token.
 
     Raises:
         ValueError: A prompt is empty.
@@ -98,8 +93,11 @@ def generate_tokens(
     if not all(len(prompt) for prompt in prompts):
         raise ValueError("a prompt needs at least one token")
     texts = [list(map(int, prompt)) for prompt in prompts]
-    reader = _Reader(model, texts, block_size=block_size, room=settings.max_new_tokens, device=device, step=step)
-    linears = _linears(model, device) if step is None else []
+    max_new_tokens = settings.max_new_tokens
+    next_logits = NextLogits(
+        model, texts, block_size=block_size, max_new_tokens=max_new_tokens, device=device, step=step
+    )
+    linears = _swappable_linears(model, device) if step is None else []
     numbers = None if settings.greedy else _random_numbers(len(texts), settings)
     seen = None
     if settings.repetition_penalty != 1:
@@ -107,9 +105,9 @@ def generate_tokens(
         for row, text in enumerate(texts):
             seen[row, text] = True
     rows = list(range(len(texts)))
-    for number in range(settings.max_new_tokens):
-        with torch.no_grad(), _quick(linears, rows=len(rows)):
-            logits = reader.logits(rows)[:, :vocab_size].float()  # (R, V)
+    for number in range(max_new_tokens):
+        with torch.no_grad(), _swapped_products(linears, rows=len(rows)):
+            logits = next_logits.logits(rows)[:, :vocab_size].float()  # (R, V)
             if seen is not None:
                 logits = penalise(logits, seen[rows].to(device), penalty=settings.repetition_penalty)
             if numbers is None:
@@ -128,15 +126,15 @@ def generate_tokens(
 
 
 def penalise(logits: Tensor, seen: Tensor, *, penalty: float) -> Tensor:
-    """Makes tokens less likely that a row has already: logits (R, V), seen (R, V) bool.
+    """Make the tokens that a row already holds less likely: logits (R, V), seen (R, V) bool.
 
-    Keskar et al. 2019, "CTRL", section 4.1, with negative logits multiplied, as in Hugging Face's generation.
+    Keskar et al. 2019, "CTRL", section 4.1; except that negative logits are multiplied, as in Hugging Face's version.
     """
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def warp(logits: Tensor, settings: GenerationSettings) -> Tensor:
-    """Temperature, top_k and top_p, in this order, which is Hugging Face's; what is left out becomes -inf (R, V)."""
+    """Apply temperature, top_k and top_p to logits (R, V), in Hugging Face's order; excluded tokens become -inf."""
     logits = logits / settings.temperature
     if settings.top_k is not None:
         kept = torch.topk(logits, min(settings.top_k, logits.size(-1))).values
@@ -144,14 +142,14 @@ def warp(logits: Tensor, settings: GenerationSettings) -> Tensor:
     if settings.top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)
         probabilities = ordered.softmax(-1)
-        # The likelier ones are enough without it. Nothing is likelier than the first.
-        left_out = probabilities.cumsum(-1) - probabilities >= settings.top_p
-        logits = logits.masked_fill(left_out.scatter(-1, order, left_out), -math.inf)
+        # Exclude a token if the likelier ones already reach top_p; this never excludes the likeliest.
+        excluded = probabilities.cumsum(-1) - probabilities >= settings.top_p
+        logits = logits.masked_fill(excluded.scatter(-1, order, excluded), -math.inf)
     return logits
 
 
 def draw(logits: Tensor, numbers: Tensor) -> Tensor:
-    """The token of each row (R,) at which the summed probabilities pass a number in [0, 1): logits (R, V)."""
+    """Draw a token per row by inverse transform sampling: logits (R, V), numbers (R,) in [0, 1); tokens (R,)."""
     if logits.device.type == "mps":  # it has no float64, and float32 sums over a large vocabulary are too coarse
         logits = logits.cpu()
     sums = logits.softmax(-1, dtype=torch.float64).cumsum(-1)
@@ -160,17 +158,17 @@ def draw(logits: Tensor, numbers: Tensor) -> Tensor:
 
 
 def _random_numbers(rows: int, settings: GenerationSettings) -> Tensor:
-    """One number for each row and step, uniform in [0, 1), the same on every kind of device."""
+    """Return uniform numbers in [0, 1), (rows, max_new_tokens) float64: the same for every kind of device."""
     generators = [torch.Generator().manual_seed(settings.seed + row) for row in range(rows)]
     return torch.stack([torch.rand(settings.max_new_tokens, generator=g, dtype=torch.float64) for g in generators])
 
 
 @contextmanager
-def _quick(linears: Sequence[nn.Linear], *, rows: int) -> Iterator[None]:
-    """Lets Linear layers take the product of few rows the quicker way round, where there is one."""
-    swapped = linears if rows in FEW_ROWS else ()
-    for linear in swapped:  # past its slow setattr
-        linear.__dict__["forward"] = partial(_linear, linear)
+def _swapped_products(linears: Sequence[nn.Linear], *, rows: int) -> Iterator[None]:
+    """Let Linear layers compute W @ x.T, which MKL does faster than x @ W.T for few rows."""
+    swapped = linears if rows in SWAPPED_ROWS else ()
+    for linear in swapped:  # through __dict__, since nn.Module's setattr is slow
+        linear.__dict__["forward"] = partial(_swapped_linear, linear)
     try:
         yield
     finally:
@@ -178,16 +176,15 @@ def _quick(linears: Sequence[nn.Linear], *, rows: int) -> Iterator[None]:
             linear.__dict__.pop("forward", None)
 
 
-def _linears(model: nn.Module, device: torch.device) -> list[nn.Linear]:
-    """Those that have a quicker way round."""
+def _swappable_linears(model: nn.Module, device: torch.device) -> list[nn.Linear]:
     if torch.device(device).type != "cpu" or not torch.backends.mkl.is_available():
         return []
     return [m for m in model.modules() if type(m) is nn.Linear and "forward" not in m.__dict__]
 
 
-def _linear(linear: nn.Linear, x: Tensor) -> Tensor:
+def _swapped_linear(linear: nn.Linear, x: Tensor) -> Tensor:
     rows = x.shape[:-1].numel()
-    if rows not in FEW_ROWS or x.dtype != torch.float32:  # such as a prompt's
+    if rows not in SWAPPED_ROWS or x.dtype != torch.float32:  # for example, when a prompt is read
         return F.linear(x, linear.weight, linear.bias)
     y = linear.weight @ x.reshape(rows, -1).T
     if linear.bias is not None:
@@ -195,8 +192,20 @@ def _linear(linear: nn.Linear, x: Tensor) -> Tensor:
     return y.T.reshape(*x.shape[:-1], -1).contiguous()
 
 
-class _Reader:
-    """The logits that follow texts which grow at their ends."""
+class NextLogits:
+    """Compute the logits of the next token of growing texts, with a cache where the model accepts one.
+
+    Texts within ``block_size`` share one cache. Longer ones, and all texts of a model without a cache, are read in full
+    for each token, in groups of the same length, so that no padding is needed.
+
+    Args:
+        model: Any model.
+        texts: Token ids of each row; the caller appends the new tokens to them.
+        block_size: Maximum number of tokens that the model reads.
+        max_new_tokens: Number of tokens that a text grows by at most.
+        device: Device of the model.
+        step: Called in place of the model for one-token steps.
+    """
 
     def __init__(
         self,
@@ -204,7 +213,7 @@ class _Reader:
         texts: list[list[int]],
         *,
         block_size: int,
-        room: int,
+        max_new_tokens: int,
         device: torch.device,
         step: Callable[..., tuple[Tensor, Tensor | None]] | None,
     ) -> None:
@@ -212,46 +221,46 @@ class _Reader:
         self.step = step or model
         self.texts = texts
         self.block_size = block_size
-        self.room = room
+        self.max_new_tokens = max_new_tokens
         self.device = device
-        self.cache = None
-        self.cached: list[int] | None = None if hasattr(model, "new_cache") else []
+        self.has_cache = accepts_cache(model)
+        self.cache: Cache | None = None
+        self.cached_rows: list[int] = []
 
     def logits(self, rows: list[int]) -> Tensor:
-        """Of the next token of each of these rows, (R, V); rows that were left out once do not come back."""
-        groups: dict[int, list[int]] = {}  # by how many tokens are read; 0 for those that the cache knows
+        """Return the next token's logits of these rows, (R, V). A row that was left out once may not come back."""
+        groups: dict[int, list[int]] = {}  # rows by the number of tokens that are read in full; 0: with the cache
         for row in rows:
             length = len(self.texts[row])
-            is_cached = length <= self.block_size and (self.cached is None or row in self.cached)
+            fits = self.has_cache and length <= self.block_size
+            is_cached = fits and (self.cache is None or row in self.cached_rows)
             groups.setdefault(0 if is_cached else min(length, self.block_size), []).append(row)
-        parts = [self._new(group) if n == 0 else self._all(group, n) for n, group in groups.items()]
+        parts = [self._read_in_full(group, n) if n else self._read_cached(group) for n, group in groups.items()]
         if len(parts) == 1:
             return parts[0]
         order = [row for group in groups.values() for row in group]
         return torch.cat(parts)[[order.index(row) for row in rows]]
 
-    def _all(self, rows: list[int], n: int) -> Tensor:
-        """Reads the last n tokens of each row."""
+    def _read_in_full(self, rows: list[int], n: int) -> Tensor:
         return self.model(self._tensor([self.texts[row][-n:] for row in rows]))[0][:, -1]
 
-    def _new(self, rows: list[int]) -> Tensor:
-        """Reads what the cache has not."""
-        if self.cache is None:
+    def _read_cached(self, rows: list[int]) -> Tensor:
+        if self.cache is None:  # prefill: read the prompts, padded on the right
             lengths = [len(self.texts[row]) for row in rows]
             longest = max(lengths)
             idx = self._tensor([self.texts[row] + [0] * (longest - len(self.texts[row])) for row in rows])
-            # One more than are ever read: a compiled step would be compiled again for keys that fill their memory.
-            capacity = min(longest + self.room, self.block_size) + 1
-            self.cache = self.model.new_cache(capacity, self._tensor(lengths) if min(lengths) < longest else None)
-            read = self.model
+            # One more than needed: a compiled step would be recompiled when the keys fill their buffer.
+            capacity = min(longest + self.max_new_tokens, self.block_size) + 1
+            self.cache = Cache(capacity, self._tensor(lengths) if min(lengths) < longest else None)
+            read: Callable[..., tuple[Tensor, Tensor | None]] = self.model
         else:
-            if rows != self.cached:
-                self.cache.keep([self.cached.index(row) for row in rows])
+            if rows != self.cached_rows:
+                self.cache.keep([self.cached_rows.index(row) for row in rows])
             idx = self._tensor([self.texts[row][-1:] for row in rows])
-            # Or for a cache of one token: torch takes 0 and 1 for constants, where other lengths vary.
+            # The second token is read uncompiled: torch.compile specialises on a cache of length 1.
             read = self.step if max(len(self.texts[row]) for row in rows) > 2 else self.model
-        self.cached = rows
-        return read(idx, cache=self.cache)[0][:, -1]
+        self.cached_rows = rows
+        return self.cache.last(read(idx, cache=self.cache)[0])[:, 0]
 
-    def _tensor(self, values: list) -> Tensor:
+    def _tensor(self, values: list[Any]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.device)

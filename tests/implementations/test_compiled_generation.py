@@ -10,6 +10,7 @@ from torch._dynamo.utils import counters
 import sample
 from lightning_gpt import GPTModule
 from lightning_gpt.config import UserError
+from lightning_gpt.implementations.cache import Cache
 from lightning_gpt.implementations.compilation import compile_step
 from lightning_gpt.implementations.generation import GenerationSettings
 
@@ -96,7 +97,7 @@ def test_on_a_cpu_the_weights_are_part_of_the_code():
     weight = model.transformer.h[0].mlp.c_fc.weight
 
     def logits(read, *, factor=1.0):
-        cache = model.new_cache(SIZES["block_size"])
+        cache = Cache(SIZES["block_size"])
         model(idx, cache=cache)
         weight.data.mul_(factor)
         found = read(next_one, cache=cache)[0]
@@ -125,5 +126,7 @@ def test_sample_compiles_before_it_writes(tiny_run, capsys):
 
 def test_a_model_without_a_cache_is_refused():
     assert compile_step(nn.Linear(1, 1), setting=False) is None
-    with pytest.raises(UserError, match="--compile eager: .* this Linear has no new_cache; leave --compile"):
+    with pytest.raises(
+        UserError, match="--compile eager: Linear.forward has no parameter `cache`.*; leave out --compile"
+    ):
         compile_step(nn.Linear(1, 1), setting="eager")

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lightning_gpt import GPTModule
+from lightning_gpt.implementations.cache import Cache, accepts_cache
 from lightning_gpt.implementations.generation import GenerationSettings, draw, generate_tokens, penalise, warp
 from lightning_gpt.implementations.registry import get_implementation
 
@@ -77,15 +78,15 @@ def original(model, prompt, steps, *, vocab_size=VOCAB):
     return text[len(prompt) :]
 
 
-def test_last_block_computes_no_more_than_the_head_reads(model):
+def test_head_reads_only_the_last_position(model):
     idx, read = torch.tensor(prompts_of([BLOCK, BLOCK])), []
-    watch = model.transformer.h[-1].mlp.register_forward_hook(lambda mlp, args, y: read.append(y.size(1)))
+    hook = model.lm_head.register_forward_hook(lambda head, args, y: read.append(y.size(1)))
     with torch.no_grad():
-        logits = model(idx, cache=model.new_cache(BLOCK))[0]
-        whole = model(idx, idx)[0]
-    watch.remove()
+        logits = model(idx, cache=Cache(BLOCK))[0]
+        all_logits = model(idx, idx)[0]
+    hook.remove()
     assert read == [1, BLOCK]
-    torch.testing.assert_close(logits, whole[:, -1:], rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(logits, all_logits[:, -1:], rtol=1e-5, atol=1e-4)
 
 
 LENGTHS = [[1], [5], [BLOCK], [BLOCK + 5], [4, 4, 4], [2] * 7, [1, 7, 3], [1, BLOCK, BLOCK - 1, BLOCK + 9, 5, 5]]
@@ -108,33 +109,53 @@ def test_the_models_own_generate_is_the_originals_too(model):
 
 
 @pytest.mark.parametrize("lengths", [[6, 6], [2, 6, 4]], ids=str)
-def test_cached_logits_are_those_of_a_full_forward(model, lengths):
+def test_cached_logits_equal_those_of_a_full_forward(model, lengths):
     texts = prompts_of(lengths)
-    uneven = None if min(lengths) == max(lengths) else torch.tensor(lengths)
-    cache = model.new_cache(BLOCK, uneven)
+    cache = Cache(BLOCK, None if min(lengths) == max(lengths) else torch.tensor(lengths))
     idx = torch.tensor([text + [VOCAB - 1] * (6 - len(text)) for text in texts])
     for step in range(BLOCK - 6 + 1):
         with torch.no_grad():
             logits = model(idx, cache=cache)[0]
             assert logits.shape == (len(texts), 1, VOCAB)
             for row, text in enumerate(texts):
-                torch.testing.assert_close(logits[row, 0], model(torch.tensor([text]))[0][0, -1], atol=1e-5, rtol=0)
-        if step == 2:  # rows that have ended are forgotten
+                torch.testing.assert_close(logits[row, 0], model(torch.tensor([text]))[0][0, -1], atol=1e-5, rtol=1e-5)
+        if step == 2:  # drop the rows that have ended
             cache.keep([1])
             texts = texts[1:2]
         texts = [[*text, (7 * step + row) % VOCAB] for row, text in enumerate(texts)]
         idx = torch.tensor([text[-1:] for text in texts])
-    with pytest.raises(ValueError, match="one more at a time"):
-        model(torch.tensor([[1, 2]]), cache=cache)
+    with pytest.raises(ValueError, match=f"holds {BLOCK} of {BLOCK} tokens"):
+        model(idx, cache=cache)
 
 
-def test_a_cached_step_reads_one_token_of_each_row(model, monkeypatch):
-    read = []
-    monkeypatch.setattr(
-        model, "forward", lambda idx, **k: (read.append(tuple(idx.shape)), type(model).forward(model, idx, **k))[1]
-    )
-    rows(model, prompts_of([5, 2, 5]), GenerationSettings(max_new_tokens=4, greedy=True))
-    assert read == [(3, 5), (3, 1), (3, 1), (3, 1)]
+def test_cache_takes_one_token_at_a_time_after_the_prompt(model):
+    cache = Cache(BLOCK)
+    model(torch.tensor([[1, 2]]), cache=cache)
+    with pytest.raises(ValueError, match="one token at a time, not 2"):
+        model(torch.tensor([[3, 4]]), cache=cache)
+    assert cache.length == 2
+
+
+def test_cache_is_used_only_by_a_model_that_accepts_one(model):
+    assert accepts_cache(model)
+    assert not accepts_cache(Plain(model))
+
+
+class Cached(Plain):
+    """The same for a model that accepts a cache."""
+
+    def forward(self, idx, targets=None, *, cache=None):
+        self.read.append(tuple(idx.shape))
+        return self.model(idx, targets, cache=cache)
+
+
+@pytest.mark.parametrize("lengths", [[5, 5], [5, 2, 4]], ids=str)
+def test_a_cached_step_reads_one_token_of_each_row(model, lengths):
+    prompts, settings = prompts_of(lengths), GenerationSettings(max_new_tokens=4, greedy=True)
+    reader = Cached(model)
+    assert rows(reader, prompts, settings) == [original(model, prompt, 4) for prompt in prompts]
+    B = len(lengths)
+    assert reader.read == [(B, 5), (B, 1), (B, 1), (B, 1)]
 
 
 def test_a_model_of_ones_own_is_read_again_without_padding(model):

@@ -14,6 +14,7 @@ from lightning_gpt import NanoGPT
 from lightning_gpt.checkpoint import find_checkpoint, open_checkpoint
 from lightning_gpt.cli import parse_evaluate
 from lightning_gpt.evaluation.evaluate import evaluate as score
+from lightning_gpt.implementations.cache import Cache
 from nanogpt.alibi import alibi_bias, alibi_slopes, flex_alibi
 from nanogpt.model import GPT, CausalSelfAttention, GPTConfig
 
@@ -130,13 +131,13 @@ def test_flex_attention_is_compiled_once_inside_and_outside_of_blocks():
     slopes, T = alibi_slopes(6), 128
     attend = model_of(position="alibi").transformer.h[0].attn
     x = torch.randn(2, T, C)
-    expected = attend(x, bias=alibi_bias(slopes, torch.arange(T), T)).detach()
+    expected = attend(x, mask=alibi_bias(slopes, torch.arange(T), T)).detach()
     compiled = torch.compile(attend)
     with torch.no_grad():
         for call in (attend, compiled):
-            torch.testing.assert_close(call(x, bias=flex_alibi(slopes, T)), expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(call(x, mask=flex_alibi(slopes, T)), expected, rtol=1e-5, atol=1e-5)
             with torch.compiler.set_stance("fail_on_recompile"):
-                call(x, bias=flex_alibi(alibi_slopes(6), T))
+                call(x, mask=flex_alibi(alibi_slopes(6), T))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -366,7 +367,7 @@ def test_a_cached_step_of_flash_is_one_query_that_sees_all(monkeypatch):
         found = []
         for attention in ("flash", "manual"):
             model = model_of(attention=attention)
-            cache = model.new_cache(S, lengths)
+            cache = Cache(S, lengths)
             with torch.no_grad():
                 found.append([model(idx, cache=cache)[0] for idx in (tokens(4), tokens(1), tokens(1))])
         torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
@@ -390,7 +391,7 @@ def test_half_precision_on_a_gpu_is_near_the_formula(fields):
     for model, half in ((exact, False), (quick, True)):
         with torch.autocast("cuda", dtype=torch.bfloat16, enabled=half):
             logits, loss = model(idx, idx.roll(1, 0))
-            cache = model.new_cache(256)
+            cache = Cache(256)
             steps = [model(part, cache=cache)[0].float() for part in (idx[:, :100], idx[:, 100:101], idx[:, 101:102])]
         loss.backward()
         gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
