@@ -10,6 +10,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lightning_gpt.options import (
+    Beta,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+    Seed,
+)
+
 
 class UserError(ValueError):
     """Something a user can put right: shown as one line, exit code 2, without a traceback."""
@@ -33,7 +44,7 @@ class ModelOptions:
     model_type: str | None = None
     """a preset of sizes, gpt-nano to gpt2-4xl; single sizes given beside it replace the preset's (default: gpt-micro
     unless all of n_layer, n_head and n_embd are given)"""
-    block_size: int = 64
+    block_size: PositiveInt = 64
     """context length in tokens"""
     pad_vocab: bool = False
     """round the vocabulary up to a multiple of 64, which GPUs multiply faster; the padding is never sampled"""
@@ -54,9 +65,9 @@ class DataOptions:
     tokenizer_file: str | None = None
     """tables of gpt2 (a folder with vocab.bpe and encoder.json) or of another tiktoken encoding (its .tiktoken file),
     for use without a network; checked, and kept in the cache for later runs"""
-    batch_size: int = 12
+    batch_size: PositiveInt = 12
     """sequences per device and micro-batch"""
-    num_workers: int = 0
+    num_workers: NonNegativeInt = 0
     """worker processes that read batches; 0 reads in the training process, which is fastest for memory-mapped tokens"""
 
 
@@ -66,28 +77,26 @@ class OptimOptions:
 
     optimizer: str = "adamw"
     """adamw, or muon, which trains the matrices inside of blocks by orthogonalised momentum, and all else by AdamW"""
-    learning_rate: float = 1e-3
+    learning_rate: PositiveFloat = 1e-3
     """peak learning rate"""
-    muon_learning_rate: float | None = None
-    """muon's peak learning rate for the matrices, which rises and falls as learning_rate does (default: 0.02)"""
-    min_learning_rate: float | None = None
+    min_learning_rate: NonNegativeFloat | None = None
     """learning rate at the end of the schedule (default: a tenth of learning_rate)"""
-    warmup_steps: int | None = None
+    warmup_steps: NonNegativeInt | None = None
     """optimizer steps of linear warm-up (default: a tenth of the schedule, at most 100)"""
-    lr_decay_steps: int | None = None
+    lr_decay_steps: PositiveInt | None = None
     """optimizer step at which the cosine ends (default: the last step of the budget)"""
-    weight_decay: float = 0.1
+    weight_decay: NonNegativeFloat = 0.1
     """decoupled weight decay, on the parameters that the implementation decays: a step takes this times the learning
     rate of a parameter away"""
-    beta1: float = 0.9
+    beta1: Beta = 0.9
     """AdamW's decay of the gradient mean"""
-    beta2: float = 0.95
+    beta2: Beta = 0.95
     """AdamW's decay of the squared gradient"""
-    gradient_clip_val: float = 1.0
+    gradient_clip_val: NonNegativeFloat = 1.0
     """clip the norm of the whole gradient to this; 0 turns clipping off"""
-    accumulate_grad_batches: int | None = None
+    accumulate_grad_batches: PositiveInt | None = None
     """micro-batches per optimizer step (also --grad_accum; default: 1, or what --global_batch_tokens makes)"""
-    global_batch_tokens: int | None = None
+    global_batch_tokens: PositiveInt | None = None
     """tokens per optimizer step over all devices, from which accumulate_grad_batches then follows: the same schedule on
     any number of devices"""
 
@@ -106,7 +115,7 @@ class TrainerOptions:
     """how many devices a node, or a list such as 0,2"""
     gpus: int | None = None
     """short for --accelerator gpu --devices N"""
-    num_nodes: int = 1
+    num_nodes: PositiveInt = 1
     """how many machines; torchrun sets it by itself"""
     precision: int | str = 32
     """16, bf16, 32, or one of Lightning's own names such as bf16-true"""
@@ -115,17 +124,17 @@ class TrainerOptions:
     max-autotune"""
     recompute: bool = False
     """keep only each block's input, and compute its activations again in the backward pass: less memory, more time"""
-    max_steps: int | None = None
+    max_steps: PositiveInt | None = None
     """budget in optimizer steps (default: 1000, where no other budget is given)"""
-    max_tokens: int | None = None
+    max_tokens: PositiveInt | None = None
     """budget in tokens, rounded up to whole steps"""
-    max_epochs: float | None = None
+    max_epochs: PositiveFloat | None = None
     """budget in passes over the training text, rounded up to whole steps"""
-    eval_interval: int = 250
+    eval_interval: PositiveInt = 250
     """optimizer steps between validations; every validation saves checkpoints/last, the best one checkpoints/best"""
-    eval_batches: int = 200
+    eval_batches: NonNegativeInt = 200
     """validate on the first this many batches of the validation split; 0 takes the whole split"""
-    log_every_n_steps: int = 10
+    log_every_n_steps: PositiveInt = 10
     """optimizer steps between two lines in the log"""
     trainer: dict[str, Any] = field(default_factory=dict)
     """any other option of lightning.Trainer, as --trainer.NAME VALUE"""
@@ -150,13 +159,13 @@ class RunOptions:
     """do not train the token embeddings; where the head is tied to them, that is not trained either"""
     trust_checkpoint: bool = False
     """let a checkpoint that another made run the code that it may hold"""
-    seed: int = 1337
+    seed: Seed = 1337
     """seed of the weights, the order of the samples, and dropout"""
     logger: str = "tensorboard"
     """tensorboard, csv, wandb or none"""
     prompt: str = "\n"
     """what the sample at the end continues (default: a newline; for a task, a question of its validation split)"""
-    sample_tokens: int | None = None
+    sample_tokens: NonNegativeInt | None = None
     """length of that sample in tokens; 0 for none (default: 200; for a task, its answer)"""
     dry_run: bool = False
     """check everything, say what the run would need in memory and compute, and stop; the devices need not be here"""
@@ -173,14 +182,14 @@ class EvaluateOptions:
     """best or last, where checkpoint is a run folder"""
     data: str | None = None
     """text or token files, as for train.py (default: what the run was trained on)"""
-    batch_size: int = 32
+    batch_size: PositiveInt = 32
     """sequences per device and batch"""
-    eval_batches: int = 0
+    eval_batches: NonNegativeInt = 0
     """score the first this many batches of the validation split; 0 takes the whole split"""
-    block_size: int | None = None
+    block_size: PositiveInt | None = None
     """context length in tokens; beyond the one of the training only for a model whose positions go on (default: that
     of the training)"""
-    stride: int | None = None
+    stride: PositiveInt | None = None
     """windows of block_size tokens start this many tokens apart, and each token is scored where it has the most
     context (default: block_size, windows side by side)"""
     lm_eval: str | None = None
@@ -197,7 +206,7 @@ class EvaluateOptions:
     """how many devices a node"""
     gpus: int | None = None
     """short for --accelerator gpu --devices N"""
-    num_nodes: int = 1
+    num_nodes: PositiveInt = 1
     """how many machines; torchrun sets it by itself"""
     precision: int | str = 32
     """16, bf16, 32, or one of Lightning's own names"""
@@ -228,25 +237,25 @@ class SampleOptions:
     """a file whose text, to its last character, is the prompt; - for stdin"""
     interactive: bool = False
     """continue each line that is typed; Ctrl-D ends"""
-    num_samples: int = 1
+    num_samples: PositiveInt = 1
     """how many texts to write, together"""
-    max_new_tokens: int = 500
+    max_new_tokens: NonNegativeInt = 500
     """length of each in tokens"""
     stop: list[str] = field(default_factory=list)
     """end a text before this string; may be given several times"""
     greedy: bool = False
     """take the likeliest token each time, draw none"""
-    temperature: float = 1.0
+    temperature: PositiveFloat = 1.0
     """below 1 is more careful, above 1 more daring"""
-    top_k: int | None = None
+    top_k: PositiveInt | None = None
     """draw from the k likeliest tokens only"""
-    top_p: float = 1.0
+    top_p: Probability = 1.0
     """draw from the likeliest tokens that together have this probability only"""
-    repetition_penalty: float = 1.0
+    repetition_penalty: PositiveFloat = 1.0
     """above 1 makes tokens less likely that the text has already"""
     stream: bool = False
     """write each token when it is there"""
-    seed: int = 1337
+    seed: Seed = 1337
     """seed of the draw; the second text has the next one, and so on"""
     accelerator: str = "auto"
     """auto, cpu or gpu"""
@@ -284,11 +293,11 @@ class PrepareOptions:
     """as for train.py (default: gpt2; char for shakespeare_char)"""
     tokenizer_file: str | None = None
     """as for train.py"""
-    val_fraction: float | None = None
+    val_fraction: Fraction | None = None
     """share of the text, or chance of a document, to be for validation (default: 0.1; 0.0005 for openwebtext)"""
-    seed: int = 2357
+    seed: Seed = 2357
     """seed of the draw of documents"""
-    workers: int | None = None
+    workers: PositiveInt | None = None
     """threads that tokenize, which does not change the tokens (default: one per processor core)"""
     field: str = "text"
     """the field of a JSON row, or the column of a Parquet file, that holds the text"""
@@ -394,7 +403,18 @@ class TimeToLossOptions:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One resolved training run: the option groups, and the fields of the model's own config and of the task."""
+    """One resolved training run.
+
+    Attributes:
+        model: Options of the group.
+        data: Options of the group.
+        optim: Options of the group.
+        trainer: Options of the group.
+        run: Options of the group.
+        model_fields: Fields of the model's own config.
+        optimizer_fields: Own options of all optimizers; None for those not given.
+        task_fields: Fields of the task.
+    """
 
     model: ModelOptions
     data: DataOptions
@@ -402,19 +422,17 @@ class TrainConfig:
     trainer: TrainerOptions
     run: RunOptions
     model_fields: dict[str, Any]
+    optimizer_fields: dict[str, Any] = field(default_factory=dict)
     task_fields: dict[str, Any] = field(default_factory=dict)
 
     def flat(self) -> dict[str, Any]:
-        """The run as one flat mapping, the form of ``config.yaml``."""
+        """Return all values in one flat mapping, the content of ``config.yaml``."""
         groups = (self.model, self.data, self.optim, self.trainer, self.run)
-        return (
-            {k: v for group in groups for k, v in dataclasses.asdict(group).items()}
-            | self.model_fields
-            | self.task_fields
-        )
+        flat = {name: value for group in groups for name, value in dataclasses.asdict(group).items()}
+        return flat | self.optimizer_fields | self.model_fields | self.task_fields
 
 
-# Of each group, which fixes one thing, at most one may be given; it takes the place of an earlier layer's.
+# Options that fix the same thing, of which one may be given; it replaces the one of an earlier layer.
 EXCLUSIVE = (("max_steps", "max_tokens", "max_epochs"), ("accumulate_grad_batches", "global_batch_tokens"))
-# Each names the weights' shapes; a checkpoint decides them when training resumes.
+# Sizes that determine the shapes of the weights. When a run is resumed the checkpoint decides them.
 SIZES = ("n_layer", "n_head", "n_embd")

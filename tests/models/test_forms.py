@@ -20,7 +20,7 @@ from lightning_gpt.models import (
     MinGPT,
     NanoGPT,
 )
-from lightning_gpt.optim import deepspeed_adam
+from lightning_gpt.optim.adamw import deepspeed_adam
 from lightning_gpt.strategies import ALIASES, STRATEGIES
 
 SIZES = dict(vocab_size=10, block_size=8, model_type=None, n_layer=2, n_head=2, n_embd=16)

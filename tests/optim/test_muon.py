@@ -128,7 +128,7 @@ def grads_of(step: int, name: str, shape: torch.Size) -> torch.Tensor:
 @pytest.mark.parametrize("cls", [MinGPT, NanoGPT])
 def test_it_is_torchs_muon_over_separate_matrices(cls, together, monkeypatch):
     """torch's own, in float32, over query, key and value apart, and torch's AdamW beside it."""
-    monkeypatch.setattr(muon, "_TOGETHER", together)
+    monkeypatch.setattr(muon, "_BATCH_ELEMENTS", together)
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)  # the type that torch's computes in
     module = cls(**SIZES, optimizer="muon", weight_decay=0.3, learning_rate=1e-2, warmup_steps=2, decay_steps=6)
     configured = module.configure_optimizers()

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from lightning_gpt.config import TrainerOptions, UserError
-from lightning_gpt.models import FORMS
+from lightning_gpt.models import FORMS, GPTModule
 from lightning_gpt.planning import Plan, flops_per_token, plan
 from lightning_gpt.strategies import STRATEGIES, device_arguments
 from lightning_gpt.strategies.memory import MemoryRules
@@ -56,9 +56,7 @@ class Case:
 
 def _plan(case: Case, *, fields: dict[str, int | float] | None = None, **changes) -> Plan:
     fields = case.fields | (fields or {})
-    module = FORMS["fsdp"](
-        case.implementation, model_config=fields, optimizer=case.optimizer
-    )  # a form that holds no memory
+    module = GPTModule.without_memory(case.implementation, model_config=fields, optimizer=case.optimizer)
     given = {
         "rules": case.rules,
         "world_size": case.ranks,
@@ -192,7 +190,7 @@ def test_model_that_looks_at_values_is_refused_in_one_line(tmp_path, monkeypatch
         "        loss = self.wte(idx).sum()\n        print(loss.item())\n        return loss, loss\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    module = FORMS["plain"]("nosy:Nosy", model_config={"vocab_size": 8, "block_size": 8})
+    module = GPTModule("nosy:Nosy", model_config={"vocab_size": 8, "block_size": 8})
     with pytest.raises(UserError, match="--dry_run cannot run --implementation nosy:Nosy") as caught:
         plan(
             module,
@@ -240,7 +238,7 @@ def measure(case: Case, out: Path) -> None:
     tokens = torch.randint(0, SIZES["vocab_size"], (3 * case.accumulate * case.ranks * BATCH_SIZE, SIZES["block_size"]))
     data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(tokens, tokens), batch_size=BATCH_SIZE)
     # The math libraries keep buffers from their first call on, which are no part of a plan.
-    first = FORMS["plain"](case.implementation, model_config=case.fields | {"n_layer": 1}, recompute=case.recompute)
+    first = GPTModule(case.implementation, model_config=case.fields | {"n_layer": 1}, recompute=case.recompute)
     mixed = case.precision == "bf16-mixed"
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
         loss = first(tokens[:BATCH_SIZE], tokens[:BATCH_SIZE])[1]

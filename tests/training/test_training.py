@@ -19,7 +19,7 @@ import evaluate
 import sample
 import train
 from lightning_gpt import MinGPT, NanoGPT
-from lightning_gpt.optim import warmup_cosine
+from lightning_gpt.optim.schedule import warmup_cosine
 
 REPO = Path(__file__).parents[2]
 SIZES = ["--n_layer", "1", "--n_head", "2", "--n_embd", "16", "--block_size", "8", "--batch_size", "4"]
