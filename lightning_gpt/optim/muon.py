@@ -51,12 +51,12 @@ class Muon(torch.optim.Optimizer):
         rest = [group for group in groups if "parts" not in group]
         hidden = [group | {"lr": muon_learning_rate, "momentum": _MOMENTUM} for group in groups if "parts" in group]
         # AdamW refuses an empty list, which remains if everything else is frozen.
-        adamw_groups: list[Any] = rest or [torch.empty(0)]
+        adamw_groups = rest or [{"params": [torch.empty(0)]}]
         self._adamw = torch.optim.AdamW(adamw_groups, lr=learning_rate, betas=(betas[0], betas[1]), fused=True)
         super().__init__([*rest, *hidden], {"lr": learning_rate, "fused": True})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one optimizer step and return the loss of ``closure``, which computes the gradients first."""
         loss = None
         if closure is not None:
