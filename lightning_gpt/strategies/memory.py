@@ -149,16 +149,16 @@ class Replicated(MemoryRules):
     """Everything on every rank.
 
     Attributes:
-        bucketed: Gradients live in communication buckets, and so from step to step (DDP).
+        bucketed: Whether gradients live in communication buckets, which persist between steps (DDP).
     """
 
     bucketed: bool = False
 
     def memory(self, trace: StepTrace, *, ranks: int) -> Memory:
-        """Weights, gradients and the optimizer's state: with Adam (1 + 1 + 2) times the parameters."""
+        """Return weights, gradients and optimizer state: with Adam (1 + 1 + 2) times the parameters."""
         weights = gradients = trace.total * trace.weight_bytes
         keeps = self.bucketed or trace.accumulate > 1
-        # Without buckets the last step's gradients live through the forward pass, then are freed and made again.
+        # Without buckets the last step's gradients live through the forward pass, then are freed and allocated again.
         forward = gradients + max(m.activations for m in trace.forward)
         backward = max(m.activations + (gradients if keeps else m.made * trace.weight_bytes) for m in trace.backward)
         passes = max(forward, backward)
