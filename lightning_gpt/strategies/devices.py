@@ -143,10 +143,11 @@ def peak_flops(device: torch.device, *, precision: str) -> float | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # for a card or precision without a number
         try:
-            peak, single = (get_available_flops(device, kind) for kind in (dtype, torch.float32))
+            peak, plain = (get_available_flops(device, kind) for kind in (dtype, torch.float32))
         except IndexError:  # Lightning expects "NVIDIA" before "GeForce"
             return None
-    # Of GeForce and workstation cards Lightning knows the rate without tensor cores, which is at most twice that of
-    # float32. A utilisation computed from it would be wrong.
-    plain_cores = dtype != torch.float32 and peak is not None and single is not None and peak < 3 * single
-    return None if peak is None or plain_cores else float(peak)
+    # For GeForce and workstation cards Lightning has the rate without tensor cores, at most twice that of float32. A
+    # utilisation computed from it would be wrong.
+    if peak is None or (dtype != torch.float32 and plain is not None and peak < 3 * plain):
+        return None
+    return float(peak)

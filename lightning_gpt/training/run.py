@@ -101,8 +101,10 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Path | 
     budget = _budget(config, where, data, accumulate=accumulate)
     seed_everything(run.seed, verbose=False)
     arguments = _module_arguments(config, vocab_size=vocab_size, padding=padding, max_steps=budget.max_steps)
-    build = GPTModule.without_memory if run.dry_run else partial(FORMS[strategy.form], **strategy.form_options)
-    module = build(config.model.implementation, **arguments)
+    if run.dry_run:
+        module = GPTModule.without_memory(config.model.implementation, **arguments)
+    else:
+        module = FORMS[strategy.form](config.model.implementation, **arguments, **strategy.form_options)
     reason, fields = refused_by(module.model, device_type=where.device_type, dtype=where.dtype)
     if reason:
         raise UserError(f"{reason}; use {' '.join(f'--{name} {value}' for name, value in fields.items())}")
