@@ -1,4 +1,4 @@
-"""What a user gets wrong is answered by one line on stderr and exit code 2, and leaves nothing behind."""
+"""Every mistake of a user is answered by one line on stderr and exit code 2, and leaves nothing behind."""
 
 import json
 import os
@@ -259,7 +259,7 @@ def test_resume_without_a_run(refused_training, refused, tmp_path):
 
 @pytest.fixture
 def not_checkpoints(tmp_path):
-    """Files that are none of ours, by what they are."""
+    """Files that are not checkpoints of ours."""
     garbage, empty, weights, listed, code = (
         tmp_path / f"{n}.ckpt" for n in ("garbage", "empty", "weights", "listed", "code")
     )
@@ -341,7 +341,7 @@ def test_field_of_a_foreign_model_without_a_default(refused, monkeypatch, tmp_pa
 
 
 def test_from_a_shell(tmp_path):
-    """The same through a real process: nothing else on stderr, such as a warning of Lightning's."""
+    """In a real process nothing else is on stderr, such as a warning of Lightning."""
     command = [sys.executable, REPO / "train.py", "--strategy", "dpp", "--data"]
     done = subprocess.run([*command, REPO / "train.py"], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")

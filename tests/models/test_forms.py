@@ -1,4 +1,4 @@
-"""The forms of a module for strategies that shard, from Python; and what a strategy refuses, in one line."""
+"""The modules and their forms for strategies that shard, from Python; and what a strategy refuses."""
 
 import json
 import sys
@@ -31,7 +31,7 @@ SIZES = dict(vocab_size=10, block_size=8, model_type=None, n_layer=2, n_head=2, 
 
 
 def fit(module: GPTModule, **settings) -> Trainer:
-    """Counting up from 0, under a plain Trainer."""
+    """Train on counting up from 0, under a plain Trainer."""
     idx = torch.arange(9).repeat(64, 1)
     loader = DataLoader(TensorDataset(idx[:, :-1], idx[:, 1:]), batch_size=8)
     quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
@@ -148,7 +148,7 @@ def test_offload_trains_under_a_plain_trainer_with_cpu_adam():
 
 
 def test_fused_adam_where_it_can_be_compiled_and_is_wanted(monkeypatch):
-    """FusedAdam itself needs a GPU: what stands for it shows that it is chosen, with which arguments."""
+    """FusedAdam needs a GPU. A stand-in shows that it is chosen, and with which arguments."""
     adam = pytest.importorskip("deepspeed.ops.adam")
     monkeypatch.setattr(adam, "FusedAdam", lambda groups, **settings: (groups, settings))
     weight = torch.nn.Parameter(torch.ones(2))
@@ -170,7 +170,7 @@ def test_fused_adam_where_it_can_be_compiled_and_is_wanted(monkeypatch):
 def test_fused_adam_on_a_gpu():
     pytest.importorskip("deepspeed")
     trainer = fit(DeepSpeedNanoGPT(**SIZES), accelerator="gpu")
-    assert type(trainer.optimizers[0]).__name__ in ("FusedAdam", "AdamW")  # the latter where nothing compiles it
+    assert type(trainer.optimizers[0]).__name__ in ("FusedAdam", "AdamW")  # AdamW if FusedAdam cannot be compiled
 
 
 def test_names_and_aliases():
@@ -273,7 +273,7 @@ def test_compile_without_a_compiler(strategy, mode, refused, monkeypatch, tmp_pa
 
 
 ZERO = {"zero_optimization": {"stage": 2}}
-# What the file holds, further flags, and what is said of it.
+# Content of the file, further flags, and what the error mentions.
 FILES = {
     "missing": (None, [], ["ds.json", "No such file"]),
     "no JSON": ("{'stage': 2}", [], ["ds.json", "line 1"]),
@@ -350,7 +350,7 @@ def test_deepspeed_clips_by_norm_alone(refused):
 
 
 def test_initial_weights_are_drawn_on_the_cpu_whatever_the_default_device():
-    """Lightning builds under the GPU as the default device; the meta device stands for one here."""
+    """Lightning builds with the GPU as the default device; here the meta device stands in for it."""
     torch.manual_seed(7)
     plain = NanoGPT(**SIZES).model.state_dict()
     torch.manual_seed(7)
