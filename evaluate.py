@@ -1,4 +1,4 @@
-"""Scores checkpoints: ``python evaluate.py --help``."""
+"""Score checkpoints: ``python evaluate.py --help``."""
 
 import contextlib
 import sys
@@ -9,12 +9,12 @@ from lightning_gpt.cli import parse_evaluate, reporting_errors
 
 @reporting_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parses the command line, scores, and prints what was found."""
+    """Parse the command line, score, and print the scores."""
     options = parse_evaluate(argv)
-    from lightning_gpt.evaluation.evaluate import evaluate, rewrite  # after parsing: --help need not wait for torch
+    from lightning_gpt.evaluation.evaluate import evaluate, rewrite  # imports torch: not for --help
 
     rewrites = options.convert_only or options.export is not None or options.out is not None
-    with contextlib.redirect_stdout(sys.stderr):  # libraries print, too: stdout is for the numbers
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the scores; libraries print too
         folder = rewrite(options) if rewrites else None
         report = None if rewrites else evaluate(options)
     if folder:

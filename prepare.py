@@ -1,4 +1,4 @@
-"""Turns text into token files: ``python prepare.py --help``; and takes a model's token embeddings out."""
+"""Turn text into token files, or extract a model's token embeddings: ``python prepare.py --help``."""
 
 import sys
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from lightning_gpt.cli import parse_embeddings, parse_prepare, reporting_errors
 
 @reporting_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parses the command line, writes the token files or the embeddings, and prints what was written."""
+    """Parse the command line, write token files or embeddings, and print what was written."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["embeddings"]:
         embeddings = parse_embeddings(words[1:])
@@ -17,9 +17,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(extract_embeddings(embeddings))
         return
     options = parse_prepare(words)
-    from lightning_gpt.data.tokens.preparation import (
-        prepare_folder,  # after parsing, so that --help need not wait for torch
-    )
+    from lightning_gpt.data.tokens.preparation import prepare_folder  # imports torch: not for --help
 
     print(prepare_folder(options))
 

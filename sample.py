@@ -1,4 +1,4 @@
-"""Writes text with a trained model: ``python sample.py --help``."""
+"""Write text with a trained model: ``python sample.py --help``."""
 
 import contextlib
 import sys
@@ -9,12 +9,12 @@ from lightning_gpt.cli import parse_sample, reporting_errors
 
 @reporting_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parses the command line and writes the samples to stdout."""
+    """Parse the command line and write the samples to stdout."""
     options = parse_sample(argv)
-    from lightning_gpt.sampling import write_samples  # after parsing, so that --help need not wait for torch
+    from lightning_gpt.sampling import write_samples  # imports torch: not for --help
 
     out = sys.stdout
-    with contextlib.redirect_stdout(sys.stderr):  # libraries print, too: stdout is for the text
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the text; libraries print too
         write_samples(options, out=out)
 
 

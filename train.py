@@ -1,4 +1,4 @@
-"""Trains a GPT: ``python train.py --help``."""
+"""Train a GPT: ``python train.py --help``."""
 
 from collections.abc import Sequence
 
@@ -7,9 +7,9 @@ from lightning_gpt.cli import parse_train, reporting_errors
 
 @reporting_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parses the command line and trains."""
+    """Parse the command line and train."""
     config = parse_train(argv)
-    from lightning_gpt.training.run import train  # after parsing, so that --help need not wait for torch
+    from lightning_gpt.training.run import train  # imports torch: not for --help
 
     train(config)
 

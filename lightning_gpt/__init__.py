@@ -7,11 +7,14 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "DeepSpeedMinGPT": "lightning_gpt.models",
+    "DeepSpeedModernGPT": "lightning_gpt.models",
     "DeepSpeedNanoGPT": "lightning_gpt.models",
     "FSDPMinGPT": "lightning_gpt.models",
+    "FSDPModernGPT": "lightning_gpt.models",
     "FSDPNanoGPT": "lightning_gpt.models",
     "GPTModule": "lightning_gpt.models",
     "MinGPT": "lightning_gpt.models",
+    "ModernGPT": "lightning_gpt.models",
     "NanoGPT": "lightning_gpt.models",
     "Task": "lightning_gpt.data.tasks.base",
     "TokenData": "lightning_gpt.data.loading",
@@ -25,7 +28,7 @@ __all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a public name when it is first asked for, so that importing the package does not import torch."""
+    """Import a public name on first use, so that importing the package does not import torch."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__} has no attribute {name}")
     return getattr(import_module(_HOMES[name]), name)

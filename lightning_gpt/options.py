@@ -1,18 +1,48 @@
-"""From a config dataclass to its options: names, types, defaults, and the strings below its fields."""
+"""How options are declared, as fields of a dataclass, and how a declaration is read.
+
+A field's annotation is the flag's type, its default is the flag's default, and the string below it is the flag's help.
+Numbers with a limit are annotated with one of the types below, such as ``PositiveInt``.
+"""
 
 import ast
 import dataclasses
 import inspect
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The values that an option may have, and a description of them for the error message."""
+
+    allows: Callable[[float], bool]
+    expected: str
+
+
+ABOVE_ZERO = Limit(lambda value: value > 0, "a number above 0")
+PositiveInt = Annotated[int, ABOVE_ZERO]
+PositiveFloat = Annotated[float, ABOVE_ZERO]
+NonNegativeInt = Annotated[int, Limit(lambda value: value >= 0, "0 or more")]
+NonNegativeFloat = Annotated[float, Limit(lambda value: value >= 0, "0 or more")]
+Probability = Annotated[float, Limit(lambda value: 0 < value <= 1, "a number above 0, at most 1")]
+Fraction = Annotated[float, Limit(lambda value: 0 < value < 1, "above 0 and below 1")]
+Beta = Annotated[float, Limit(lambda value: 0 <= value < 1, "at least 0 and below 1")]
+Seed = Annotated[int, Limit(lambda value: 0 <= value < 2**32, "from 0 to 4294967295")]
 
 
 @dataclass(frozen=True)
 class Option:
-    """One field of a config dataclass, as a flag: name, type annotation, default and help line.
+    """One field of a config dataclass, as a flag.
 
-    One with `positional` in its metadata is given without a flag, any number of times.
+    Attributes:
+        name: Name of the field, and of the flag without its dashes.
+        type: The annotation, without its limit.
+        default: The field's default.
+        help: The help line.
+        positional: Whether values are given without a flag, any number of them; the field's metadata says so.
+        limit: Which numbers are allowed; None allows all.
     """
 
     name: str
@@ -20,14 +50,16 @@ class Option:
     default: Any
     help: str
     positional: bool = False
+    limit: Limit | None = None
 
 
 def options_of(cls: type, source: str | None = None) -> list[Option]:
-    """Reads a config dataclass: its fields, and the strings below them, which Python itself does not keep.
+    """Return the options that a config dataclass declares.
 
     Args:
         cls: The dataclass.
-        source: Its source text; by default looked up, and help lines stay empty where there is none (a notebook).
+        source: Its source text, whose strings below the fields are the help lines. Python does not keep them, so it is
+            looked up by default; without a source (in a notebook) help lines are empty.
     """
     if source is None:
         try:
@@ -37,24 +69,32 @@ def options_of(cls: type, source: str | None = None) -> list[Option]:
     statements = [s for node in ast.parse(source).body if isinstance(node, ast.ClassDef) for s in node.body]
     docs = {}
     for statement, after in zip(statements, statements[1:], strict=False):
-        is_doc = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and is_doc:
+        if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)):
+            continue
+        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
             docs[statement.target.id] = " ".join(str(after.value.value).split())
-    types = typing.get_type_hints(cls)  # under `from __future__ import annotations` a field's own type is a text
+    types, annotations = typing.get_type_hints(cls), typing.get_type_hints(cls, include_extras=True)
     found = []
     for f in dataclasses.fields(cls):
         default = None if f.default is dataclasses.MISSING else f.default
         if f.default_factory is not dataclasses.MISSING:
             default = f.default_factory()
-        positional = f.metadata.get("positional", False)
-        found.append(Option(f.name, types[f.name], default, docs.get(f.name, ""), positional))
+        positional, limit = f.metadata.get("positional", False), _limit(annotations[f.name])
+        found.append(Option(f.name, types[f.name], default, docs.get(f.name, ""), positional, limit))
     return found
 
 
-def options_in_file(path: str, class_name: str) -> list[Option]:
-    """Reads a config dataclass out of a source file without importing the file, which may import torch.
+def _limit(annotation: Any) -> Limit | None:
+    """Return the limit of an annotation such as ``PositiveInt`` or ``PositiveInt | None``."""
+    extras = getattr(annotation, "__metadata__", ())
+    limits = [extra for extra in extras if isinstance(extra, Limit)] or map(_limit, typing.get_args(annotation))
+    return next((limit for limit in limits if limit), None)
 
-    Only the class statement is run, so its annotations and defaults must need no more than ``dataclasses``.
+
+def options_in_file(path: str, class_name: str) -> list[Option]:
+    """Return the options of a config dataclass in a source file, without importing the file, which may import torch.
+
+    Only the class statement is executed, so its annotations and defaults must need no more than ``dataclasses``.
     """
     with open(path, encoding="utf-8") as file:
         text = file.read()

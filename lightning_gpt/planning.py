@@ -1,10 +1,9 @@
-"""What a run will need, before anything is built: parameters, FLOPs, and bytes per device and on the host.
+"""Plan a run before anything is built: parameters, FLOPs, and memory per device and on the host.
 
-The model is built and run once on FakeTensors, which have shapes and no memory, and every storage that a real run
-would allocate is counted while it lives. So what autograd saves is not estimated but taken from the operations
-themselves, for any model, under autocast, and with recomputation (Chen et al. 2016, "Training Deep Nets with Sublinear
-Memory Cost"; for GPTs compare Korthikanti et al. 2022, arXiv:2205.05198). How a strategy divides it is in
-``strategies/memory.py``.
+The model runs once on FakeTensors, which have shapes and no memory, and every storage that a real run would allocate is
+counted while it lives. So the activations that autograd saves are counted, not estimated, for any model, under autocast
+and with recomputation (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"; for GPTs compare Korthikanti
+et al. 2022, arXiv:2205.05198). ``strategies/memory.py`` divides them among the ranks of a strategy.
 """
 
 import weakref
@@ -33,15 +32,15 @@ SOURCES = (
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run needs. All memory is bytes of one device, but ``host``, which is bytes of one node.
+    """What a run needs. Memory is in bytes of one device, except ``host``, in bytes of one node.
 
     Attributes:
-        parameters: Elements, tied ones once.
-        tokens_per_step: Tokens of an optimizer step over all devices.
-        flops_per_step: The model's FLOPs in an optimizer step over all devices; recomputation is not counted.
+        parameters: Number of parameters; tied ones count once.
+        tokens_per_step: Tokens per optimizer step over all devices.
+        flops_per_step: The model's FLOPs per optimizer step over all devices, without recomputation.
         steps: Optimizer steps.
-        memory: Per device, and the host's share of one device.
-        host: The host's memory for offloading at its highest, for all devices of a node.
+        memory: Memory of one device, and its share of the host's.
+        host: Peak host memory for offloading, of all devices of a node.
     """
 
     parameters: int
@@ -52,7 +51,7 @@ class Plan:
     host: int
 
     def table(self) -> str:
-        """The plan as lines of text."""
+        """Return the plan as lines of text."""
         m = self.memory
         rows = [
             ("parameters", f"{self.parameters:,}"),
@@ -76,14 +75,14 @@ def _size(count: int) -> str:
 
 
 def flops_per_token(model: nn.Module, *, block_size: int) -> float:
-    """Training FLOPs per token: 6 N + 12 n_layer n_embd T (PaLM, Chowdhery et al. 2022, appendix B).
+    """Return the training FLOPs per token: 6 N + 12 n_layer n_embd T (PaLM, Chowdhery et al. 2022, appendix B).
 
-    N counts the parameters without position embeddings, as nanoGPT does. A model whose config lacks n_layer or n_embd
-    is counted without its attention term.
+    N is the number of parameters without position embeddings, as in nanoGPT. If the model's config lacks n_layer or
+    n_embd, the attention term is left out.
 
     Args:
-        model: The whole model, on any device, also meta or fake; a model that DeepSpeed divided has lost its shapes.
-        block_size: Tokens of a sequence.
+        model: The unsharded model, on any device, also meta or fake.
+        block_size: Tokens per sequence (T).
     """
     config = getattr(model, "config", None)
     n_layer, n_embd = getattr(config, "n_layer", 0) or 0, getattr(config, "n_embd", 0) or 0
@@ -105,20 +104,20 @@ def plan(
     recompute: bool,
     device_type: str,
 ) -> Plan:
-    """Counts what a run needs, without building it.
+    """Return what a run needs, without building it.
 
     Args:
-        module: The module, whose model may be on the meta device; only its implementation and config are used.
-        rules: The strategy's.
+        module: The module, whose model may be without memory; its implementation, config and optimizer are used.
+        rules: The strategy's memory rules.
         world_size: Devices of all nodes.
         devices_per_node: Devices of one node.
         batch_size: Sequences per device and micro-batch.
-        block_size: Tokens of a sequence.
+        block_size: Tokens per sequence.
         accumulate: Micro-batches per optimizer step.
         steps: Optimizer steps.
-        precision: Lightning's name of it.
-        recompute: Whether blocks compute their activations again.
-        device_type: "cpu" or "cuda", which attend differently under dropout.
+        precision: Lightning's name of the precision.
+        recompute: Whether blocks recompute their activations.
+        device_type: "cpu" or "cuda", whose attention kernels keep different activations under dropout.
 
     Raises:
         UserError: The model cannot be run on FakeTensors.
@@ -127,7 +126,7 @@ def plan(
     try:
         with FakeTensorMode():
             dtype = _dtypes(rules, precision)[1]
-            # It is counted on the CPU, where a kernel of GPUs gives way to one that keeps as much.
+            # Counted on the CPU, so a kernel for GPUs is replaced by one that keeps as much memory.
             fields = module.model_config | refused_by(module.model, device_type="cpu", dtype=dtype)[1]
             model = _build(implementation, fields, dtype=dtype)
             flops = flops_per_token(model, block_size=block_size)
@@ -144,7 +143,7 @@ def plan(
             )
     except UserError:
         raise
-    except Exception as error:  # a foreign model may do anything, such as look at a value
+    except Exception as error:  # a user's model may do anything, such as read a value
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
             f"--dry_run cannot run --implementation {implementation.name} without memory:"
@@ -174,24 +173,26 @@ def trace_step(
     recompute: bool,
     device_type: str,
 ) -> StepTrace:
-    """Runs a fake model forward and backward, and keeps what was alive after each operation.
+    """Run a fake model forward and backward, and record the live memory after each operation.
+
+    Must be called under FakeTensorMode.
 
     Args:
-        model: The model, made of FakeTensors in the precision that it computes in; call this under their mode.
-        optimizer: What ``optimizer_bytes`` says.
-        block_class: The unit that is gathered and recomputed; None where there is none.
-        rules: The strategy's, which say in what precision the model computes.
+        model: The model, made of FakeTensors in the dtype that it computes in.
+        optimizer: Result of ``optimizer_bytes``.
+        block_class: The unit that is gathered and recomputed; None if there is none.
+        rules: The strategy's memory rules, which determine the dtypes.
         shape: (B, T) of a micro-batch.
         accumulate: Micro-batches per optimizer step.
-        precision: Lightning's name of it.
-        recompute: Whether blocks compute their activations again.
+        precision: Lightning's name of the precision.
+        recompute: Whether blocks recompute their activations.
         device_type: "cpu" or "cuda".
     """
     model.train()
     blocks = [m for m in model.modules() if block_class is not None and isinstance(m, block_class)]
     if recompute:
         recompute_blocks(model, block_class=block_class)
-    unit_of = {p: i for i, block in enumerate(blocks) for p in block.parameters()}
+    unit_of: dict[Tensor, int] = {p: i for i, block in enumerate(blocks) for p in block.parameters()}
     missing = [sum(p.requires_grad for p in block.parameters()) for block in blocks]
     sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
     idx = torch.zeros(shape, dtype=torch.long)
@@ -206,7 +207,7 @@ def trace_step(
             if not missing[unit]:
                 live.open -= sizes[unit]
                 live.closed = sizes[unit]
-        parameter.grad = None  # counted from here on as made, no longer as alive
+        parameter.grad = None  # from here on counted as made, not as live
 
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(made)
@@ -232,12 +233,14 @@ def trace_step(
 
 
 def optimizer_bytes(module: GPTModule, model: nn.Module, *, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes of the optimizer's state, and at the highest of what one of its steps makes for a while.
+    """Return the bytes of the optimizer's state, and the peak bytes of temporaries in one of its steps.
+
+    Must be called under FakeTensorMode.
 
     Args:
-        module: Says which optimizer.
-        model: The model, made of FakeTensors; call this under their mode.
-        dtype: Of the weights that are kept.
+        module: The module, which builds the optimizer.
+        model: The model, made of FakeTensors.
+        dtype: Dtype of the stored weights.
     """
     groups = module.parameter_groups(model)
     for group in groups:
@@ -258,14 +261,14 @@ def _half(precision: str) -> torch.dtype:
 
 
 def _dtypes(rules: MemoryRules, precision: str) -> tuple[torch.dtype, torch.dtype]:
-    """Of the weights that are kept, and of those that are computed with."""
+    """Return the dtype of the stored weights, and of the weights that are computed with."""
     wide = torch.float64 if precision.startswith("64") else torch.float32
     kept = _half(precision) if rules.keeps_half(precision) else wide
     return kept, _half(precision) if rules.computes_in_half(precision) else wide
 
 
 def _build(implementation: Implementation, fields: dict[str, Any], *, dtype: torch.dtype) -> nn.Module:
-    """A model whose parameters have a type from the start: those of a FakeTensor model cannot be converted."""
+    """Build a model in a dtype. Parameters that are FakeTensors cannot be converted later."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -275,7 +278,7 @@ def _build(implementation: Implementation, fields: dict[str, Any], *, dtype: tor
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the storages that operations make, from the operation to the end of their last tensor."""
+    """Counts the bytes of all storages that operations allocate, from the operation until they are freed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -287,7 +290,7 @@ class _LiveBytes(TorchDispatchMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        # A view or an in-place result shares its input's storage, which is either counted or a parameter's.
+        # A view or in-place result shares its input's storage, which is counted already or belongs to a parameter.
         given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for tensor in tree_leaves(out):
             if not isinstance(tensor, Tensor):
@@ -306,9 +309,9 @@ class _LiveBytes(TorchDispatchMode):
 
 @contextmanager
 def _attention_as_on_gpu() -> Iterator[None]:
-    """No kernel there keeps the dropped-out probabilities (B, n_head, T, T), which the CPU's does.
+    """Leave out attention dropout: only the CPU's kernel stores the dropped-out probabilities (B, n_head, T, T).
 
-    The function itself is exchanged, since a TorchFunctionMode does not reach what is recomputed in the backward pass.
+    The function itself is replaced, because a TorchFunctionMode does not reach recomputation in the backward pass.
     """
     attend = nn.functional.scaled_dot_product_attention
 
@@ -317,7 +320,7 @@ def _attention_as_on_gpu() -> Iterator[None]:
     ) -> Tensor:
         return attend(query, key, value, attn_mask, 0.0, **rest)
 
-    nn.functional.scaled_dot_product_attention = without_dropout
+    nn.functional.scaled_dot_product_attention = without_dropout  # type: ignore[assignment]
     try:
         yield
     finally:

@@ -19,7 +19,7 @@ from lightning_gpt.checkpoint import open_checkpoint
 from lightning_gpt.cli import parse_train
 from lightning_gpt.config import TrainerOptions, UserError
 from lightning_gpt.implementations.registry import IMPLEMENTATIONS, flag_options
-from lightning_gpt.optim import OPTIMIZERS
+from lightning_gpt.optim.registry import OPTIMIZERS
 from lightning_gpt.strategies import STRATEGIES, find_devices, get_strategy
 from lightning_gpt.training.run import train
 
@@ -84,7 +84,7 @@ def cases(strategy: str, *, implementations: Sequence[str] = tuple(IMPLEMENTATIO
         implementations: Names of the models.
     """
     with_adamw = [Case(*case) for case in itertools.product(implementations, (1, 2), (0.0, 0.5))]
-    fit = [o.name for o in OPTIMIZERS.values() if o.build_deepspeed or STRATEGIES[strategy].form != "deepspeed"]
+    fit = [o.name for o in OPTIMIZERS.values() if o.build_deepspeed or not STRATEGIES[strategy].deepspeed_engine]
     others = [name for name in fit if name != Case.optimizer]
     return with_adamw + [Case(*case) for case in itertools.product(implementations, (2,), (0.5,), others)]
 

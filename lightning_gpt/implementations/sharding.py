@@ -1,11 +1,12 @@
-"""Parameters that may be spread over ranks: their shapes, their initial values, and writing whole tensors into them.
+"""Parameters that may be sharded over ranks: their full shapes, initialisation, and writing full tensors into them.
 
-A parameter is a plain tensor, a DTensor (FSDP2), or partitioned by DeepSpeed (ZeRO-3, where ``shape`` is of no use).
-All functions that write are called on every rank, with the same values.
+A parameter is a plain tensor, a DTensor (FSDP2), or partitioned by DeepSpeed (ZeRO-3), where ``shape`` is not the full
+shape. Functions that write must be called on every rank, with the same values.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,21 +16,21 @@ from lightning_gpt.config import UserError
 
 
 def full_shape(parameter: Tensor) -> torch.Size:
-    """The shape that a parameter has when it is whole."""
+    """Return the shape of the unsharded parameter."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def shard_like(parameter: Tensor, full: Tensor) -> Tensor:
-    """A new tensor of a whole tensor's values, placed and sharded as the parameter is, in the dtype of ``full``."""
+    """Return a copy of a full tensor that is placed and sharded like a parameter, in the dtype of ``full``."""
     full = full.to(parameter.device)
     if isinstance(parameter, DTensor):
-        # Every rank has the values: it cuts its own share out, and nothing is sent.
+        # Every rank has the values and slices its own shard, so nothing is sent.
         return distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
     return full.clone()
 
 
 def write_parameter(parameter: Tensor, full: Tensor) -> None:
-    """Sets a parameter, or this rank's share of it, to the values of a whole tensor."""
+    """Copy a full tensor into a parameter, or into this rank's shard of it."""
     with torch.no_grad():
         if hasattr(parameter, "ds_id"):
             import deepspeed
@@ -43,12 +44,12 @@ def write_parameter(parameter: Tensor, full: Tensor) -> None:
 
 
 def give_memory(model: nn.Module, device: torch.device) -> None:
-    """Moves a model, or each rank's share of it, from the meta device to another, and initialises it."""
+    """Allocate a model that is on the meta device, or this rank's shards of it, on a device, and initialise it."""
     places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             places.setdefault(parameter, []).append((module, name))
-    model.to_empty(device=device)  # which parts tied weights
+    model.to_empty(device=device)  # unties tied weights
     for (first, first_name), *others in places.values():
         for module, name in others:
             module._parameters[name] = first._parameters[first_name]
@@ -56,23 +57,24 @@ def give_memory(model: nn.Module, device: torch.device) -> None:
 
 
 def initialise(model: nn.Module) -> None:
-    """Initialises a model of any placement as ``model.apply(model._init_weights)`` does one that is whole.
+    """Initialise a model, sharded or not, as ``model.apply(model._init_weights)`` initialises an unsharded one.
 
-    Each module's own parameters are made whole on the CPU, initialised, and written where they belong, in the order of
-    ``apply``: from one seed the weights are the same under every strategy, and no rank ever holds more than one
-    module's parameters.
+    In the order of ``apply``, each module's own parameters are initialised in full on the CPU and then written to their
+    shards. So one seed gives the same weights under every strategy, and no rank holds more than one module's full
+    parameters.
 
     Raises:
         UserError: The model's ``_init_weights`` does not set every parameter.
     """
+    init_weights = cast(Callable[[nn.Module], None], model._init_weights)
     for module in _leaves_first(model):
         own = {name: p for name, p in module._parameters.items() if p is not None}
         for name, p in own.items():
             whole = torch.full(full_shape(p), math.nan, dtype=torch.float32, device="cpu")
             module._parameters[name] = nn.Parameter(whole, requires_grad=p.requires_grad)
-        model._init_weights(module)
+        init_weights(module)
         for name, p in own.items():
-            whole = module._parameters[name].detach()
+            whole = module.get_parameter(name).detach()
             if whole.isnan().any():
                 raise UserError(
                     f"{type(model).__name__}._init_weights leaves {name} of {type(module).__name__} unset;"
@@ -91,23 +93,23 @@ def _leaves_first(module: nn.Module) -> Iterator[nn.Module]:
 def shard_fsdp(
     model: nn.Module, *, mesh: "torch.distributed.DeviceMesh", block_class: type[nn.Module] | None, precision: str
 ) -> None:
-    """Shards each block, and what is left as one more unit, in place.
+    """Shard each block, and the rest of the model as one more unit, in place.
 
-    Embeddings and head stay in the last unit together, since tied weights must not be in two.
+    Embeddings and head stay together in that unit, because tied weights must not be in two units.
 
     Args:
-        model: The model, whole or on the meta device.
-        mesh: One dimension: the ranks that share it.
-        block_class: The unit that is gathered at a time; None for the whole model.
-        precision: The Trainer's. Under "bf16-mixed" weights are gathered, and computed with, in bfloat16; gradients
-            are summed up in float32.
+        model: The model, allocated or on the meta device.
+        mesh: A mesh of one dimension, the ranks to shard over.
+        block_class: The unit that is gathered at a time; None makes the whole model one unit.
+        precision: The Trainer's precision. Under "bf16-mixed" weights are gathered and used in bfloat16, and gradients
+            are reduced in float32.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    mixed = precision == "bf16-mixed"
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if mixed else None
-    settings = {"mesh": mesh, **({"mp_policy": policy} if policy else {})}
+    policy = MixedPrecisionPolicy()
+    if precision == "bf16-mixed":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for module in model.modules():
         if block_class is not None and isinstance(module, block_class):
-            fully_shard(module, **settings)
-    fully_shard(model, **settings)
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)

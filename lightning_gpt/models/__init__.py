@@ -1,15 +1,16 @@
 """The LightningModules by name, and their forms for strategies that shard."""
 
+from lightning_gpt.models.forms import FORMS, DeepSpeedGPTModule, FSDPGPTModule
 from lightning_gpt.models.module import GPTModule
 from lightning_gpt.models.named import (
-    FORMS,
-    DeepSpeedGPTModule,
     DeepSpeedMinGPT,
+    DeepSpeedModernGPT,
     DeepSpeedNanoGPT,
-    FSDPGPTModule,
     FSDPMinGPT,
+    FSDPModernGPT,
     FSDPNanoGPT,
     MinGPT,
+    ModernGPT,
     NanoGPT,
 )
 
@@ -17,11 +18,14 @@ __all__ = [
     "FORMS",
     "DeepSpeedGPTModule",
     "DeepSpeedMinGPT",
+    "DeepSpeedModernGPT",
     "DeepSpeedNanoGPT",
     "FSDPGPTModule",
     "FSDPMinGPT",
+    "FSDPModernGPT",
     "FSDPNanoGPT",
     "GPTModule",
     "MinGPT",
+    "ModernGPT",
     "NanoGPT",
 ]

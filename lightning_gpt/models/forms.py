@@ -1,33 +1,21 @@
-"""What the LightningModules add for strategies that shard: how the model is built, optimised, clipped and restored.
+"""GPTModule for strategies that shard: how the model is built, optimised and clipped.
 
-Mixed in before a GPTModule. Under a plain single-device Trainer each form trains like the plain module.
+Under a plain single-device Trainer each form trains exactly like GPTModule.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_gpt.implementations.compilation import compile_arguments
 from lightning_gpt.implementations.sharding import give_memory, initialise, shard_fsdp
-
-if TYPE_CHECKING:
-    from lightning_gpt.models.module import GPTModule
-
-    _Base = GPTModule
-else:
-    _Base = object
+from lightning_gpt.models.module import DeferredModule, GPTModule
 
 
-class ShardedForm(_Base):
-    """A module that holds no weights until its strategy says where they live."""
+class ShardedModule(DeferredModule):
+    """A module that gets its memory in ``configure_model``, when its strategy knows where each shard lives."""
 
     configured = False
-
-    def build_model(self) -> nn.Module:
-        """The model without memory, on the meta device; a model that cannot be initialised there is built whole."""
-        compile_arguments(self.compile_setting)  # refuses now; blocks are compiled where they are sharded
-        return self.new_model(meta=self.implementation.initialises_by_apply)
 
     @property
     def strategy(self) -> Any | None:
@@ -35,39 +23,41 @@ class ShardedForm(_Base):
         return self._trainer.strategy if self._trainer is not None else None
 
     @property
-    def unbuilt(self) -> bool:
+    def is_unbuilt(self) -> bool:
         """Whether the model has no memory yet."""
         return any(p.is_meta for p in self.model.parameters())
 
 
-class FSDPForm(ShardedForm):
-    """Shards itself over the device mesh of the FSDP strategy."""
+class FSDPGPTModule(ShardedModule):
+    """Any implementation under FSDP: the module shards itself over the strategy's device mesh."""
 
     def configure_model(self) -> None:
-        """Shards, then gives every rank memory for its shares alone, and initialises them."""
+        """Shard the model, then allocate and initialise this rank's shards."""
         if self.configured:
             return
         self.configured = True
         self.prepare_blocks(self.model)
-        unbuilt = self.unbuilt
-        if self._device_mesh is not None:  # where the FSDP strategy has set one
+        unbuilt, device = self.is_unbuilt, torch.device("cpu")
+        if self._device_mesh is not None:  # set by the FSDP strategy
+            assert self.strategy is not None
             mesh, block_class = self._device_mesh["data_parallel"], self.implementation.block_class()
             shard_fsdp(self.model, mesh=mesh, block_class=block_class, precision=str(self.trainer.precision))
+            device = self.strategy.root_device
         if unbuilt:
-            give_memory(self.model, self.strategy.root_device if self._device_mesh is not None else torch.device("cpu"))
+            give_memory(self.model, device)
 
 
-class DeepSpeedForm(ShardedForm):
-    """Builds itself partitioned under ZeRO-3, and takes the optimizer that DeepSpeed is fastest with.
+class DeepSpeedGPTModule(ShardedModule):
+    """Any implementation under DeepSpeed: partitioned while it is built under ZeRO-3, with DeepSpeed's own Adam.
 
     Args:
-        args: The plain module's.
-        fused_adam: DeepSpeed's FusedAdam where the weights are on a GPU.
-        offload: DeepSpeed's CPUAdam, for optimizer states in the host's memory.
-        kwargs: The plain module's.
+        args: See GPTModule.
+        fused_adam: Whether to use DeepSpeed's FusedAdam if the weights are on a GPU.
+        offload: Whether to use DeepSpeed's CPUAdam, for an optimizer state in the host's memory.
+        kwargs: See GPTModule.
 
     Raises:
-        RuntimeError: Both are asked for.
+        RuntimeError: Both FusedAdam and CPUAdam are requested.
         UserError: The optimizer does not work under DeepSpeed.
     """
 
@@ -84,34 +74,34 @@ class DeepSpeedForm(ShardedForm):
 
     @property
     def zero_stage(self) -> int | None:
-        """What DeepSpeed shards; None under another strategy."""
+        """DeepSpeed's ZeRO stage; None under another strategy."""
         config = getattr(self.strategy, "config", None)
         return config.get("zero_optimization", {}).get("stage", 0) if isinstance(config, dict) else None
 
     def configure_model(self) -> None:
-        """Gives the model memory and initial weights; under ZeRO-3 inside of Lightning's ``zero.Init``.
+        """Allocate and initialise the model; under ZeRO-3, inside Lightning's ``zero.Init``, each rank's partition.
 
-        A model that was built whole is left to the DeepSpeed engine, which partitions it.
+        A model that was built whole is partitioned by the DeepSpeed engine.
         """
         if self.configured:
             return
         self.configured = True
-        if self.unbuilt and self.zero_stage == 3:
-            state = torch.get_rng_state()  # what the constructors draw is thrown away
+        if self.is_unbuilt and self.zero_stage == 3:
+            state = torch.get_rng_state()  # restored, because the constructor's random values are discarded
             self.model = self.new_model(meta=False)
             torch.set_rng_state(state)
             initialise(self.model)
-        elif self.unbuilt:
+        elif self.is_unbuilt:
             give_memory(self.model, torch.device("cpu"))
         self.prepare_blocks(self.model)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Mean loss of a micro-batch, times their number: both Lightning and the engine divide by it."""
+        """Return the mean loss times the number of micro-batches: Lightning and the engine both divide by it."""
         loss = super().training_step(batch, batch_idx)
         return loss if self.zero_stage is None else loss * self.trainer.accumulate_grad_batches
 
     def build_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """DeepSpeed's Adam where it fits, torch's otherwise."""
+        """Return DeepSpeed's Adam where it works, else torch's."""
         on_gpu = self.strategy is not None and self.strategy.root_device.type == "cuda"
         assert self.optimizer_row.build_deepspeed is not None
         return self.optimizer_row.build_deepspeed(
@@ -120,13 +110,21 @@ class DeepSpeedForm(ShardedForm):
             betas=self.betas,
             fused=self.fused_adam and on_gpu,
             on_host=self.offload and (self.zero_stage is not None or not on_gpu),
+            **self.optimizer_options,
         )
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
-        """Leaves clipping to the DeepSpeed engine, where there is one."""
+        """Leave clipping to the DeepSpeed engine, if there is one."""
         if self.zero_stage is None:
             super().configure_gradient_clipping(optimizer, *args, **kwargs)
 
     def gradient_norm(self) -> Tensor | float | None:
-        """The gradient's norm before clipping, which the engine knows after its step."""
-        return super().gradient_norm() if self.zero_stage is None else self.strategy.model.get_global_grad_norm()
+        """Return the gradient norm before clipping, which the engine knows after its step."""
+        if self.zero_stage is None:
+            return super().gradient_norm()
+        assert self.strategy is not None
+        return self.strategy.model.get_global_grad_norm()
+
+
+FORMS: dict[str, type[GPTModule]] = {"plain": GPTModule, "fsdp": FSDPGPTModule, "deepspeed": DeepSpeedGPTModule}
+"""The form of GPTModule that a strategy trains, by ``StrategyRow.form``."""

@@ -1,14 +1,29 @@
-"""The LightningModules by name.
+"""The built-in models as LightningModules of their own, for use from Python.
 
-``GPTModule`` serves every implementation; ``MinGPT`` and ``NanoGPT`` have the models' own arguments spelled out, for
-use from Python with any DataLoader of ``(idx, targets)`` pairs and a plain ``lightning.Trainer``. Each has a form for
-strategies that shard, and ``FORMS`` says which strategy row gets which form of ``GPTModule``.
+Each spells out the arguments of its model and passes the training arguments on to ``GPTModule``. It trains with any
+DataLoader of ``(idx, targets)`` pairs under a plain ``lightning.Trainer``, and has a form for FSDP and one for
+DeepSpeed.
 """
 
+from typing import Any
+
 from lightning_gpt.implementations.registry import get_implementation
-from lightning_gpt.models.forms import DeepSpeedForm, FSDPForm
+from lightning_gpt.models.forms import DeepSpeedGPTModule, FSDPGPTModule
 from lightning_gpt.models.module import GPTModule
-from lightning_gpt.optim import MUON_LEARNING_RATE
+
+
+def _arguments(implementation: str, *, training: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """Return the arguments of GPTModule.
+
+    Args:
+        implementation: A name in the registry.
+        training: Training arguments. From a checkpoint they include ``implementation`` and ``model_config``, which the
+            fields determine.
+        fields: Fields of the model's config; None leaves a size to the preset.
+    """
+    training = {name: v for name, v in training.items() if name not in ("implementation", "model_config")}
+    model_config = get_implementation(implementation).resolve(**fields)
+    return {"implementation": implementation, "model_config": model_config, **training}
 
 
 class MinGPT(GPTModule):
@@ -18,25 +33,15 @@ class MinGPT(GPTModule):
         vocab_size: Number of tokens in the vocabulary.
         block_size: Context length in tokens.
         model_type: A preset of sizes.
-        n_layer: Layers, in the preset's place.
-        n_head: Attention heads, in the preset's place.
-        n_embd: Width, in the preset's place.
+        n_layer: Number of layers; overrides the preset.
+        n_head: Number of attention heads; overrides the preset.
+        n_embd: Width of the residual stream; overrides the preset.
         embd_pdrop: Dropout after the embeddings.
         resid_pdrop: Dropout on each residual branch.
         attn_pdrop: Dropout on the attention weights.
-        weight_decay: See GPTModule for this and the further arguments.
-        learning_rate: Peak learning rate.
-        betas: AdamW's betas.
         attention: "sdpa" or "manual".
-        vocab_padding: How many tokens at the end of the vocabulary are never sampled.
-        warmup_steps: Optimizer steps of linear warm-up.
-        decay_steps: Optimizer step at which the cosine ends.
-        final_lr_ratio: The learning rate at the end over the peak.
-        compile: Whether, or with which backend or mode, blocks are compiled in place.
-        recompute: Whether blocks compute their activations again in the backward pass.
-        freeze_embeddings: Whether the token embeddings are not trained.
-        optimizer: "adamw" or "muon".
-        muon_learning_rate: Muon's peak learning rate.
+        vocab_padding: Number of tokens at the end of the vocabulary that are never sampled.
+        training: Training arguments of GPTModule, such as ``learning_rate``, ``optimizer`` and ``compile``.
     """
 
     def __init__(
@@ -50,47 +55,26 @@ class MinGPT(GPTModule):
         embd_pdrop: float = 0.1,
         resid_pdrop: float = 0.1,
         attn_pdrop: float = 0.1,
-        weight_decay: float = 0.1,
-        learning_rate: float = 3e-4,
-        betas: tuple[float, float] = (0.9, 0.95),
         attention: str = "sdpa",
         vocab_padding: int = 0,
-        warmup_steps: int = 0,
-        decay_steps: int | None = None,
-        final_lr_ratio: float = 0.1,
-        compile: bool | str = False,
-        recompute: bool = False,
-        freeze_embeddings: bool = False,
-        optimizer: str = "adamw",
-        muon_learning_rate: float = MUON_LEARNING_RATE,
+        **training: Any,
     ) -> None:
-        config = get_implementation("mingpt").resolve(
-            model_type=model_type,
-            n_layer=n_layer,
-            n_head=n_head,
-            n_embd=n_embd,
-            vocab_size=vocab_size,
-            block_size=block_size,
-            embd_pdrop=embd_pdrop,
-            resid_pdrop=resid_pdrop,
-            attn_pdrop=attn_pdrop,
-            attention=attention,
-            vocab_padding=vocab_padding,
-        )
         super().__init__(
-            "mingpt",
-            model_config=config,
-            weight_decay=weight_decay,
-            learning_rate=learning_rate,
-            betas=betas,
-            warmup_steps=warmup_steps,
-            decay_steps=decay_steps,
-            final_lr_ratio=final_lr_ratio,
-            compile=compile,
-            recompute=recompute,
-            freeze_embeddings=freeze_embeddings,
-            optimizer=optimizer,
-            muon_learning_rate=muon_learning_rate,
+            **_arguments(
+                "mingpt",
+                training=training,
+                model_type=model_type,
+                n_layer=n_layer,
+                n_head=n_head,
+                n_embd=n_embd,
+                vocab_size=vocab_size,
+                block_size=block_size,
+                embd_pdrop=embd_pdrop,
+                resid_pdrop=resid_pdrop,
+                attn_pdrop=attn_pdrop,
+                attention=attention,
+                vocab_padding=vocab_padding,
+            )
         )
 
 
@@ -101,26 +85,16 @@ class NanoGPT(GPTModule):
         vocab_size: Number of tokens in the vocabulary.
         block_size: Context length in tokens.
         model_type: A preset of sizes.
-        n_layer: Layers, in the preset's place.
-        n_head: Attention heads, in the preset's place.
-        n_embd: Width, in the preset's place.
-        dropout: Dropout everywhere.
+        n_layer: Number of layers; overrides the preset.
+        n_head: Number of attention heads; overrides the preset.
+        n_embd: Width of the residual stream; overrides the preset.
+        dropout: Dropout after the embeddings, on attention weights and on residual branches.
         bias: Whether Linear and LayerNorm have biases.
-        weight_decay: See GPTModule for this and the further arguments.
-        learning_rate: Peak learning rate.
-        betas: AdamW's betas.
         attention: "sdpa", "flash" or "manual".
         gelu: "exact", or "tanh" as in GPT-2's weights.
-        vocab_padding: How many tokens at the end of the vocabulary are never sampled.
-        warmup_steps: Optimizer steps of linear warm-up.
-        decay_steps: Optimizer step at which the cosine ends.
-        final_lr_ratio: The learning rate at the end over the peak.
-        compile: Whether, or with which backend or mode, blocks are compiled in place.
-        recompute: Whether blocks compute their activations again in the backward pass.
-        freeze_embeddings: Whether the token embeddings are not trained.
+        vocab_padding: Number of tokens at the end of the vocabulary that are never sampled.
         position: "learned" or "alibi".
-        optimizer: "adamw" or "muon".
-        muon_learning_rate: Muon's peak learning rate.
+        training: Training arguments of GPTModule, such as ``learning_rate``, ``optimizer`` and ``compile``.
     """
 
     def __init__(
@@ -133,75 +107,109 @@ class NanoGPT(GPTModule):
         n_embd: int | None = None,
         dropout: float = 0.1,
         bias: bool = True,
-        weight_decay: float = 0.1,
-        learning_rate: float = 3e-4,
-        betas: tuple[float, float] = (0.9, 0.95),
         attention: str = "sdpa",
         gelu: str = "exact",
         vocab_padding: int = 0,
-        warmup_steps: int = 0,
-        decay_steps: int | None = None,
-        final_lr_ratio: float = 0.1,
-        compile: bool | str = False,
-        recompute: bool = False,
-        freeze_embeddings: bool = False,
         position: str = "learned",
-        optimizer: str = "adamw",
-        muon_learning_rate: float = MUON_LEARNING_RATE,
+        **training: Any,
     ) -> None:
-        config = get_implementation("nanogpt").resolve(
-            model_type=model_type,
-            n_layer=n_layer,
-            n_head=n_head,
-            n_embd=n_embd,
-            vocab_size=vocab_size,
-            block_size=block_size,
-            dropout=dropout,
-            bias=bias,
-            attention=attention,
-            position=position,
-            gelu=gelu,
-            vocab_padding=vocab_padding,
-        )
         super().__init__(
-            "nanogpt",
-            model_config=config,
-            weight_decay=weight_decay,
-            learning_rate=learning_rate,
-            betas=betas,
-            warmup_steps=warmup_steps,
-            decay_steps=decay_steps,
-            final_lr_ratio=final_lr_ratio,
-            compile=compile,
-            recompute=recompute,
-            freeze_embeddings=freeze_embeddings,
-            optimizer=optimizer,
-            muon_learning_rate=muon_learning_rate,
+            **_arguments(
+                "nanogpt",
+                training=training,
+                model_type=model_type,
+                n_layer=n_layer,
+                n_head=n_head,
+                n_embd=n_embd,
+                vocab_size=vocab_size,
+                block_size=block_size,
+                dropout=dropout,
+                bias=bias,
+                attention=attention,
+                position=position,
+                gelu=gelu,
+                vocab_padding=vocab_padding,
+            )
         )
 
 
-class FSDPGPTModule(FSDPForm, GPTModule):
-    """Any implementation under FSDP."""
+class ModernGPT(GPTModule):
+    """moderngpt: rotary positions, RMSNorm, normed queries and keys, squared ReLU, no biases, a soft-capped head.
+
+    Args:
+        vocab_size: Number of tokens in the vocabulary.
+        block_size: Context length in tokens.
+        model_type: A preset of sizes.
+        n_layer: Number of layers; overrides the preset.
+        n_head: Number of attention heads; overrides the preset.
+        n_embd: Width of the residual stream, an even multiple of ``n_head``; overrides the preset.
+        n_kv_head: Number of key and value heads, a divisor of ``n_head`` (default: ``n_head``).
+        window: Tokens that a layer attends to, except every fourth layer and the last one; 0 attends to all.
+        bigram: Rows of a table of embeddings for pairs of tokens; 0 leaves it out.
+        smear: Whether each token's embedding mixes with the one before it.
+        softcap: Bound on the absolute value of the logits.
+        dropout: Dropout after the embeddings, on attention weights and on residual branches.
+        vocab_padding: Number of tokens at the end of the vocabulary that are never sampled.
+        training: Training arguments of GPTModule, such as ``learning_rate``, ``optimizer`` and ``compile``.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        block_size: int,
+        model_type: str | None = "gpt2",
+        n_layer: int | None = None,
+        n_head: int | None = None,
+        n_embd: int | None = None,
+        n_kv_head: int | None = None,
+        window: int = 0,
+        bigram: int = 0,
+        smear: bool = False,
+        softcap: float = 15.0,
+        dropout: float = 0.0,
+        vocab_padding: int = 0,
+        **training: Any,
+    ) -> None:
+        super().__init__(
+            **_arguments(
+                "moderngpt",
+                training=training,
+                model_type=model_type,
+                n_layer=n_layer,
+                n_head=n_head,
+                n_embd=n_embd,
+                vocab_size=vocab_size,
+                block_size=block_size,
+                n_kv_head=n_kv_head,
+                window=window,
+                bigram=bigram,
+                smear=smear,
+                softcap=softcap,
+                dropout=dropout,
+                vocab_padding=vocab_padding,
+            )
+        )
 
 
-class FSDPMinGPT(FSDPForm, MinGPT):
+class FSDPMinGPT(FSDPGPTModule, MinGPT):
     """minGPT under FSDP."""
 
 
-class FSDPNanoGPT(FSDPForm, NanoGPT):
+class FSDPNanoGPT(FSDPGPTModule, NanoGPT):
     """nanoGPT under FSDP."""
 
 
-class DeepSpeedGPTModule(DeepSpeedForm, GPTModule):
-    """Any implementation under DeepSpeed."""
+class FSDPModernGPT(FSDPGPTModule, ModernGPT):
+    """moderngpt under FSDP."""
 
 
-class DeepSpeedMinGPT(DeepSpeedForm, MinGPT):
+class DeepSpeedMinGPT(DeepSpeedGPTModule, MinGPT):
     """minGPT under DeepSpeed."""
 
 
-class DeepSpeedNanoGPT(DeepSpeedForm, NanoGPT):
+class DeepSpeedNanoGPT(DeepSpeedGPTModule, NanoGPT):
     """nanoGPT under DeepSpeed."""
 
 
-FORMS: dict[str, type[GPTModule]] = {"plain": GPTModule, "fsdp": FSDPGPTModule, "deepspeed": DeepSpeedGPTModule}
+class DeepSpeedModernGPT(DeepSpeedGPTModule, ModernGPT):
+    """moderngpt under DeepSpeed."""

@@ -1,7 +1,7 @@
-"""Muon over hidden matrices, and AdamW over all else, as one optimizer.
+"""Muon for hidden matrices and AdamW for all other parameters, as one optimizer.
 
-A matrix moves by its momentum made orthogonal, so that every direction in it is learnt at the same rate (Keller Jordan
-et al. 2024, "Muon: An optimizer for hidden layers in neural networks"). Numbers are those of ``torch.optim.Muon``.
+Muon orthogonalises the momentum of a matrix, so that all its directions learn at the same rate (Jordan et al. 2024,
+"Muon: An optimizer for hidden layers in neural networks"). The numbers are those of ``torch.optim.Muon``.
 """
 
 import math
@@ -17,26 +17,26 @@ from torch.nn import functional as F
 from lightning_gpt.implementations.sharding import shard_like
 
 _MOMENTUM = 0.95
-_A, _B, _C = 3.4445, -4.7750, 2.0315  # of the quintic, whose slope at 0 is as steep as it may be
+_A, _B, _C = 3.4445, -4.7750, 2.0315  # coefficients of the quintic, chosen for the steepest slope at 0
 _ITERATIONS = 5
 _EPS = 1e-7
-# Elements that are made orthogonal together: small matrices take too long one by one, and memory is finite.
-_TOGETHER = 2**24
+# Matrices are orthogonalised in batches of at most so many elements: one by one is slow, all at once takes memory.
+_BATCH_ELEMENTS = 2**24
 
 
 class Muon(torch.optim.Optimizer):
-    """Trains groups that have ``parts`` by Muon with Nesterov momentum, and the others by torch's fused AdamW.
+    """Train groups with ``parts`` by Muon with Nesterov momentum, and the other groups by torch's fused AdamW.
 
-    Decay is decoupled: a step takes ``lr * weight_decay`` of a weight away, with the group's own ``lr``.
+    Weight decay is decoupled: a step multiplies a weight by ``1 - lr * weight_decay``, with the group's ``lr``.
 
-    Under FSDP each rank keeps its share of the momentum. Whole matrices are gathered, many by one collective, and each
-    rank makes them orthogonal and takes its rows of the result.
+    Under FSDP each rank keeps its shard of the momentum. Whole matrices are gathered in batches; each rank
+    orthogonalises all of them and keeps its own rows.
 
     Args:
-        groups: Parameter groups; ``parts`` says of how many matrices, one above the other, each parameter consists.
-        learning_rate: AdamW's.
-        betas: AdamW's.
-        muon_learning_rate: Muon's, for square and wide matrices; a tall one's is sqrt(rows / columns) times that.
+        groups: Parameter groups. ``parts`` says how many matrices, stacked along dim 0, each parameter holds.
+        learning_rate: AdamW's learning rate.
+        betas: AdamW's betas.
+        muon_learning_rate: Muon's learning rate. Tall matrices use ``sqrt(rows / columns)`` times that.
     """
 
     def __init__(
@@ -50,39 +50,43 @@ class Muon(torch.optim.Optimizer):
         groups = list(groups)
         rest = [group for group in groups if "parts" not in group]
         hidden = [group | {"lr": muon_learning_rate, "momentum": _MOMENTUM} for group in groups if "parts" in group]
-        # It insists on a parameter, also where all else is frozen.
-        self._adamw = torch.optim.AdamW(rest or [torch.empty(0)], lr=learning_rate, betas=tuple(betas), fused=True)
+        # AdamW refuses an empty list, which remains if everything else is frozen.
+        adamw_groups = rest or [{"params": [torch.empty(0)]}]
+        self._adamw = torch.optim.AdamW(adamw_groups, lr=learning_rate, betas=(betas[0], betas[1]), fused=True)
         super().__init__([*rest, *hidden], {"lr": learning_rate, "fused": True})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """Takes a step; ``closure`` computes the loss and its gradients before."""
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one optimizer step and return the loss of ``closure``, which computes the gradients first."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # Told each time, since load_state_dict replaces both.
+        # Set each time, because load_state_dict replaces both.
         self._adamw.param_groups = [group for group in self.param_groups if "parts" not in group]
         self._adamw.state = self.state
         self._adamw.step()
         for group in self.param_groups:
             if "parts" in group:
-                for together in _portions([p for p in group["params"] if p.grad is not None]):
-                    self._move(together, group)
+                for batch in _batches([p for p in group["params"] if p.grad is not None]):
+                    self._update(batch, group)
         return loss
 
-    def _move(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        grads = [_local(p.grad) for p in parameters]
+    def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        grads = []
         for p in parameters:
+            assert p.grad is not None
+            grads.append(_local(p.grad))
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
         momenta = [_local(self.state[p]["momentum_buffer"]) for p in parameters]
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-        # On a CPU bfloat16 is no faster, and most are many times slower at it.
+        # On CPUs bfloat16 is at best as fast as float32, and often many times slower.
         dtype = torch.bfloat16 if grads[0].is_cuda else torch.float32
         updates = [update.to(dtype) for update in torch._foreach_lerp(grads, momenta, group["momentum"])]
-        if isinstance(parameters[0], DTensor):
-            updates = _gathered(updates, parameters)
+        sharded = [p for p in parameters if isinstance(p, DTensor)]
+        if sharded:
+            updates = _all_gather(updates, sharded)
         matrices = [matrix for update in updates for matrix in update.chunk(group["parts"])]
         del updates
         _orthogonalise_all(matrices)
@@ -97,25 +101,31 @@ class Muon(torch.optim.Optimizer):
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """This rank's rows of a tensor, in the same memory."""
+    """Return this rank's rows of a tensor, sharing its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _portions(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-    portion: list[Tensor] = []
+def _batches(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield the parameters in order, in batches of at most ``_BATCH_ELEMENTS`` elements."""
+    batch: list[Tensor] = []
     for p in parameters:
-        if portion and sum(q.numel() for q in (*portion, p)) > _TOGETHER:
-            yield portion
-            portion = []
-        portion.append(p)
-    if portion:
-        yield portion
+        if batch and sum(q.numel() for q in (*batch, p)) > _BATCH_ELEMENTS:
+            yield batch
+            batch = []
+        batch.append(p)
+    if batch:
+        yield batch
 
 
-def _gathered(shards: list[Tensor], parameters: list[DTensor]) -> list[Tensor]:
-    """Whole tensors from every rank's rows of them, placed as the parameters are, by one collective."""
+def _all_gather(shards: list[Tensor], parameters: list[DTensor]) -> list[Tensor]:
+    """Return whole tensors from every rank's rows of them, gathered by one collective.
+
+    Args:
+        shards: This rank's rows of each tensor.
+        parameters: Parameters that are sharded as the tensors are, along dim 0.
+    """
     mesh = parameters[0].device_mesh
-    # As torch.chunk has it: every rank has that many rows, but the last ones, which may have fewer or none.
+    # Rows per rank, as in torch.chunk: the last ranks may have fewer or none, so shards are padded.
     rows = [-(-p.size(0) // mesh.size()) for p in parameters]
     mine = torch.cat([F.pad(s, (0, 0, 0, r - s.size(0))).flatten() for s, r in zip(shards, rows, strict=True)])
     everyone = mine.new_empty(mesh.size() * mine.numel())
@@ -125,22 +135,28 @@ def _gathered(shards: list[Tensor], parameters: list[DTensor]) -> list[Tensor]:
 
 
 def _orthogonalise_all(matrices: list[Tensor]) -> None:
-    """Replaces matrices by what ``orthogonalise`` makes of them; those of a shape, turned or not, go together."""
+    """Orthogonalise matrices in place of the list's entries; those of one shape, or its transpose, form a batch."""
     by_shape: dict[tuple[int, ...], list[int]] = {}
     for index, matrix in enumerate(matrices):
         by_shape.setdefault(tuple(sorted(matrix.shape)), []).append(index)
     for indices in by_shape.values():
         tall = [matrices[i].size(0) > matrices[i].size(1) for i in indices]
-        wide = [matrices[i].mT if turned else matrices[i] for i, turned in zip(indices, tall, strict=True)]
-        for i, turned, done in zip(indices, tall, orthogonalise(torch.stack(wide)), strict=True):
-            matrices[i] = done.mT if turned else done
+        wide = [matrices[i].mT if is_tall else matrices[i] for i, is_tall in zip(indices, tall, strict=True)]
+        for i, is_tall, done in zip(indices, tall, orthogonalise(torch.stack(wide)), strict=True):
+            matrices[i] = done.mT if is_tall else done
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """Brings the singular values of matrices (B, m, n), m <= n, near 1, by Newton and Schulz's iteration on a quintic.
+    """Bring the singular values of matrices near 1, by five Newton-Schulz iterations on a quintic polynomial.
 
-    In float32, iterates of a much wider than high matrix are not made themselves: each is P X, where P (m, m) follows
-    from X Xt alone, which is a third of the work and more. In half precision that would be too inexact.
+    For wide float32 matrices the iterations run on the (m, m) factor P alone, where the result is P X: X Xt determines
+    P, and this takes at most two thirds of the work. Half precision would be too inexact for that.
+
+    Args:
+        matrices: (B, m, n) with m <= n.
+
+    Returns:
+        (B, m, n), in the dtype of ``matrices``.
     """
     x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=_EPS)
     gram = x @ x.mT
@@ -157,4 +173,5 @@ def orthogonalise(matrices: Tensor) -> Tensor:
         product = factor if product is None else factor @ product
         if left:
             gram = factor @ (factor @ gram)
+    assert product is not None
     return product @ x

@@ -1,4 +1,4 @@
-"""The registry of strategies: a name to a Lightning strategy and to the form of module that it needs."""
+"""The registry of strategies: the Lightning strategy behind each name, and what a run must know about it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,12 +20,14 @@ class StrategyRow:
     """One row of the registry.
 
     Attributes:
-        name: What ``--strategy`` calls it.
-        build: Makes the Lightning strategy for the devices at hand.
-        form: The form of module that it trains: "plain", "fsdp" or "deepspeed".
-        form_options: Further arguments of that form.
+        name: Value of ``--strategy``.
+        build: Builds the Lightning strategy for the given devices.
         memory: How it divides memory over its ranks.
-        precisions: Lightning's names of the precisions that it computes in.
+        form: The form of GPTModule that it trains, by its name in ``lightning_gpt.models.FORMS``.
+        form_options: Further arguments of that form.
+        precisions: Lightning's names of the precisions that it supports.
+        clip_algorithms: Values of Lightning's ``gradient_clip_algorithm`` that it supports.
+        deepspeed_engine: Whether DeepSpeed's engine runs the optimizer, which must then have ``build_deepspeed``.
     """
 
     name: str
@@ -34,12 +36,14 @@ class StrategyRow:
     form: str = "plain"
     form_options: dict[str, Any] = field(default_factory=dict)
     precisions: tuple[str, ...] = LIGHTNING_PRECISIONS
+    clip_algorithms: tuple[str, ...] = ("norm", "value")
+    deepspeed_engine: bool = False
 
     def arguments(self, where: Devices) -> dict[str, Any]:
-        """The Trainer arguments that say where to run.
+        """Return the Trainer arguments that say where to run.
 
         Raises:
-            UserError: Something that the strategy needs is not installed.
+            UserError: A package that the strategy needs is not installed.
         """
         return {
             "accelerator": where.accelerator,
@@ -53,7 +57,7 @@ class StrategyRow:
 def _ddp(devices: Devices) -> "Strategy":
     from lightning.pytorch.strategies import DDPStrategy
 
-    # Gradients live in the communication buckets, which saves a copy per step.
+    # Gradients are views of the communication buckets, which saves one copy per step.
     return DDPStrategy(gradient_as_bucket_view=True)
 
 
@@ -77,6 +81,8 @@ def _zero(name: str, *, rules: Zero, config: dict[str, Any] | None = None) -> St
         form="deepspeed",
         form_options={"offload": rules.offload, "fused_adam": not rules.offload},
         precisions=tuple(name for name in LIGHTNING_PRECISIONS if name != "64-true"),
+        clip_algorithms=("norm",),
+        deepspeed_engine=True,
     )
 
 
@@ -100,26 +106,26 @@ STRATEGIES: dict[str, StrategyRow] = {
     )
 }
 ALIASES = {"deepspeed": "deepspeed_stage_2", "fsdp_native": "fsdp"}
-# Names beside which --deepspeed_config makes sense: they leave open what a DeepSpeed configuration says.
+# The values of --strategy that leave the stage to --deepspeed_config.
 STAGE_BY_CONFIG = (TrainerOptions.strategy, "deepspeed")
 
 
 def get_strategy(options: TrainerOptions, *, where: Devices, decided: dict[str, Any] | None = None) -> StrategyRow:
-    """The row that the options ask for; one made for it where they name a DeepSpeed configuration.
+    """Return the row for ``--strategy``, or a new row for ``--deepspeed_config``.
 
     Args:
         options: The Trainer's options.
-        where: The devices that they come to.
-        decided: The values of what a DeepSpeed configuration could say, too, but the run's own options decide.
+        where: The devices of the run.
+        decided: Values of DeepSpeed settings that the run's own options determine, by DeepSpeed's names.
 
     Raises:
-        UserError: There is no such strategy, it lacks the precision, or the DeepSpeed configuration does not fit.
+        UserError: The strategy is unknown, does not support the precision, or the DeepSpeed configuration does not fit.
     """
     name = ALIASES.get(options.strategy, options.strategy)
     if name not in STRATEGIES:
         raise UserError(f"--strategy {options.strategy} is unknown; choose one of {', '.join([*STRATEGIES, *ALIASES])}")
     if name == TrainerOptions.strategy and where.world_size > 1:
-        name = "ddp"  # Lightning would take it as well, without the settings that we give it
+        name = "ddp"  # Lightning would choose it too, but without our settings
     row = STRATEGIES[name]
     if where.precision not in row.precisions:
         raise UserError(
@@ -137,10 +143,10 @@ def get_strategy(options: TrainerOptions, *, where: Devices, decided: dict[str, 
 
 
 def device_arguments(options: TrainerOptions) -> dict[str, Any]:
-    """The Trainer arguments that say where to run: accelerator, devices, num_nodes, strategy, precision.
+    """Return the Trainer arguments accelerator, devices, num_nodes, strategy and precision.
 
     Raises:
-        UserError: What was asked for is not here, or does not go together.
+        UserError: The devices are not here, or the options exclude each other.
     """
     where = find_devices(options)
     return get_strategy(options, where=where).arguments(where)

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO, on GPUs and, to try and to test it, on CPU ranks."""
+"""DeepSpeed's ZeRO on GPUs, and on CPU ranks for trying and testing it."""
 
 import json
 import logging
@@ -15,12 +15,12 @@ from lightning_gpt.config import UserError
 from lightning_gpt.strategies.memory import Zero
 from lightning_gpt.strategies.saving import WholeFolders
 
-# What the Trainer's own options decide; DeepSpeed's config may say "auto" or the same.
+# Settings that the Trainer's own options decide. DeepSpeed's config may leave them out, or say "auto" or the same.
 _DECIDED = ("gradient_accumulation_steps", "train_micro_batch_size_per_gpu", "train_batch_size", "gradient_clipping")
 
 
 class DeepSpeed(WholeFolders, DeepSpeedStrategy):
-    """Lightning's strategy, let onto CPU ranks: DeepSpeed itself has a CPU accelerator, over gloo."""
+    """Lightning's strategy, extended to CPU ranks: DeepSpeed itself has a CPU accelerator, over gloo."""
 
     @property
     def _on_cpu(self) -> bool:
@@ -28,33 +28,36 @@ class DeepSpeed(WholeFolders, DeepSpeedStrategy):
 
     @property
     def root_device(self) -> torch.device:
-        """This rank's device; a CPU's has an index, which DeepSpeed takes for the local rank."""
+        """This rank's device. A CPU gets an index, which DeepSpeed reads as the local rank."""
         return torch.device("cpu", self.local_rank) if self._on_cpu else super().root_device
 
     def init_deepspeed(self) -> None:
-        """Makes the engine, with buckets no larger than the model: the default ones take gigabytes of any."""
+        """Create the engine, with buckets no larger than the model: the default ones take gigabytes for any model."""
+        assert isinstance(self.config, dict) and self.lightning_module is not None
         zero = self.config.get("zero_optimization", {})
-        total = sum(getattr(p, "ds_numel", p.numel()) for p in self.lightning_module.parameters())
+        # Under ZeRO-3 numel() counts this rank's share alone, and ds_numel the whole parameter.
+        sizes: list[int] = [getattr(p, "ds_numel", None) or p.numel() for p in self.lightning_module.parameters()]
+        total = sum(sizes)
         for name in ("reduce_bucket_size", "allgather_bucket_size"):
             if isinstance(zero.get(name), int | float):
                 zero[name] = min(int(zero[name]), total + total % 2)  # DeepSpeed wants an even number
         super().init_deepspeed()
 
     def setup_environment(self) -> None:
-        """Starts the processes; Lightning's own version of it insists on CUDA."""
+        """Start the processes. Lightning's own version requires CUDA."""
         if self._on_cpu:
             super(DeepSpeedStrategy, self).setup_environment()
         else:
             super().setup_environment()
 
     def setup_distributed(self) -> None:
-        """Joins the process group; Lightning's own version of it insists on distinct GPUs."""
+        """Join the process group. Lightning's own version requires distinct GPUs."""
         if not self._on_cpu:
             super().setup_distributed()
             return
         import deepspeed
 
-        # Its shared-memory transport is compiled at first use, for most of a minute; gloo does without.
+        # DeepSpeed's shared-memory transport takes most of a minute to compile on first use, and gloo works without it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.set_world_ranks()
         self._init_deepspeed_distributed()
@@ -63,20 +66,20 @@ class DeepSpeed(WholeFolders, DeepSpeedStrategy):
 def build_deepspeed(
     *, accelerator: str, stage: int = 2, offload: bool = False, config: dict[str, Any] | None = None
 ) -> DDPStrategy:
-    """A ZeRO strategy.
+    """Return a ZeRO strategy.
 
     Args:
-        accelerator: What it runs on.
-        stage: What is sharded: 1 the optimizer state, 2 the gradients too, 3 the parameters too.
-        offload: Whether the optimizer state, and in stage 3 the parameters, live in the host's memory.
-        config: A whole DeepSpeed configuration, which says the stage itself.
+        accelerator: "cpu", or an accelerator of Lightning with GPUs.
+        stage: 1 shards the optimizer state, 2 also the gradients, 3 also the parameters.
+        offload: Whether to keep the optimizer state, and in stage 3 the parameters, in the host's memory.
+        config: A complete DeepSpeed configuration, which includes the stage.
 
     Raises:
-        UserError: DeepSpeed is not installed, or offloading lacks what compiles its optimizer.
+        UserError: DeepSpeed is not installed, or offloading cannot compile its optimizer.
     """
     require_deepspeed()
     if accelerator == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"  # also where there is a GPU; must be set before deepspeed is imported
+        os.environ["DS_ACCELERATOR"] = "cpu"  # also if there is a GPU; must be set before deepspeed is imported
     if offload:
         require_cpu_adam()
     if config is not None:
@@ -88,14 +91,14 @@ def build_deepspeed(
         logging_batch_size_per_gpu=1,  # for DeepSpeed's own timers, which are off
         offload_optimizer=offload,
         offload_parameters=parameters_too,
-        # Where zero.Init puts the shards: not on a GPU that they are to be kept away from.
+        # Where zero.Init puts the shards: not on the GPU if they are offloaded.
         remote_device="cpu" if parameters_too else None,
         logging_level=logging.ERROR,
     )
 
 
 def _check_zero(section: dict[str, Any]) -> None:
-    """Lets DeepSpeed itself check the section, which it would do in the middle of building the model."""
+    """Validate the section by DeepSpeed's own rules, which it would otherwise do while the model is built."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 
@@ -108,21 +111,13 @@ def _check_zero(section: dict[str, Any]) -> None:
 
 
 def require_deepspeed() -> None:
-    """Refuses before anything is done.
-
-    Raises:
-        UserError: DeepSpeed is not installed.
-    """
+    """Raise a UserError if DeepSpeed is not installed."""
     if find_spec("deepspeed") is None:
         raise UserError("this --strategy needs DeepSpeed: pip install -r requirements/deepspeed.txt")
 
 
 def require_cpu_adam() -> None:
-    """Checks for what DeepSpeedCPUAdam is compiled with when it is first used.
-
-    Raises:
-        UserError: There is no ninja or no C++ compiler.
-    """
+    """Raise a UserError if ninja or a C++ compiler is missing: DeepSpeedCPUAdam is compiled on first use."""
     from torch.utils.cpp_extension import is_ninja_available
 
     if not is_ninja_available():
@@ -136,15 +131,15 @@ def require_cpu_adam() -> None:
 
 
 def read_config(path: str, *, precision: str, decided: dict[str, Any]) -> dict[str, Any]:
-    """A DeepSpeed JSON file, checked against what the command line decides.
+    """Return the content of a DeepSpeed JSON file, checked against the command line.
 
     Args:
         path: The file.
         precision: The Trainer's precision.
-        decided: The Trainer's values of what DeepSpeed's config could say, too.
+        decided: Values of DeepSpeed settings that the Trainer's options determine, by DeepSpeed's names.
 
     Raises:
-        UserError: It cannot be read, or says otherwise than the command line.
+        UserError: The file cannot be read, or contradicts the command line.
     """
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -156,7 +151,7 @@ def read_config(path: str, *, precision: str, decided: dict[str, Any]) -> dict[s
         raise UserError(f"--deepspeed_config {path}: expected a JSON object")
     for name, flag in (("optimizer", "--learning_rate"), ("scheduler", "--warmup_steps")):
         if name in config:
-            raise UserError(f"--deepspeed_config {path}: remove {name}; train.py's own flags decide it, see {flag}")
+            raise UserError(f"--deepspeed_config {path}: remove {name}; train.py's flags set it, see {flag}")
     if "activation_checkpointing" in config:
         raise UserError(f"--deepspeed_config {path}: remove activation_checkpointing; --recompute does it")
     for name in _DECIDED:
@@ -195,7 +190,7 @@ def _section(config: dict[str, Any], name: str, *, path: str) -> dict[str, Any]:
 
 
 def zero_rules(config: dict[str, Any]) -> Zero:
-    """How a DeepSpeed configuration divides memory; what it leaves open is DeepSpeed's own default."""
+    """Return the memory rules of a DeepSpeed configuration; missing settings have DeepSpeed's defaults."""
     zero = config["zero_optimization"]
     stage, overlaps = zero["stage"], zero.get("overlap_comm", zero["stage"] == 3)
     named = {

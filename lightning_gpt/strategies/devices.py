@@ -1,9 +1,11 @@
-"""Accelerators, device counts and precisions: what was asked for, checked against what is here."""
+"""Accelerators, device counts and precisions: the requested ones, checked against the machine."""
 
 import os
+import warnings
 from dataclasses import dataclass
 
 import torch
+from lightning.fabric.utilities.throughput import get_available_flops
 
 from lightning_gpt.config import TrainerOptions, UserError
 
@@ -17,10 +19,10 @@ class Devices:
     """Where a run computes.
 
     Attributes:
-        accelerator: "cpu" or "gpu", or another that Lightning knows.
-        devices: How many a node has, or which.
-        num_nodes: Machines.
-        precision: Lightning's name of it.
+        accelerator: "cpu", "gpu", or another accelerator of Lightning.
+        devices: Number of devices per node, or a list of their indices.
+        num_nodes: Number of machines.
+        precision: Lightning's name of the precision.
     """
 
     accelerator: str
@@ -30,18 +32,18 @@ class Devices:
 
     @property
     def device_type(self) -> str:
-        """What torch calls such a device."""
+        """torch's name for this kind of device."""
         gpu = "cuda" if torch.cuda.is_available() or not torch.backends.mps.is_available() else "mps"
         return gpu if self.accelerator == "gpu" else self.accelerator
 
     @property
     def dtype(self) -> torch.dtype:
-        """What activations are computed in."""
+        """The dtype of activations."""
         return DTYPES[self.precision.partition("-")[0]]
 
     @property
     def per_node(self) -> int:
-        """Devices of one node."""
+        """Number of devices per node."""
         if isinstance(self.devices, int):
             if self.devices >= 0:
                 return self.devices
@@ -52,19 +54,19 @@ class Devices:
 
     @property
     def world_size(self) -> int:
-        """Processes, one for each device."""
+        """Number of processes, one per device."""
         return self.per_node * self.num_nodes
 
 
 def find_devices(options: TrainerOptions, *, elsewhere: bool = False) -> Devices:
-    """Resolves what was asked for. Under torchrun, whose environment counts the processes, devices and nodes follow it.
+    """Return the devices that the options ask for. Under torchrun its environment says how many there are.
 
     Args:
         options: The Trainer's options.
-        elsewhere: Whether the run is for another machine, so that what is here does not matter.
+        elsewhere: Whether the run is planned for another machine, so that the devices need not be here.
 
     Raises:
-        UserError: An unknown accelerator or precision, GPUs where there are none, or half precision on a CPU.
+        UserError: The accelerator or precision is unknown, there are not enough GPUs, or a CPU cannot do fp16.
     """
     from lightning.pytorch.accelerators import AcceleratorRegistry
 
@@ -107,32 +109,45 @@ def find_devices(options: TrainerOptions, *, elsewhere: bool = False) -> Devices
     return where
 
 
+# Dense peaks in TFLOP/s for matrix products, in half precision, TF32 and float32, where Lightning's table has none, or
+# the rate with sparsity (H200), of two cards (H100 NVL), or of another card (L40 and L40S count as L4). From NVIDIA's
+# data sheets. The first name that a device's name contains counts.
+_PEAKS = {
+    "GB200": (2500, 1250, 80),
+    "B200": (2250, 1100, 75),
+    "GH200": (990, 494, 67),
+    "H200 NVL": (835, 417, 60),
+    "H200": (989, 494, 67),
+    "H100 NVL": (835, 417, 60),
+    "L40S": (362, 183, 91.6),
+    "L40": (181, 90.5, 90.5),
+    "A10G": (70, 35, 35),
+}
+
+
 def peak_flops(device: torch.device, *, precision: str) -> float | None:
-    """Dense peak of a device in FLOP/s for matrix products, from the makers' data sheets; None where unknown."""
-    if device.type != "cuda" or precision == "64-true":
+    """Return the dense peak of a device for matrix products, in FLOP/s; None if it is unknown.
+
+    Args:
+        device: The device.
+        precision: Lightning's name of the precision.
+    """
+    dtype = DTYPES[precision.partition("-")[0]]
+    if device.type != "cuda" or dtype == torch.float64:
         return None
     name = torch.cuda.get_device_name(device)
-    half = {
-        "H200": 989e12,
-        "H100 PCIe": 756e12,
-        "H100": 989e12,
-        "A100": 312e12,
-        "L40S": 362e12,
-        "L40": 181e12,
-        "A10G": 70e12,
-        "L4": 121e12,
-        "V100": 125e12,
-    }
-    full = {
-        "H200": 67e12,
-        "H100 PCIe": 51e12,
-        "H100": 67e12,
-        "A100": 19.5e12,
-        "L40S": 91.6e12,
-        "L40": 90.5e12,
-        "A10G": 35e12,
-        "L4": 30.3e12,
-        "V100": 15.7e12,
-    }
-    table = full if precision == "32-true" else half
-    return next((peak for key, peak in table.items() if key in name), None)
+    for card, (half, tf32, single) in _PEAKS.items():
+        if card in name:
+            full = single if torch.get_float32_matmul_precision() == "highest" else tf32
+            return (full if dtype == torch.float32 else half) * 1e12
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # for a card or precision without a number
+        try:
+            peak, plain = (get_available_flops(device, kind) for kind in (dtype, torch.float32))
+        except IndexError:  # Lightning expects "NVIDIA" before "GeForce"
+            return None
+    # For GeForce and workstation cards Lightning has the rate without tensor cores, at most twice that of float32. A
+    # utilisation computed from it would be wrong.
+    if peak is None or (dtype != torch.float32 and plain is not None and peak < 3 * plain):
+        return None
+    return float(peak)

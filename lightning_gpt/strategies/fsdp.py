@@ -6,13 +6,13 @@ from lightning_gpt.strategies.saving import WholeFolders
 
 
 class FSDP(WholeFolders, ModelParallelStrategy):
-    """Every rank holds its share of each parameter, gradient and moment; a block is gathered when it is its turn.
+    """Each rank holds a shard of every parameter, gradient and moment; a block is gathered when it runs.
 
-    The module form shards itself in ``configure_model``, over the device mesh that this strategy makes.
+    ``FSDPGPTModule`` shards itself in ``configure_model``, over this strategy's device mesh.
     """
 
     def __init__(self, *, world_size: int, accelerator: str) -> None:
-        # Both sizes, since "auto" would put all devices of a node into tensor parallelism.
+        # Both sizes are given, because "auto" uses all devices of a node for tensor parallelism.
         super().__init__(
             data_parallel_size=world_size,
             tensor_parallel_size=1,

@@ -1,29 +1,34 @@
-"""Saving so that a machine that dies while it writes loses nothing: the old checkpoint stays until the new is whole."""
+"""Checkpoints are replaced atomically: the old one stays until the new one is complete."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from lightning_gpt.atomic import remove, swap_in
 
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import ParallelStrategy as _Strategy
+else:
+    _Strategy = object
+
 
 class WholeFiles(TorchCheckpointIO):
-    """Writes checkpoints of one file."""
+    """Writes checkpoints that are one file."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Writes beside the old checkpoint, then takes its place."""
+        """Write beside the old checkpoint, then replace it."""
         path = Path(path)
         part = path.with_name(path.name + ".part")
         super().save_checkpoint(checkpoint, part, storage_options)
         swap_in(part, path)
 
 
-class WholeFolders:
-    """For strategies whose checkpoint is a folder that all ranks write; mixed in before the strategy."""
+class WholeFolders(_Strategy):
+    """A mixin, put before the strategy, for strategies whose checkpoint is a folder that all ranks write."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Writes beside the old checkpoint, then takes its place. The folder must be one that all ranks see."""
+        """Write beside the old checkpoint, then replace it. All ranks must see the folder (a shared file system)."""
         path = Path(self.broadcast(filepath))
         part = path.with_name(path.name + ".part")
         if self.is_global_zero:

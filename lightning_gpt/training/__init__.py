@@ -1,1 +1,1 @@
-"""Put a training run together and run it."""
+"""A training run: its parts, callbacks and header."""

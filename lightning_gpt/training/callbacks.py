@@ -1,4 +1,4 @@
-"""What a run shows and logs: progress bar, speed, memory, MFU, validation lines, and a sample at the end."""
+"""Callbacks of a run: progress bar, speed, memory, MFU, validation lines, dropout seeds and a final sample."""
 
 import logging
 import resource
@@ -19,7 +19,7 @@ from lightning_gpt.tokenizers import Tokenizer
 
 
 def quiet_lightning() -> None:
-    """Silences what the header says better, and advice that does not fit a run over memory-mapped tokens."""
+    """Silence messages that our header replaces, and advice that does not apply to memory-mapped tokens."""
     for name in ("lightning.pytorch", "lightning.fabric", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
@@ -35,42 +35,42 @@ def quiet_lightning() -> None:
 
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's bar, which knows the length of an endless epoch: the budget in micro-batches."""
+    """Lightning's bar over the whole budget, because an epoch has no end here."""
 
     @property
     def total_train_batches(self) -> int | float:
-        """Micro-batches until the budget is used up."""
+        """Micro-batches of the whole budget."""
         return self.trainer.max_steps * self.trainer.accumulate_grad_batches
 
     def init_validation_tqdm(self) -> Tqdm:
-        """No second bar: a validation's result gets a line of its own."""
+        """Disable the second bar: a validation prints its result as a line."""
         return Tqdm(disable=True)
 
     init_sanity_tqdm = init_validation_tqdm
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """The losses; not the log's version number, which says nothing here."""
+        """Return the losses, without the version number of the log."""
         return {k: v for k, v in super().get_metrics(trainer, pl_module).items() if k != "v_num"}
 
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
-        """Starts the bar where the run goes on."""
+        """Start the bar at the present step, which is not 0 in a resumed run."""
         super().on_train_epoch_start(trainer)
         self.train_progress_bar.initial = trainer.global_step * trainer.accumulate_grad_batches
         self.train_progress_bar.set_description("train")
 
 
 class DropoutSeed(Callback):
-    """Makes dropout a pure function of (seed, optimizer step, micro-batch, rank), so that a resumed run repeats it."""
+    """Makes dropout a function of (seed, optimizer step, micro-batch, rank), so that resumed runs repeat it exactly."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Seeds the generator of the device that computes."""
+        """Seed the random generator of the module's device."""
         micro_batch = (
             trainer.global_step * trainer.accumulate_grad_batches + batch_idx % trainer.accumulate_grad_batches
         )
-        # Odd multipliers keep the three numbers apart in the 64 bits of the seed.
+        # Large odd multipliers spread the three numbers over the 64 bits of the seed.
         seed = (self.seed * 0x9E3779B97F4A7C15 + micro_batch * 0xBF58476D1CE4E5B9 + trainer.global_rank) % 2**63
         if pl_module.device.type == "cuda":
             torch.cuda.manual_seed(seed)
@@ -79,10 +79,10 @@ class DropoutSeed(Callback):
 
 
 class ValidateAtEnd(Callback):
-    """Validates, and so saves, at the last step of the budget, also where that is between two validations."""
+    """Validates and saves at the last step of the budget, even between two validations."""
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Asks the loop to stop, which makes it validate first; stopping at ``max_steps`` does not."""
+        """Ask the loop to stop. It validates before that, but not before it stops at ``max_steps``."""
         if trainer.global_step >= trainer.max_steps:
             trainer.should_stop = True
 
@@ -90,11 +90,11 @@ class ValidateAtEnd(Callback):
 class RunMetrics(Callback):
     """Logs speed, learning rate, gradient norm, memory and MFU, and prints a line per validation.
 
-    Between two lines of the log it does nothing but count, so that no step waits for it.
+    Steps that are not logged never wait for it.
 
     Args:
-        tokens_per_step: Tokens of an optimizer step over all ranks.
-        flops_per_token: The model's, for forward and backward pass.
+        tokens_per_step: Tokens per optimizer step over all ranks.
+        flops_per_token: The model's FLOPs per token, forward and backward.
     """
 
     def __init__(self, *, tokens_per_step: int, flops_per_token: float) -> None:
@@ -106,7 +106,7 @@ class RunMetrics(Callback):
         self._training_seconds = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Looks up what does not change."""
+        """Start the clock, and look up the peak FLOP/s of all devices."""
         peak = peak_flops(pl_module.device, precision=str(trainer.precision))
         self._peak = peak * trainer.world_size if peak else None
         self._since = (trainer.global_step, time.perf_counter())
@@ -115,9 +115,9 @@ class RunMetrics(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Every ``log_every_n_steps`` optimizer steps: a row of metrics."""
+        """Log the metrics every ``log_every_n_steps`` optimizer steps."""
         step = trainer.global_step
-        if step % trainer.log_every_n_steps or step == self._since[0]:
+        if step % trainer.log_every_n_steps or step == self._since[0]:  # type: ignore[attr-defined]
             return
         assert isinstance(pl_module, GPTModule)
         now = time.perf_counter()
@@ -139,13 +139,13 @@ class RunMetrics(Callback):
         pl_module.log_dict(metrics)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stops the clock: a validation's time is not training time."""
+        """Stop the clock, so that validation does not count as training time."""
         if trainer.sanity_checking:
             return
         self._training_seconds += time.perf_counter() - self._since[1]
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prints the speed of the whole run."""
+        """Print the mean speed of the run."""
         steps = trainer.global_step - self._first_step
         if not trainer.is_global_zero or not steps or not self._training_seconds:
             return
@@ -157,32 +157,32 @@ class RunMetrics(Callback):
         )
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Puts the validation loss at its step in the log."""
+        """Log the step beside the validation loss, which loggers would otherwise plot over batches."""
         if not trainer.sanity_checking:
             pl_module.log("step", float(trainer.global_step), sync_dist=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prints what a validation found, also of weights a run starts from, and starts the clock again."""
+        """Print the scores, also those of initial weights, and restart the clock."""
         bar = trainer.progress_bar_callback
         if trainer.is_global_zero:
             known = trainer.callback_metrics
             names = [name for name in ("train_loss", "val_loss", "val_accuracy") if name in known]
             shown = ", ".join(f"{name} {float(known[name]):.4f}" for name in names)
-            say = print if bar is None or trainer.sanity_checking else bar.print  # the bar is not there yet
+            say = print if bar is None or trainer.sanity_checking else bar.print  # the sanity check has no bar yet
             say(f"step {trainer.global_step}: {shown}")
         self._since = (trainer.global_step, time.perf_counter())
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Peak bytes: what the GPU's allocator held, or this process's resident memory on a CPU."""
+    """Return the peak bytes of the GPU's allocator, or on a CPU of this process's resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # Kilobytes on Linux, bytes on a Mac.
+    # In kilobytes on Linux, in bytes on macOS.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class FinalSample(Callback):
-    """Prints what the trained model writes."""
+    """Prints a sample of the trained model."""
 
     def __init__(
         self, tokenizer: Tokenizer, *, prompt: str, max_new_tokens: int, seed: int, top_k: int | None = None
@@ -194,7 +194,7 @@ class FinalSample(Callback):
         self.top_k = top_k
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Samples while the model is still on its devices; on all ranks, since each may hold a share of the weights."""
+        """Sample while the model is still on its devices, and on all ranks, because weights may be sharded."""
         assert isinstance(pl_module, GPTModule)
         with trainer.precision_plugin.forward_context():
             text = complete(

@@ -19,7 +19,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from lightning_gpt.checkpoint.base import empty_model
 from lightning_gpt.implementations.registry import decay_matrices
-from lightning_gpt.optim import parameter_groups
+from lightning_gpt.optim.groups import parameter_groups
 
 folder, stage = Path(sys.argv[1]) / "checkpoint", int(sys.argv[2])
 folder.mkdir(parents=True)

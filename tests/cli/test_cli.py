@@ -10,8 +10,11 @@ import torch
 import yaml
 
 import train
+from lightning_gpt import NanoGPT
 from lightning_gpt.cli import parse_evaluate, parse_sample, parse_train
 from lightning_gpt.config import EvaluateOptions, SampleOptions, UserError
+from lightning_gpt.optim.registry import OPTIMIZERS, OptimizerRow, get_optimizer
+from lightning_gpt.options import PositiveFloat
 from lightning_gpt.strategies import device_arguments
 
 REPO = Path(__file__).parents[2]
@@ -37,6 +40,39 @@ def test_both_spellings():
     assert config == parse_train(joined.split())
     assert (config.data.batch_size, config.optim.learning_rate, config.data.data) == (3, 2e-3, "a.txt")
     assert config.model_fields["bias"] is False and config.model_fields["n_layer"] == 2
+
+
+def test_options_of_optimizers_are_flags_yaml_lines_and_arguments():
+    config = parse_train(["--optimizer=muon", "--muon_learning_rate", "3e-3"])
+    assert (
+        config.optimizer_fields
+        == {"muon_learning_rate": 3e-3}
+        == {"muon_learning_rate": config.flat()["muon_learning_rate"]}
+    )
+    assert parse_train([]).optimizer_fields == {"muon_learning_rate": None}
+    muon = get_optimizer("muon")
+    assert muon.complete(config.optimizer_fields) == {"muon_learning_rate": 3e-3}
+    assert muon.complete({"muon_learning_rate": None}) == muon.complete({}) == {"muon_learning_rate": 0.02}
+    assert get_optimizer("adamw").complete(config.optimizer_fields) == {}
+
+
+def test_the_next_optimizer_declares_its_option_once(monkeypatch, refused, tiny_flags, text_file):
+    """A row and a dataclass give it a flag with a help line and a limit, a default, and refusal beside others."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        slowness: PositiveFloat = 3.0
+
+    row = OptimizerRow(name="snail", build=lambda groups, **settings: (groups, settings), options=Options)
+    monkeypatch.setitem(OPTIMIZERS, "snail", row)
+    config = parse_train(["--optimizer=snail", "--slowness=2"])
+    assert config.optimizer_fields == {"muon_learning_rate": None, "slowness": 2.0} and config.flat()["slowness"] == 2.0
+    module = NanoGPT(vocab_size=5, block_size=4, model_type="gpt-nano", optimizer="snail", slowness=4.0)
+    groups, settings = module.build_optimizer([])
+    assert settings["slowness"] == module.hparams["slowness"] == 4.0
+    start = [*tiny_flags, f"--data={text_file}"]
+    refused(train.main, *start, "--slowness=2", mentions=["--slowness", "--optimizer snail", "adamw"])
+    refused(train.main, *start, "--optimizer=snail", "--slowness=0", mentions="--slowness 0.0")
 
 
 def test_a_value_may_begin_with_a_dash():
@@ -198,7 +234,11 @@ print("HEAVY", sorted({{"torch", "lightning", "numpy", "tiktoken", "transformers
 @pytest.mark.parametrize(
     ("entry", "argv", "listed"),
     [
-        ("train", ["--help"], ["--embd_pdrop", "--learning_rate", "--grad_accum", "--resume", "--n_layer", "mingpt"]),
+        (
+            "train",
+            ["--help"],
+            ["--embd_pdrop", "--learning_rate", "--grad_accum", "--resume", "--n_layer", "mingpt", "--muon"],
+        ),
         ("train", ["--implementation=nanogpt", "--help"], ["--bias", "--dropout"]),
         ("evaluate", ["--help"], ["--checkpoint", "--eval_batches"]),
         ("sample", ["--help"], ["--checkpoint", "--top_k"]),
@@ -217,9 +257,10 @@ def test_help_lists_the_flags_without_waiting_for_torch(entry, argv, listed):
 def test_help_says_what_every_flag_does(capsys):
     from lightning_gpt.cli import GROUPS
     from lightning_gpt.implementations.registry import IMPLEMENTATIONS, flag_options
+    from lightning_gpt.optim.registry import optimizer_options
     from lightning_gpt.options import options_of
 
     for row in IMPLEMENTATIONS.values():
-        options = [*flag_options(row), *(o for cls in GROUPS.values() for o in options_of(cls))]
+        options = [*flag_options(row), *(o for cls in GROUPS.values() for o in options_of(cls)), *optimizer_options()]
         assert [o.name for o in options if not o.help] == []
         assert len({o.name for o in options}) == len(options)

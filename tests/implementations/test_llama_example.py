@@ -1,4 +1,4 @@
-"""README's Llama, as it stands there: a user's model that accepts the cache, trained and sampled."""
+"""The Llama of docs/extending.md: a user's model that accepts the cache, trained and sampled."""
 
 import re
 import sys
@@ -12,15 +12,15 @@ import train
 from lightning_gpt.checkpoint import find_checkpoint, open_checkpoint
 from lightning_gpt.implementations.generation import GenerationSettings
 
-README = Path(__file__).parents[2] / "README.md"
+DOCS = Path(__file__).parents[2] / "docs" / "extending.md"
 BLOCK = 16
 SIZES = f"--n_layer=2 --n_head=4 --n_kv_head=2 --n_embd=32 --block_size={BLOCK}".split()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with the README's my_llama.py, which is also the working directory."""
-    code = re.search(r"```python\n(# my_llama\.py\n.*?)```", README.read_text(encoding="ascii"), re.DOTALL)
+    """A folder with the page's my_llama.py, which is also the working directory."""
+    code = re.search(r"```python\n(# my_llama\.py\n.*?)```", DOCS.read_text(encoding="ascii"), re.DOTALL)
     assert code
     folder = tmp_path_factory.mktemp("llama")
     (folder / "my_llama.py").write_text(code[1])

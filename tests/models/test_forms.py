@@ -1,4 +1,4 @@
-"""The forms of a module for strategies that shard, from Python; and what a strategy refuses, in one line."""
+"""The modules and their forms for strategies that shard, from Python; and what a strategy refuses."""
 
 import json
 import sys
@@ -12,22 +12,26 @@ import evaluate
 import train
 from lightning_gpt.config import TrainerOptions
 from lightning_gpt.models import (
+    FORMS,
     DeepSpeedMinGPT,
+    DeepSpeedModernGPT,
     DeepSpeedNanoGPT,
     FSDPMinGPT,
+    FSDPModernGPT,
     FSDPNanoGPT,
     GPTModule,
     MinGPT,
+    ModernGPT,
     NanoGPT,
 )
-from lightning_gpt.optim import deepspeed_adam
+from lightning_gpt.optim.adamw import deepspeed_adam
 from lightning_gpt.strategies import ALIASES, STRATEGIES
 
 SIZES = dict(vocab_size=10, block_size=8, model_type=None, n_layer=2, n_head=2, n_embd=16)
 
 
 def fit(module: GPTModule, **settings) -> Trainer:
-    """Counting up from 0, under a plain Trainer."""
+    """Train on counting up from 0, under a plain Trainer."""
     idx = torch.arange(9).repeat(64, 1)
     loader = DataLoader(TensorDataset(idx[:, :-1], idx[:, 1:]), batch_size=8)
     quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
@@ -36,11 +40,15 @@ def fit(module: GPTModule, **settings) -> Trainer:
     return trainer
 
 
-FORMS = [(FSDPMinGPT, MinGPT), (FSDPNanoGPT, NanoGPT), (DeepSpeedMinGPT, MinGPT), (DeepSpeedNanoGPT, NanoGPT)]
+PLAIN = (MinGPT, NanoGPT, ModernGPT)
+PAIRS = [
+    *zip((FSDPMinGPT, FSDPNanoGPT, FSDPModernGPT), PLAIN, strict=True),
+    *zip((DeepSpeedMinGPT, DeepSpeedNanoGPT, DeepSpeedModernGPT), PLAIN, strict=True),
+]
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize(("form", "plain"), FORMS)
+@pytest.mark.parametrize(("form", "plain"), PAIRS)
 def test_form_trains_as_the_plain_module_under_a_plain_trainer(form, plain, recompute, tmp_path):
     modules, losses = [], []
     for cls in (plain, form):
@@ -54,7 +62,7 @@ def test_form_trains_as_the_plain_module_under_a_plain_trainer(form, plain, reco
     assert modules[1].generate(torch.arange(3)[None], 4, do_sample=False).tolist() == [[0, 1, 2, 3, 4, 5, 6]]
 
 
-@pytest.mark.parametrize(("form", "plain"), FORMS)
+@pytest.mark.parametrize(("form", "plain"), PAIRS)
 def test_form_keeps_no_weights_until_it_is_configured_and_its_checkpoint_is_the_plain_one(form, plain, tmp_path):
     module = form(**SIZES)
     assert all(p.is_meta for p in module.parameters())
@@ -65,6 +73,52 @@ def test_form_keeps_no_weights_until_it_is_configured_and_its_checkpoint_is_the_
     tied = plain is NanoGPT
     for model in (module.model, again.model):
         assert (model.lm_head.weight is model.transformer.wte.weight) == tied
+
+
+@pytest.mark.parametrize("cls", [*PLAIN, *(form for form, _ in PAIRS)])
+def test_loads_its_own_checkpoint_and_every_other_form_of_it(cls, tmp_path):
+    """Arguments of the model, training arguments and the optimizer's options come back; changed ones win."""
+    plain = next(base for base in PLAIN if issubclass(cls, base))
+    module = fit(plain(**SIZES, learning_rate=0.3, optimizer="muon", muon_learning_rate=0.05), max_steps=1)
+    module.save_checkpoint(tmp_path / "plain.ckpt")
+    written = cls(**SIZES, recompute=True)
+    fit(written, max_steps=1).save_checkpoint(tmp_path / "own.ckpt")
+    again = cls.load_from_checkpoint(tmp_path / "own.ckpt", weights_only=True, strict=True, weight_decay=0.7)
+    assert again.recompute and again.weight_decay == 0.7 and again.model_config == written.model_config
+    torch.testing.assert_close(again.model.state_dict(), written.model.state_dict(), rtol=0, atol=0)
+    if not issubclass(cls, FORMS["deepspeed"]):  # which refuses muon
+        again = cls.load_from_checkpoint(tmp_path / "plain.ckpt", weights_only=True)
+        assert again.learning_rate == 0.3 and again.optimizer_options == {"muon_learning_rate": 0.05}
+    if cls is plain:
+        again = GPTModule.load_from_checkpoint(tmp_path / "own.ckpt", weights_only=True)
+        assert again.model_config == written.model_config
+
+
+def test_checkpoints_of_earlier_versions_load(tmp_path):
+    """They hold muon's learning rate for every optimizer."""
+    module = NanoGPT(**SIZES)
+    fit(module, max_steps=1).save_checkpoint(tmp_path / "own.ckpt")
+    content = torch.load(tmp_path / "own.ckpt", weights_only=True)
+    assert "muon_learning_rate" not in content["hyper_parameters"]
+    content["hyper_parameters"]["muon_learning_rate"] = 0.02
+    torch.save(content, tmp_path / "old.ckpt")
+    again = NanoGPT.load_from_checkpoint(tmp_path / "old.ckpt", weights_only=True)
+    assert again.optimizer_options == {}
+    torch.testing.assert_close(again.model.state_dict(), module.model.state_dict(), rtol=0, atol=0)
+
+
+def test_an_unknown_argument_is_refused():
+    for build in (lambda **more: NanoGPT(**SIZES, **more), lambda **more: DeepSpeedNanoGPT(**SIZES, **more)):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'muon_learning_rat'"):
+            build(muon_learning_rat=0.1)
+
+
+def test_a_module_without_memory_has_the_names_and_shapes_of_one_with():
+    fields = {name: value for name, value in SIZES.items() if name != "model_type"}
+    module = GPTModule.without_memory("nanogpt", model_config=fields, optimizer="muon")
+    assert all(p.is_meta for p in module.parameters()) and module.hidden_matrices
+    shapes = {name: tensor.shape for name, tensor in module.model.state_dict().items()}
+    assert shapes == {name: tensor.shape for name, tensor in NanoGPT(**SIZES).model.state_dict().items()}
 
 
 @pytest.mark.parametrize("form", [DeepSpeedMinGPT, DeepSpeedNanoGPT])
@@ -94,7 +148,7 @@ def test_offload_trains_under_a_plain_trainer_with_cpu_adam():
 
 
 def test_fused_adam_where_it_can_be_compiled_and_is_wanted(monkeypatch):
-    """FusedAdam itself needs a GPU: what stands for it shows that it is chosen, with which arguments."""
+    """FusedAdam needs a GPU. A stand-in shows that it is chosen, and with which arguments."""
     adam = pytest.importorskip("deepspeed.ops.adam")
     monkeypatch.setattr(adam, "FusedAdam", lambda groups, **settings: (groups, settings))
     weight = torch.nn.Parameter(torch.ones(2))
@@ -116,7 +170,7 @@ def test_fused_adam_where_it_can_be_compiled_and_is_wanted(monkeypatch):
 def test_fused_adam_on_a_gpu():
     pytest.importorskip("deepspeed")
     trainer = fit(DeepSpeedNanoGPT(**SIZES), accelerator="gpu")
-    assert type(trainer.optimizers[0]).__name__ in ("FusedAdam", "AdamW")  # the latter where nothing compiles it
+    assert type(trainer.optimizers[0]).__name__ in ("FusedAdam", "AdamW")  # AdamW if FusedAdam cannot be compiled
 
 
 def test_names_and_aliases():
@@ -133,6 +187,8 @@ def test_names_and_aliases():
     for name in stages:
         offload = name.endswith("offload")
         assert STRATEGIES[name].form_options == {"offload": offload, "fused_adam": not offload}
+    assert {name for name, row in STRATEGIES.items() if row.deepspeed_engine} == set(stages)
+    assert {name for name, row in STRATEGIES.items() if row.clip_algorithms == ("norm",)} == set(stages)
 
 
 class Stop(Exception):
@@ -154,29 +210,20 @@ def test_alias_is_the_same_strategy(alias, tiny_flags, text_file, tmp_path, monk
     for name in (alias, ALIASES[alias]):
         with pytest.raises(Stop):
             train.main([*tiny_flags, f"--data={text_file}", f"--out_dir={tmp_path / name}", f"--strategy={name}"])
-    assert made[0] == made[1] and made[0][2].__name__ == f"{STRATEGIES[ALIASES[alias]].form}GPTModule".replace(
-        "fsdp", "FSDP"
-    ).replace("deepspeed", "DeepSpeed")
+    assert made[0] == made[1] and made[0][2] is FORMS[STRATEGIES[ALIASES[alias]].form]
 
 
 @pytest.fixture
-def refused(tmp_path, monkeypatch, capsys, text_file, tiny_flags):
-    """Calls train.py with further flags and checks that it refuses in one line and leaves nothing behind."""
+def refused(refused, tmp_path, monkeypatch, text_file, tiny_flags):
+    """Call train.py with further flags; check that it refuses in one line and leaves nothing behind."""
     folder = tmp_path / "cwd"
     folder.mkdir()
     monkeypatch.chdir(folder)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
 
     def call(*flags, mentions, main=train.main):
-        capsys.readouterr()
         start = [*tiny_flags, f"--data={text_file}"] if main is train.main else []
-        with pytest.raises(SystemExit) as stop:
-            main([*start, *map(str, flags)])
-        out, err = capsys.readouterr()
-        assert stop.value.code == 2
-        assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in out + err, err
-        for text in mentions:
-            assert text in err
+        refused(main, *start, *flags, mentions=mentions)
         assert list(folder.iterdir()) == [], "something was left behind"
 
     return call
@@ -226,7 +273,7 @@ def test_compile_without_a_compiler(strategy, mode, refused, monkeypatch, tmp_pa
 
 
 ZERO = {"zero_optimization": {"stage": 2}}
-# What the file holds, further flags, and what is said of it.
+# Content of the file, further flags, and what the error mentions.
 FILES = {
     "missing": (None, [], ["ds.json", "No such file"]),
     "no JSON": ("{'stage': 2}", [], ["ds.json", "line 1"]),
@@ -303,7 +350,7 @@ def test_deepspeed_clips_by_norm_alone(refused):
 
 
 def test_initial_weights_are_drawn_on_the_cpu_whatever_the_default_device():
-    """Lightning builds under the GPU as the default device; the meta device stands for one here."""
+    """Lightning builds with the GPU as the default device; here the meta device stands in for it."""
     torch.manual_seed(7)
     plain = NanoGPT(**SIZES).model.state_dict()
     torch.manual_seed(7)

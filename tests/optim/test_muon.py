@@ -1,4 +1,4 @@
-"""Muon: which parameters it takes, that it is torch's, and that strategies, checkpoints and precisions keep it so."""
+"""Muon: its parameters, its equality with torch's, and its state under strategies, precisions and checkpoints."""
 
 import math
 import os
@@ -40,7 +40,7 @@ class Config:
 
 
 class Plain(nn.Module):
-    """A model whose blocks nobody knows; its head may be its embedding."""
+    """A model without a Block class; its head may be tied to its embedding."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -98,7 +98,7 @@ def test_a_model_without_known_blocks():
     for tied in (False, True):
         module = GPTModule(f"{__name__}:Plain", model_config={"vocab_size": 11, "tied": tied}, optimizer="muon")
         assert module.hidden_matrices == {"body.0.weight": 1}
-    # A head of so many rows is known by them, whatever else is as large.
+    # A Linear with as many rows as the vocabulary counts as a head.
     with pytest.raises(UserError, match="no nn.Linear between"):
         GPTModule(f"{__name__}:Plain", model_config={"vocab_size": 6}, optimizer="muon")
     with pytest.raises(UserError, match="body.0 has 6 rows.* parts = 4"):
@@ -118,7 +118,7 @@ def test_a_tied_projection_in_a_block_is_left_to_adamw(monkeypatch):
 
 
 def grads_of(step: int, name: str, shape: torch.Size) -> torch.Tensor:
-    """Gradients that are nothing like each other, those of attention of low rank, as real ones are."""
+    """Return gradients of different scales. Those of attention projections have low rank, like real ones."""
     generator = torch.Generator().manual_seed(hash((step, len(name), shape[0])) % 2**31)
     full = torch.randn(shape, generator=generator) * 10 ** (step % 3 - 1)
     return full[:, :2] @ full[:2] if "attn.c_proj" in name and len(shape) == 2 else full
@@ -127,9 +127,9 @@ def grads_of(step: int, name: str, shape: torch.Size) -> torch.Tensor:
 @pytest.mark.parametrize("together", [2**24, 500])
 @pytest.mark.parametrize("cls", [MinGPT, NanoGPT])
 def test_it_is_torchs_muon_over_separate_matrices(cls, together, monkeypatch):
-    """torch's own, in float32, over query, key and value apart, and torch's AdamW beside it."""
-    monkeypatch.setattr(muon, "_TOGETHER", together)
-    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)  # the type that torch's computes in
+    """Compare with torch.optim.Muon in float32, on query, key and value separately, and with torch's AdamW."""
+    monkeypatch.setattr(muon, "_BATCH_ELEMENTS", together)
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)  # torch's Muon computes in bfloat16
     module = cls(**SIZES, optimizer="muon", weight_decay=0.3, learning_rate=1e-2, warmup_steps=2, decay_steps=6)
     configured = module.configure_optimizers()
     optimizer, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
@@ -167,7 +167,7 @@ def test_it_is_torchs_muon_over_separate_matrices(cls, together, monkeypatch):
 @pytest.mark.parametrize("columns", [24, 96], ids=["square", "wide"])
 @pytest.mark.parametrize("rank", [24, 3])
 def test_matrices_become_orthogonal(columns, rank):
-    """Against the formula in float64, and in bfloat16, in which GPUs compute; singular values go near 1."""
+    """Compare with the formula in float64, and with bfloat16, which GPUs use; singular values come near 1."""
     torch.manual_seed(0)
     matrices = torch.randn(5, 24, rank) @ torch.randn(5, rank, columns) / rank + 1e-4 * torch.randn(5, 24, columns)
     x = matrices.double() / matrices.double().norm(dim=(1, 2), keepdim=True)
@@ -188,7 +188,7 @@ def test_matrices_become_orthogonal(columns, rank):
 
 
 def test_loss_scaling_of_float16_changes_nothing():
-    """The scaler unscales once, before clipping, and a step with infinite gradients is left out."""
+    """The scaler unscales once, before clipping, and a step with infinite gradients is skipped."""
     found = {}
     for scale in (1.0, 2.0**10):
         seed_everything(3, verbose=False)
@@ -207,7 +207,7 @@ def test_loss_scaling_of_float16_changes_nothing():
     torch.testing.assert_close(module.model.state_dict(), before, rtol=0, atol=0)
 
 
-def test_what_is_done_to_blocks_changes_nothing():
+def test_recomputation_and_compilation_change_nothing():
     found = []
     for changed in ({}, {"recompute": True}, {"compile": "eager"}):
         seed_everything(3, verbose=False)
@@ -246,7 +246,7 @@ ADAM = {"step", "exp_avg", "exp_avg_sq"}
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, text_file) -> Path:
-    """A run of 8 steps in one process; look, do not write."""
+    """A run of 8 steps in one process; read only."""
     out_dir = tmp_path_factory.mktemp("muon") / "whole"
     train.main([*RUN, "--batch_size=4", "--max_steps=8", f"--data={text_file}", f"--out_dir={out_dir}"])
     return out_dir
@@ -257,7 +257,7 @@ def last(run: Path) -> Path:
 
 
 def test_state_goes_on_under_any_strategy(whole, text_file, tmp_path):
-    """Two steps in one process, two under FSDP, two under DDP, two from the canonical form in one process again."""
+    """Train two steps in one process, two under FSDP, two under DDP, and two from the canonical form in one process."""
     parts = tmp_path / "parts"
     train.main([*RUN, "--batch_size=4", "--max_steps=2", f"--data={text_file}", f"--out_dir={parts}"])
     env = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")}
@@ -289,7 +289,7 @@ def test_state_goes_on_under_any_strategy(whole, text_file, tmp_path):
 
 
 def test_plain_trainer_goes_on_from_its_own_file(tmp_path):
-    """Lightning's own resume, through the optimizer's load_state_dict."""
+    """Lightning's own resume goes through the optimizer's load_state_dict."""
     seed_everything(3, verbose=False)
     module = fit(NanoGPT(**SIZES, dropout=0.0, optimizer="muon"), steps=2)
     module.trainer.save_checkpoint(tmp_path / "two.ckpt")

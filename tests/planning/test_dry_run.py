@@ -12,7 +12,7 @@ PUBLISHED = "--gpus 8 --precision 16 --batch_size 1 --strategy deepspeed_stage_3
 
 
 def _dry_run(argv, text_file, tmp_path, monkeypatch, capsys) -> dict[str, str]:
-    """What is printed, by the first word of the line."""
+    """Return the printed lines, by their first words."""
     monkeypatch.chdir(tmp_path)
     train.main([*argv, f"--data={text_file}", "--dry_run"])
     assert os.listdir() == [], "nothing is written"

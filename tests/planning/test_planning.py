@@ -1,4 +1,4 @@
-"""What --dry_run says, against what training allocates: run as a script, this file is one rank that measures itself."""
+"""The plan of --dry_run against what training allocates. Run as a script, this file is one rank that measures itself."""
 
 import ctypes
 import dataclasses
@@ -8,27 +8,26 @@ import os
 import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from lightning_gpt.config import TrainerOptions, UserError
-from lightning_gpt.models import FORMS
+from lightning_gpt.models import FORMS, GPTModule
 from lightning_gpt.planning import Plan, flops_per_token, plan
 from lightning_gpt.strategies import STRATEGIES, device_arguments
 from lightning_gpt.strategies.memory import MemoryRules
 
 REPO = Path(__file__).parents[2]
 SIZES = {"n_layer": 4, "n_head": 4, "n_embd": 384, "vocab_size": 256, "block_size": 128}
-BATCH_SIZE = 6  # with these sizes, activations are some three times the weights
+BATCH_SIZE = 6  # with these sizes activations take about three times the memory of the weights
 DEEPSPEED = [f"deepspeed_stage_{stage}" for stage in ("1", "2", "3", "2_offload", "3_offload")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """One run, which is both measured and planned."""
+    """A run that is both planned and measured."""
 
     strategy: str = "auto"
     implementation: str = "mingpt"
@@ -37,7 +36,7 @@ class Case:
     dropout: float = 0.0
     recompute: bool = False
     accumulate: int = 1
-    bucket: int = 9_000_000  # DeepSpeed's own 200 million elements would hide the rest
+    bucket: int = 9_000_000  # DeepSpeed's default of 200 million elements would dominate everything else
 
     @property
     def ranks(self) -> int:
@@ -56,9 +55,7 @@ class Case:
 
 def _plan(case: Case, *, fields: dict[str, int | float] | None = None, **changes) -> Plan:
     fields = case.fields | (fields or {})
-    module = FORMS["fsdp"](
-        case.implementation, model_config=fields, optimizer=case.optimizer
-    )  # a form that holds no memory
+    module = GPTModule.without_memory(case.implementation, model_config=fields, optimizer=case.optimizer)
     given = {
         "rules": case.rules,
         "world_size": case.ranks,
@@ -75,7 +72,7 @@ def _plan(case: Case, *, fields: dict[str, int | float] | None = None, **changes
 
 
 def _measured(case: Case, tmp_path: Path) -> tuple[int, int]:
-    """Bytes of the first rank between two steps, and at the highest within one."""
+    """Return the bytes of the first rank between two steps, and their peak within a step."""
     out = tmp_path / "measured.json"
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={case.ranks}"] if case.ranks > 1 else []
     command = [sys.executable, *launch, __file__, json.dumps(dataclasses.asdict(case)), str(out)]
@@ -95,10 +92,10 @@ def _check(case: Case, tmp_path: Path) -> None:
     print(f"peak {planned_peak / 1e6:.1f} planned {peak / 1e6:.1f} measured MB")
     assert planned == pytest.approx(resident, rel=0.1)
     assert planned_peak == pytest.approx(peak, rel=0.1)
-    # What a step adds, so that the one part cannot hide in the other.
+    # The difference is compared too, so that an error in it cannot hide in the larger numbers.
     assert planned_peak - planned == pytest.approx(peak - resident, rel=0.1)
     if case.strategy not in ("auto", "ddp"):
-        # Without its division the plan would not pass, so this test can tell shares apart.
+        # A plan without sharding would not pass.
         whole = _plan(case, world_size=1).memory
         assert whole.resident + whole.host_resident != pytest.approx(resident, rel=0.1)
 
@@ -128,11 +125,10 @@ def test_two_ranks_as_measured(strategy, optimizer, tmp_path):
     _check(Case(strategy=strategy, optimizer=optimizer), tmp_path)
 
 
-def test_large_model_takes_seconds_and_no_memory():
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+def test_large_model_takes_no_memory():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     large = {"n_layer": 56, "n_head": 16, "n_embd": 8192, "vocab_size": 50304, "block_size": 1024}
     planned = _plan(Case(strategy="fsdp"), fields=large, world_size=64, devices_per_node=8)
-    assert time.perf_counter() - start < 30
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 * 1024  # kB
     assert planned.parameters == 12 * 56 * 8192**2 + 13 * 56 * 8192 + 2 * 8192 + (2 * 50304 + 1024) * 8192
     assert planned.memory.weights == -(-planned.parameters // 64) * 4
@@ -149,7 +145,9 @@ def test_muon_keeps_one_moment_of_hidden_matrices_and_two_of_the_rest():
 def test_recomputation_saves_what_blocks_keep():
     kept, recomputed = (_plan(Case(recompute=r), fields={"n_layer": 12}).memory.activations for r in (False, True))
     assert recomputed < kept / 4
-    assert _plan(Case(recompute=True)).flops_per_step == _plan(Case()).flops_per_step, "MFU counts the model's FLOPs"
+    assert _plan(Case(recompute=True)).flops_per_step == _plan(Case()).flops_per_step, (
+        "MFU does not count recomputation"
+    )
 
 
 def test_attention_under_dropout_keeps_no_probabilities_on_a_gpu():
@@ -192,7 +190,7 @@ def test_model_that_looks_at_values_is_refused_in_one_line(tmp_path, monkeypatch
         "        loss = self.wte(idx).sum()\n        print(loss.item())\n        return loss, loss\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    module = FORMS["plain"]("nosy:Nosy", model_config={"vocab_size": 8, "block_size": 8})
+    module = GPTModule("nosy:Nosy", model_config={"vocab_size": 8, "block_size": 8})
     with pytest.raises(UserError, match="--dry_run cannot run --implementation nosy:Nosy") as caught:
         plan(
             module,
@@ -218,10 +216,10 @@ class _Mallinfo(ctypes.Structure):
 
 
 def measure(case: Case, out: Path) -> None:
-    """Trains for three steps, and writes down what malloc had given away in the third.
+    """Train for three steps, and write down how much malloc had allocated in the third.
 
-    Blocks above a size are single mmaps, which malloc counts apart from all else: large tensors, whoever made them and
-    in whichever thread they are freed. (torch.profiler misses what gloo's threads free.)
+    malloc allocates large blocks by mmap and counts them separately: large tensors, whoever made them and whichever
+    thread frees them. (torch.profiler misses what gloo's threads free.)
     """
     from lightning import Callback, Trainer
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -239,8 +237,8 @@ def measure(case: Case, out: Path) -> None:
         arguments["strategy"].config["zero_optimization"]["allgather_bucket_size"] = case.bucket
     tokens = torch.randint(0, SIZES["vocab_size"], (3 * case.accumulate * case.ranks * BATCH_SIZE, SIZES["block_size"]))
     data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(tokens, tokens), batch_size=BATCH_SIZE)
-    # The math libraries keep buffers from their first call on, which are no part of a plan.
-    first = FORMS["plain"](case.implementation, model_config=case.fields | {"n_layer": 1}, recompute=case.recompute)
+    # The math libraries allocate buffers on their first call, which the plan does not count.
+    first = GPTModule(case.implementation, model_config=case.fields | {"n_layer": 1}, recompute=case.recompute)
     mixed = case.precision == "bf16-mixed"
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
         loss = first(tokens[:BATCH_SIZE], tokens[:BATCH_SIZE])[1]
@@ -251,7 +249,7 @@ def measure(case: Case, out: Path) -> None:
     gc.collect()
     base = libc.mallinfo2().hblkhd
     readings: list[int] = []
-    third: list[int] = []  # where its readings begin and end
+    third: list[int] = []  # where the readings of the third step begin and end
 
     class Reader(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):

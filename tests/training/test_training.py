@@ -1,4 +1,4 @@
-"""The Lightning layer and whole runs, through the doors a user has."""
+"""The LightningModules under a plain Trainer, and whole runs through the entry points."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ import evaluate
 import sample
 import train
 from lightning_gpt import MinGPT, NanoGPT
-from lightning_gpt.optim import warmup_cosine
+from lightning_gpt.optim.schedule import warmup_cosine
 
 REPO = Path(__file__).parents[2]
 SIZES = ["--n_layer", "1", "--n_head", "2", "--n_embd", "16", "--block_size", "8", "--batch_size", "4"]
@@ -44,10 +44,10 @@ def column(run: Path, name: str) -> dict[int, float]:
 @pytest.mark.parametrize("cls", [MinGPT, NanoGPT])
 def test_trains_under_a_plain_trainer_and_loads_again(cls: type, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    idx = torch.arange(9).repeat(64, 1)  # counting up, learnt in a few steps
+    idx = torch.arange(9).repeat(64, 1)  # counting up, learned in a few steps
     loader = DataLoader(TensorDataset(idx[:, :-1], idx[:, 1:]), batch_size=8)
     module = cls(vocab_size=10, block_size=8, model_type="gpt-nano", n_layer=1, learning_rate=1e-2)
-    assert (module.model.config.n_layer, module.model.config.n_embd) == (1, 48)  # the preset with one size replaced
+    assert (module.model.config.n_layer, module.model.config.n_embd) == (1, 48)  # the preset with one size overridden
     trainer = Trainer(
         max_epochs=8, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
     )
@@ -102,16 +102,16 @@ def test_a_run_logs_learns_saves_and_is_scored_and_sampled(
     for name in ("tokens_per_second", "step_time_ms", "learning_rate", "grad_norm", "peak_memory_mib"):
         assert all(value > 0 for value in column(run, name).values()) and len(column(run, name)) == 12
     validated = column(run, "val_loss")
-    assert list(validated) == [30, 60, 62]  # the last step is validated, and saved, too
+    assert list(validated) == [30, 60, 62]  # the last step is validated and saved too
     saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == 62 and saved["TokenData"]["consumed_samples"] == 62 * 4
 
     evaluate.main(["--checkpoint", str(run), "--which", "last", "--json", str(tmp_path / "score.json")])
-    assert capsys.readouterr().out.startswith(f"checkpoint    {run}")  # the numbers and nothing else
+    assert capsys.readouterr().out.startswith(f"checkpoint    {run}")  # the scores and nothing else
     score = json.loads((tmp_path / "score.json").read_text())
     assert score["loss"] == pytest.approx(validated[62], rel=1e-5)
     assert score["perplexity"] == pytest.approx(math.exp(score["loss"]))
-    assert score["tokens"] == 269  # 2,700 characters, a tenth of them for the validation, the first unscored
+    assert score["tokens"] == 269  # a tenth of 2,700 characters, without the first
     assert score["bits_per_byte"] == pytest.approx(score["loss"] / math.log(2) * 269 / 270)
 
     capsys.readouterr()
@@ -121,7 +121,7 @@ def test_a_run_logs_learns_saves_and_is_scored_and_sampled(
 
 
 def test_validation_loss_equals_a_plain_sum_over_the_split(tmp_path: Path, text: str) -> None:
-    """Against the formula, one sequence at a time, whatever the batch size pads."""
+    """Compare with the formula, one sequence at a time, without padding."""
     from lightning_gpt.checkpoint import open_checkpoint
     from lightning_gpt.data.tokens.preparation import prepare
 
@@ -139,7 +139,7 @@ def test_validation_loss_equals_a_plain_sum_over_the_split(tmp_path: Path, text:
 
 @pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
 def test_two_ranks_equal_one(tmp_path: Path, text: str, launcher: str) -> None:
-    """The same global batches: the same losses and the same validation, padding and all."""
+    """The same global batches give the same losses and the same validation, although ranks pad it differently."""
     flags = ["--implementation", "nanogpt", "--data", text, *SIZES, *QUIET, "--max_steps", "6", "--eval_interval", "3"]
     flags += ["--eval_batches", "5"]
     train.main([*flags, "--batch_size", "6", "--out_dir", str(tmp_path / "one"), "--eval_batches", "5"])
@@ -158,7 +158,7 @@ def test_two_ranks_equal_one(tmp_path: Path, text: str, launcher: str) -> None:
 
 
 def test_gradients_are_clipped_unscaled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under a loss scale the norm is that of the true gradient, whatever the scale."""
+    """The logged norm is that of the unscaled gradient, whatever the loss scale."""
     norms = {}
     for scale in (1.0, 65536.0):
         plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=scale))
@@ -185,7 +185,7 @@ def test_accumulation_equals_a_larger_batch(tmp_path: Path, text: str) -> None:
     ("budget", "steps"), [(["--max_tokens", "100"], 4), (["--max_epochs", "0.1"], 8), (["--max_steps", "3"], 3)]
 )
 def test_budgets(tmp_path: Path, text: str, budget: list[str], steps: int) -> None:
-    """32 tokens a step; a pass has 2430 // 8 - 1 = 302 windows, a tenth of it 30.2 of 4 a step."""
+    """A step has 32 tokens; an epoch has 2430 // 8 - 1 = 302 windows, so 0.1 epochs are 30.2 windows of 4 per step."""
     train.main(["--data", text, *SIZES, *QUIET, *budget, "--out_dir", str(tmp_path / "r")])
     assert torch.load(tmp_path / "r/checkpoints/last.ckpt", weights_only=True)["global_step"] == steps
 

@@ -1,0 +1,137 @@
+"""The parser: options to flags, values to config objects, and every mistake of a user to one line."""
+
+import argparse
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from lightning_gpt.config import EXCLUSIVE, SIZES, UserError
+from lightning_gpt.options import ABOVE_ZERO, Option
+
+ALIASES = {
+    "accumulate_grad_batches": "--grad_accum",
+    "checkpoint": "--init_from",
+    "from_file": "--from",
+    "gradient_clip_val": "--grad_clip",
+}
+
+
+class Parser(ArgumentParser):
+    """jsonargparse's parser, with one-line errors that suggest the flag an unknown one was meant to be."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__(description=description, formatter_class=argparse.HelpFormatter, allow_abbrev=False)
+        self.add_argument("--config", action="config", help="YAML file of flags; flags on the command line override it")
+
+    def add_options(self, options: Sequence[Option], title: str) -> None:
+        """Add a group of flags."""
+        group = self.add_argument_group(title)
+        for o in options:
+            if o.positional:  # suppressed, because a default would hide the values of a YAML file
+                group.add_argument(o.name, nargs="*", type=str, default=argparse.SUPPRESS, help=o.help)
+                continue
+            flags = [f"--{o.name}", *([ALIASES[o.name]] if o.name in ALIASES else [])]
+            states_default = o.default is None or "default:" in o.help or o.name == "trainer"
+            text = o.help if states_default else f"{o.help} (default: {o.default!r})"
+            group.add_argument(*flags, type=o.type, default=o.default, help=text.replace("%", "%%"))
+
+    def flags(self) -> list[str]:
+        """Return every flag, with its dashes."""
+        return [flag for action in self._actions for flag in action.option_strings]
+
+    def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
+        """Raise a UserError of one line."""
+        text = " ".join(str(message).split())
+        for marker in ("Unrecognized arguments: ", "unrecognized arguments: "):
+            if marker in text:
+                wrong = text.partition(marker)[2].split()[0].partition("=")[0]
+                raise UserError(f"unknown flag {wrong}{suggestion(wrong, self.flags())}; --help lists them all")
+        if text.startswith("Parser key "):
+            key, _, rest = text[len("Parser key ") :].partition(":")
+            text = f"--{key.strip(chr(34)).strip(chr(39))}: {rest.strip()}"
+        raise UserError(text)
+
+
+def suggestion(wrong: str, choices: Sequence[str]) -> str:
+    """Return " (did you mean X?)" for the choice that is nearest to a misspelt one, or an empty string."""
+    near = difflib.get_close_matches(wrong, choices, n=1, cutoff=0.5)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def load_yaml(path: str) -> dict[str, Any]:
+    """Return the mapping in a YAML file.
+
+    Raises:
+        UserError: The file cannot be read or is no mapping; the message names the file and the line.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--config {path}: not a text in UTF-8") from error
+    try:
+        loaded = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"--config {path}{where}: {getattr(error, 'problem', error)}") from error
+    if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
+        raise UserError(f"--config {path}: expected lines of the form 'flag: value'")
+    return loaded
+
+
+def load_configs(paths: Sequence[str]) -> dict[str, Any]:
+    """Return the content of several YAML files; a later one overrides an earlier one."""
+    merged: dict[str, Any] = {}
+    for path in paths:
+        loaded = load_yaml(path)
+        for group in EXCLUSIVE:
+            if single([name for name in group if loaded.get(name) is not None]):
+                merged = {k: v for k, v in merged.items() if k not in group}
+        merged |= loaded
+    return merged
+
+
+def single(given: list[str]) -> list[str]:
+    """Return the given options of an exclusive group, of which there may be one."""
+    if len(given) > 1:
+        raise UserError(f"{' and '.join('--' + name for name in given)} exclude each other; give one of them")
+    return given
+
+
+def displaced_options(argv: Sequence[str], from_files: dict[str, Any]) -> set[str]:
+    """Return the options that another one of their exclusive group replaces, given by a flag or else by a file."""
+    flags = {token.partition("=")[0] for token in argv}
+    displaced: set[str] = set()
+    for group in EXCLUSIVE:
+        given = single([name for name in group if flags & {f"--{name}", ALIASES.get(name)}])
+        given = given or [name for name in group if from_files.get(name) is not None]
+        displaced |= set(group) - set(given) if given else set()
+    return displaced
+
+
+def check_numbers(options: Iterable[Option], values: Namespace) -> None:
+    """Raise a UserError if a number is outside of its option's limit."""
+    for o in options:
+        limit, value = o.limit or (ABOVE_ZERO if o.name in SIZES else None), values.get(o.name)
+        if limit and isinstance(value, int | float) and not (math.isfinite(value) and limit.allows(value)):
+            raise UserError(f"--{o.name} {value} makes no sense; give {limit.expected}")
+
+
+def fill(cls: type, values: Namespace) -> Any:
+    """Return an options dataclass with the parsed values."""
+
+    def plain(value: Any) -> Any:
+        return value.as_dict() if isinstance(value, Namespace) else value
+
+    for f in dataclasses.fields(cls):
+        if values[f.name] is None and f.default is not None:  # any line of a YAML file can say null
+            raise UserError(f"--{f.name} needs a value; leave it out for its default")
+    return cls(**{f.name: plain(values[f.name]) for f in dataclasses.fields(cls)})
