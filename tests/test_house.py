@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sampling": {"checkpoint", "models", "strategies", "tokenizers", "implementations", "config"},
     "cli": {"checkpoint", "data", "implementations", "options", "config"},
     "planning": {"models", "strategies", "implementations", "config"},
-    "checkpoint": {"models", "data", "tokenizers", "implementations", "config"},
+    "checkpoint": {"models", "data", "tokenizers", "implementations", "atomic", "config"},
     "models": {"optim", "implementations"},
     "data": {"tokenizers", "config"},
     "optim": {"implementations", "config"},

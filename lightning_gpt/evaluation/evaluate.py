@@ -22,8 +22,8 @@ from lightning_gpt.checkpoint import (
     open_checkpoint,
 )
 from lightning_gpt.checkpoint.initial import fitted_vocabulary
-from lightning_gpt.checkpoint.read.canonical import one_at_a_time
 from lightning_gpt.checkpoint.resume import restore_weights
+from lightning_gpt.checkpoint.write.canonical import one_at_a_time
 from lightning_gpt.checkpoint.write.export import FORMATS, export
 from lightning_gpt.config import EvaluateOptions, TrainerOptions, UserError
 from lightning_gpt.data.loading import Source, TokenData
@@ -32,7 +32,7 @@ from lightning_gpt.data.tokens.preparation import prepare
 from lightning_gpt.data.tokens.token_files import TokenFiles, is_token_folder
 from lightning_gpt.evaluation.lm_eval import TokenScorer, adapter, harness
 from lightning_gpt.evaluation.report import HarnessScore, Report, Score
-from lightning_gpt.models import FORMS
+from lightning_gpt.models import FORMS, GPTModule
 from lightning_gpt.strategies import StrategyRow, find_devices, get_strategy
 from lightning_gpt.strategies.devices import Devices
 from lightning_gpt.training.callbacks import quiet_lightning
@@ -239,8 +239,7 @@ def _require_writable(file: Path) -> None:
 
 
 def _require_own_fit(checkpoint: Checkpoint) -> None:
-    module = FORMS["fsdp"](checkpoint.implementation, model_config=checkpoint.model_config)  # takes no memory
-    checkpoint.require_fit(module)
+    checkpoint.require_fit(GPTModule.without_memory(checkpoint.implementation, model_config=checkpoint.model_config))
 
 
 def _job(checkpoint: Checkpoint, options: EvaluateOptions) -> _Job:

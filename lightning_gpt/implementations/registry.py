@@ -74,104 +74,6 @@ def token_embedding_name(model: "nn.Module", *, vocab_size: int) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GPT2Traits:
-    """What a model of GPT-2's layout leaves open beside its sizes.
-
-    Attributes:
-        gelu: "tanh", as in the published GPT-2, or "exact".
-        tied: Whether the head is the token embedding.
-        bias: Whether Linear layers and norms have biases.
-        position: "learned", or what else an implementation has, which is then no GPT-2.
-    """
-
-    gelu: str = "tanh"
-    tied: bool = True
-    bias: bool = True
-    position: str = "learned"
-
-
-@dataclass(frozen=True)
-class GPT2Layout:
-    """How an implementation whose parameters are GPT-2's, by name and meaning, is translated to GPT-2 and back.
-
-    Names are those of Hugging Face's ``GPT2LMHeadModel``; Linear weights are (out, in), theirs in Conv1D (in, out).
-
-    Attributes:
-        traits: From the fields of the implementation's config, complete, to what they amount to.
-        fields: From traits to the fields that say so, sizes aside; ValueError where none do. A head that is tied in the
-            traits may be untied in the implementation, which then holds a copy.
-    """
-
-    traits: Callable[[dict[str, Any]], GPT2Traits]
-    fields: Callable[[GPT2Traits], dict[str, Any]]
-
-
-def _mingpt_fields(traits: GPT2Traits) -> dict[str, Any]:
-    if traits.gelu != "tanh":
-        raise ValueError("minGPT has the tanh GELU only, and these weights were trained with the exact one")
-    return {}
-
-
-def _nanogpt_fields(traits: GPT2Traits) -> dict[str, Any]:
-    if not traits.tied:
-        raise ValueError("nanoGPT's head is its token embedding, and these weights have a head of their own")
-    return {"gelu": traits.gelu, "bias": traits.bias}
-
-
-@dataclass(frozen=True)
-class HuggingFaceForm:
-    """How a model is written for transformers, where an architecture of theirs computes exactly the same.
-
-    Attributes:
-        config: Their ``config.json``, tokens aside.
-        names: Parts of our parameters' names, and what stands there in theirs; all that occur are replaced.
-    """
-
-    config: dict[str, Any]
-    names: dict[str, str]
-
-    def rename(self, name: str) -> str:
-        """Their name of a parameter of ours."""
-        for ours, theirs in self.names.items():
-            name = name.replace(ours, theirs)
-        return name
-
-
-def _nanochat(fields: dict[str, Any]) -> HuggingFaceForm:
-    """moderngpt as transformers' NanoChat, which has no windows, and embeds each token by itself."""
-    for name in ("window", "bigram", "smear"):
-        if fields[name]:
-            raise ValueError(f"no architecture of Hugging Face's has what --{name} {fields[name]} does")
-    config = {
-        "architectures": ["NanoChatForCausalLM"],
-        "model_type": "nanochat",
-        "vocab_size": fields["vocab_size"],
-        "hidden_size": fields["n_embd"],
-        "intermediate_size": 4 * fields["n_embd"],
-        "num_hidden_layers": fields["n_layer"],
-        "num_attention_heads": fields["n_head"],
-        "num_key_value_heads": fields["n_kv_head"] or fields["n_head"],
-        "max_position_embeddings": fields["block_size"],
-        "final_logit_softcapping": fields["softcap"],
-        "attention_dropout": fields["dropout"],
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        "tie_word_embeddings": False,
-    }
-    names = {
-        "transformer.wte.": "model.embed_tokens.",
-        "transformer.h.": "model.layers.",
-        ".attn.c_proj.": ".self_attn.o_proj.",
-        ".attn.c_q.": ".self_attn.q_proj.",
-        ".attn.c_k.": ".self_attn.k_proj.",
-        ".attn.c_v.": ".self_attn.v_proj.",
-        ".mlp.c_fc.": ".mlp.fc1.",
-        ".mlp.c_proj.": ".mlp.fc2.",
-    }
-    return HuggingFaceForm(config, names)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Implementation:
     """One row of the registry.
 
@@ -183,9 +85,8 @@ class Implementation:
         block: Name of the module class that is compiled, recomputed and sharded as a unit; None for the whole model.
         presets: Where to find the named sizes, as ``module:NAME``.
         decays: ``(module, parameter name) -> bool``, whether weight decay applies.
-        gpt2: How it is translated to GPT-2 and back, where it has GPT-2's layout.
-        hugging_face: From the complete fields of its config to another architecture of theirs that is the same model;
-            ValueError where there is none.
+        architecture: Hugging Face's ``model_type`` of the same model; see ``checkpoint/architectures``.
+        hard_coded: Settings of that architecture that the model has no config field for, each with its value.
     """
 
     name: str
@@ -195,8 +96,8 @@ class Implementation:
     block: str | None = "Block"
     presets: str | None = None
     decays: Callable[["nn.Module", str], bool] = decay_matrices
-    gpt2: GPT2Layout | None = None
-    hugging_face: Callable[[dict[str, Any]], HuggingFaceForm] | None = None
+    architecture: str | None = None
+    hard_coded: dict[str, Any] = field(default_factory=dict)
     builtin: bool = field(default=False, repr=False)
 
     def load(self, name: str) -> Any:
@@ -321,17 +222,16 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
             module="mingpt.model",
             presets="mingpt.model:PRESETS",
             decays=decay_linear,
-            gpt2=GPT2Layout(traits=lambda fields: GPT2Traits(tied=False), fields=_mingpt_fields),
+            architecture="gpt2",
+            hard_coded={"gelu": "tanh", "tied_head": False, "bias": True, "position": "learned"},
             builtin=True,
         ),
         Implementation(
             name="nanogpt",
             module="nanogpt.model",
             presets="mingpt.model:PRESETS",
-            gpt2=GPT2Layout(
-                traits=lambda fields: GPT2Traits(**{name: fields[name] for name in ("gelu", "bias", "position")}),
-                fields=_nanogpt_fields,
-            ),
+            architecture="gpt2",
+            hard_coded={"tied_head": True},
             builtin=True,
         ),
         Implementation(
@@ -339,7 +239,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
             module="moderngpt.model",
             presets="mingpt.model:PRESETS",
             decays=decay_linear,
-            hugging_face=_nanochat,
+            architecture="nanochat",
             builtin=True,
         ),
     )

@@ -85,6 +85,13 @@ class GPTModule(LightningModule):
         self._step: Callable[..., Any] | None = None  # what reads a token after a cache, where that is compiled
         self.val_tokens = 0  # that the last validation scored, over all ranks
 
+    @classmethod
+    def without_memory(cls, implementation: str, *, model_config: dict[str, Any]) -> "GPTModule":
+        """Build a module on the meta device if the model allows it, to compare names and shapes."""
+        from lightning_gpt.models.named import FSDPGPTModule
+
+        return FSDPGPTModule(implementation, model_config=model_config)
+
     def build_model(self) -> nn.Module:
         """The model, initialised as the sharded forms initialise it, so that a seed means the same weights."""
         meta = self.implementation.initialises_by_apply
