@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sampling": {"checkpoint", "models", "strategies", "tokenizers", "implementations", "config"},
     "cli": {"checkpoint", "data", "optim", "implementations", "options", "config"},
     "planning": {"models", "strategies", "implementations", "config"},
-    "checkpoint": {"models", "data", "tokenizers", "implementations", "config"},
+    "checkpoint": {"models", "data", "tokenizers", "implementations", "atomic", "config"},
     "models": {"optim", "implementations"},
     "data": {"tokenizers", "atomic", "config"},
     "optim": {"implementations", "options", "config"},

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gpt.bench.report import machine_facts, require_writable, write_result
-from lightning_gpt.checkpoint.architectures.gpt2 import gpt2_config, is_transposed
+from lightning_gpt.checkpoint.architectures import architecture_of, to_hugging_face
 from lightning_gpt.config import UserError
 from lightning_gpt.implementations.generation import GenerationSettings
-from lightning_gpt.implementations.registry import GPT2Traits, Implementation, get_implementation
+from lightning_gpt.implementations.registry import Implementation, get_implementation
 from lightning_gpt.models import GPTModule
 
 CACHED, COMPILED, RECOMPUTE, TRANSFORMERS = "cached", "compiled", "recompute", "transformers"
@@ -207,7 +207,7 @@ def measure_generation(
 def _measure(row: Implementation, name: str, batch_size: int, *, rounds: int, timed: int, compile: bool | str) -> Case:
     shape = SHAPES[name]
     torch.manual_seed(0)
-    fields = shape.sizes | (row.gpt2.fields(GPT2Traits()) if row.gpt2 else {})
+    fields = shape.sizes | architecture_of(row).choices(row)
     module = GPTModule(row.name, model_config=fields).eval()
     idx = torch.randint(shape.sizes["vocab_size"], (batch_size, shape.prompt))
     steps: dict[str, list[float]] = {}
@@ -313,13 +313,7 @@ def _transformers_model(row: Implementation, module: GPTModule) -> Any:
 
     with contextlib.suppress(AttributeError):
         transformers.logging.set_verbosity_error()
-    weights = module.model.state_dict()
-    if row.hugging_face is None:
-        config = gpt2_config(row, module.model_config)
-        weights = {k: v.t() if is_transposed(k) else v for k, v in weights.items()}
-    else:
-        form = row.hugging_face(row.complete(module.model_config))
-        config, weights = form.config, {form.rename(k): v for k, v in weights.items()}
+    config, weights = to_hugging_face(row, fields=module.model_config, state_dict=module.model.state_dict())
     config.pop("architectures")
     other = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**config)).eval()
     other.load_state_dict(weights)

@@ -1,21 +1,18 @@
-"""Checkpoints of any strategy: found, opened lazily, checked, turned into one canonical form, and resumed from."""
+"""Checkpoints of every strategy and of other programs: find, open lazily, check, convert, load."""
 
 from pathlib import Path
 
-from lightning_gpt.checkpoint.base import Checkpoint, MappedFile, is_own, remember_run, tied_names
-from lightning_gpt.checkpoint.read.canonical import (
-    CanonicalCheckpoint,
-    canonical_folder,
-    convert,
-    is_converted,
-    one_at_a_time,
-)
+from lightning_gpt.checkpoint.base import Checkpoint, tied_names
+from lightning_gpt.checkpoint.own_runs import is_own, remember_run
+from lightning_gpt.checkpoint.read.canonical import CanonicalCheckpoint, canonical_folder, is_converted
 from lightning_gpt.checkpoint.read.dcp import DcpCheckpoint
 from lightning_gpt.checkpoint.read.deepspeed import DeepSpeedCheckpoint
 from lightning_gpt.checkpoint.read.huggingface import HuggingFaceCheckpoint, hub_folder, is_hub_name
+from lightning_gpt.checkpoint.read.mapped import MappedFile
 from lightning_gpt.checkpoint.read.originals import FILES, MinGPTCheckpoint, NanoGPTCheckpoint
 from lightning_gpt.checkpoint.read.single import SingleFileCheckpoint
 from lightning_gpt.checkpoint.resume import ExactResume
+from lightning_gpt.checkpoint.write.canonical import convert, one_at_a_time
 from lightning_gpt.config import UserError
 from lightning_gpt.models import GPTModule
 from lightning_gpt.tokenizers import Tokenizer
@@ -40,16 +37,16 @@ FOLDERS = (HuggingFaceCheckpoint, CanonicalCheckpoint, DcpCheckpoint, DeepSpeedC
 
 
 def find_checkpoint(path: str, *, which: str, out_dir: str | None = None) -> Path:
-    """The checkpoint that a user means: a file, or a folder that is one.
+    """Resolve what a user typed to a checkpoint: a file, or a folder that is one.
 
     Args:
-        path: A checkpoint of ours or of another program, a folder that holds one, such as a run's, "latest", or, where
-            no such file is here, a name on the Hugging Face hub.
-        which: "best" or "last", for a run folder; where it has no best yet, the last is taken.
-        out_dir: The run folder that "latest" looks into; without it, the newest of ``runs/``.
+        path: A checkpoint, a folder that holds one (such as a run folder), "latest", or a name on the Hugging Face hub
+            if no such file exists here.
+        which: "best" or "last", for a run folder; "last" is used if there is no best yet.
+        out_dir: The run folder in which "latest" looks; by default the newest one in ``runs/``.
 
     Raises:
-        UserError: There is none.
+        UserError: There is no such checkpoint.
     """
     if which not in ("best", "last"):
         raise UserError(f"--which {which} is unknown; choose best or last")
@@ -66,8 +63,9 @@ def find_checkpoint(path: str, *, which: str, out_dir: str | None = None) -> Pat
     if folder.is_file() or any(reader.recognises(folder) for reader in FOLDERS):
         return folder.resolve()
     for name in (which, "last", "best"):
+        # NAME.ckpt.old is all there is if a machine died between the two renames that replace a folder.
         for file in (folder / "checkpoints" / f"{name}.ckpt", folder / "checkpoints" / f"{name}.ckpt.old"):
-            if file.exists():  # the old one alone, where a machine died between the two moves that replace it
+            if file.exists():
                 return file.resolve()
     for name in FILES:
         if (folder / name).is_file():
@@ -76,20 +74,20 @@ def find_checkpoint(path: str, *, which: str, out_dir: str | None = None) -> Pat
 
 
 def _saved_at(path: Path) -> float:
-    """When a checkpoint was written last; a folder's own time stands still when its files are overwritten."""
+    """Return when a checkpoint was last written; overwriting files does not change the time of their folder."""
     return max(p.stat().st_mtime for p in (path, *path.glob("*")))
 
 
 def open_checkpoint(path: Path, *, trust: bool = False, n_head: int | None = None) -> Checkpoint:
-    """Opens a checkpoint of any kind; weights are read when they are asked for.
+    """Open a checkpoint of any form; weights are read on demand.
 
     Args:
-        path: A file or folder, such as ``find_checkpoint`` returns.
-        trust: Whether it may hold Python objects, which can run code; one in the user's own run folders may anyway.
-        n_head: How many attention heads the model has, for a checkpoint that does not say.
+        path: A file or folder, as ``find_checkpoint`` returns.
+        trust: Whether it may hold Python objects, which can run code; those in the user's own run folders always may.
+        n_head: Number of attention heads, for a checkpoint that does not say.
 
     Raises:
-        UserError: It is of no kind that is known, is damaged, or holds Python objects and is not trusted.
+        UserError: The form is unknown, the checkpoint is damaged, or holds Python objects and is not trusted.
     """
     trust = trust or is_own(path)
     try:
@@ -101,30 +99,33 @@ def open_checkpoint(path: Path, *, trust: bool = False, n_head: int | None = Non
     except UserError:
         raise
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not laid out as a checkpoint that this program knows: {error!r}") from error
+        raise UserError(f"{path} does not have the layout of a known checkpoint: {error!r}") from error
     raise UserError(
         f"{path} is not a checkpoint; give a .ckpt file, a folder that FSDP or DeepSpeed training wrote, a converted"
-        " one, or a folder of Hugging Face's GPT-2"
+        " one, or a Hugging Face folder"
     )
 
 
 def _open_file(path: Path, *, trust: bool, n_head: int | None) -> Checkpoint:
     file = MappedFile(path, trust=trust)
-    if NanoGPTCheckpoint.holds(file.content):
+    if NanoGPTCheckpoint.recognises(file.content):
         return NanoGPTCheckpoint(file)
-    if MinGPTCheckpoint.holds(file.content):
+    if MinGPTCheckpoint.recognises(file.content):
         return MinGPTCheckpoint(file, n_head=n_head)
     return SingleFileCheckpoint(file)
 
 
 def ensure_canonical(path: Path, *, trust: bool = False) -> Checkpoint:
-    """Opens a checkpoint as it is where that is fast, else its canonical form, converted beside it if need be.
+    """Open a checkpoint; if it is in shards, convert it first unless that was done already.
 
     Processes that ask at the same time, such as torchrun's, wait for the one that converts.
 
     Args:
         path: As for ``open_checkpoint``.
         trust: As for ``open_checkpoint``.
+
+    Returns:
+        The checkpoint, or its canonical form beside it.
 
     Raises:
         UserError: As for ``open_checkpoint``, or the folder beside it cannot be written.
@@ -142,7 +143,7 @@ def ensure_canonical(path: Path, *, trust: bool = False) -> Checkpoint:
 def load(
     path: str | Path = "latest", *, which: str = "best", trust: bool = False
 ) -> tuple[GPTModule, Tokenizer | None]:
-    """A trained model on the CPU, ready to write or to be scored (in eval mode), and its tokenizer.
+    """Load a trained model on the CPU, in eval mode, and its tokenizer.
 
     Args:
         path: As for ``find_checkpoint``.
@@ -150,10 +151,10 @@ def load(
         trust: As for ``open_checkpoint``.
 
     Returns:
-        The module, and the tokenizer, None where the checkpoint does not know it.
+        The module, and the tokenizer, None if the checkpoint does not hold one.
 
     Raises:
-        UserError: There is no such checkpoint, it is damaged, or does not fit its model.
+        UserError: There is no such checkpoint, it is damaged, or it does not fit its model.
     """
     checkpoint = ensure_canonical(find_checkpoint(str(path), which=which), trust=trust)
     return checkpoint.module().eval(), checkpoint.tokenizer

@@ -1,4 +1,4 @@
-"""How a new run starts from what was trained before: what that decides about the run, and when it is written."""
+"""Start a new run from trained weights: choose the options that follow from them, and load them into the model."""
 
 from typing import Any
 
@@ -14,13 +14,13 @@ from lightning_gpt.config import RunOptions, UserError
 from lightning_gpt.data.loading import Source
 from lightning_gpt.implementations.registry import Implementation, token_embedding_name
 from lightning_gpt.implementations.sharding import full_shape
-from lightning_gpt.models import FORMS, GPTModule
+from lightning_gpt.models import GPTModule
 
 _MULTIPLE = 64
 
 
 def open_source(path: str, *, trust: bool, n_head: int | None) -> Checkpoint:
-    """What ``--init_from`` names.
+    """Open the checkpoint that ``--init_from`` names.
 
     Args:
         path: Anything that ``find_checkpoint`` takes.
@@ -34,10 +34,10 @@ def open_source(path: str, *, trust: bool, n_head: int | None) -> Checkpoint:
 
 
 def defaults_from(source: Checkpoint, row: Implementation) -> dict[str, Any]:
-    """The options of a run, by name, that the weights it starts from decide where the user does not.
+    """Return the options of a run that its initial weights determine, unless the user sets them.
 
     Raises:
-        UserError: The implementation cannot express the weights.
+        UserError: The implementation cannot hold the weights.
     """
     fields = fields_for(row, source)
     del fields["vocab_size"]
@@ -45,16 +45,16 @@ def defaults_from(source: Checkpoint, row: Implementation) -> dict[str, Any]:
 
 
 def fitted_vocabulary(files: Source, *, pad: bool, start: Checkpoint | None, goes_on: bool) -> tuple[int, int]:
-    """How many rows a model's vocabulary has, and how many of them are padding.
+    """Return the number of rows of a model's vocabulary, and how many of them are padding.
 
     Args:
-        files: The tokens that the model reads.
-        pad: Whether the vocabulary is padded.
+        files: The data.
+        pad: Whether to pad the vocabulary.
         start: The weights that the run starts from.
-        goes_on: Whether it resumes their run, whose vocabulary then stays as it is.
+        goes_on: Whether the run resumes the weights' own run, whose vocabulary cannot change.
 
     Raises:
-        UserError: The weights are for another vocabulary.
+        UserError: The weights were trained with another vocabulary or tokenizer.
     """
     tokens = files.vocab_size
     padded = -(-tokens // _MULTIPLE) * _MULTIPLE
@@ -62,7 +62,7 @@ def fitted_vocabulary(files: Source, *, pad: bool, start: Checkpoint | None, goe
         return (padded, padded - tokens) if pad else (tokens, 0)
     theirs, ours = start.tokenizer, files.tokenizer
     if theirs and ours and theirs.name == ours.name and theirs.to_dict() != ours.to_dict():
-        raise UserError(f"{start.path} was trained with another {ours.name} tokenizer than --data was; give the text")
+        raise UserError(f"{start.path} and --data have different {ours.name} tokenizers; give --data the text")
     rows, padding = start.model_config["vocab_size"], start.model_config.get("vocab_padding", 0)
     if rows - padding == tokens and goes_on:
         if pad and not padding and rows != padded:
@@ -70,20 +70,20 @@ def fitted_vocabulary(files: Source, *, pad: bool, start: Checkpoint | None, goe
         return rows, padding
     if rows - padding == tokens:
         return (padded, padded - tokens) if pad else (tokens, 0)
-    if not padding and rows == padded:  # nanoGPT pads GPT-2's 50,257 tokens so, and does not say it
+    if not padding and rows == padded:  # nanoGPT pads the vocabulary like this and does not record it
         return rows, rows - tokens
     raise UserError(
-        f"{start.path} has a vocabulary of {rows - padding}, and the tokens of --data one of {tokens}; give the data"
-        " and --tokenizer that fit the weights"
+        f"{start.path} has a vocabulary of {rows - padding}, and --data one of {tokens}; give the data and --tokenizer"
+        " that fit the weights"
     )
 
 
 class InitialWeights(Callback):
-    """Writes weights into the model when the strategy has put it where it lives, each rank its share.
+    """Load initial weights into the model after the strategy has placed it, each rank its share.
 
     Args:
-        weights: Fitted to the model.
-        embeddings: Token embeddings, (rows, width) as the model has them.
+        weights: Weights that fit the model.
+        embeddings: Token embeddings (rows, width) that fit the model.
     """
 
     def __init__(self, weights: Checkpoint | None, embeddings: Tensor | None) -> None:
@@ -91,21 +91,29 @@ class InitialWeights(Callback):
         self.embeddings = embeddings
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Runs before the first validation."""
+        """Load, before the first validation."""
         assert isinstance(pl_module, GPTModule)
         if self.weights is not None:
             restore_weights(pl_module.model, self.weights)
         if self.embeddings is not None:
             write_weight(pl_module.model.get_parameter(_embedding_name(pl_module)), self.embeddings)
-        self.weights = self.embeddings = None  # files are open, and memory is dear
+        self.weights = self.embeddings = None  # close files and free memory
 
 
 def begin(run: RunOptions, module: GPTModule, source: Checkpoint | None) -> tuple[list[str], list[InitialWeights]]:
-    """What a new run starts from: lines that say it, and the callback that writes it."""
+    """Prepare the initial weights of a run.
+
+    Returns:
+        Lines that describe them, and the callback that loads them; both empty for a run from scratch or a resumed one.
+
+    Raises:
+        UserError: The weights do not fit the model.
+    """
     if run.resume or not (source or run.pretrained_embeddings):
         return [], []
     lines, weights, embeddings = [], None, None
     if source:
+        assert run.init_from is not None
         weights = fitted_weights(source, module)
         lines.append(f"weights   {describe(weights, name=run.init_from)}")
     if run.pretrained_embeddings:
@@ -115,29 +123,28 @@ def begin(run: RunOptions, module: GPTModule, source: Checkpoint | None) -> tupl
 
 
 def fitted_weights(source: Checkpoint, module: GPTModule) -> AdaptedCheckpoint:
-    """The weights of a checkpoint as a module wants them.
+    """Adapt the weights of a checkpoint to a module.
 
     Raises:
         UserError: They do not fit, or the checkpoint is damaged.
     """
-    whole = FORMS["fsdp"](source.implementation, model_config=source.model_config)  # takes no memory
-    source.require_fit(whole)
+    source.require_fit(GPTModule.without_memory(source.implementation, model_config=source.model_config))
     return AdaptedCheckpoint(source, row=module.implementation, fields=module.model_config)
 
 
 def fitted_embeddings(path: str, module: GPTModule, *, trust: bool) -> Tensor:
-    """Token embeddings as a module wants them, (rows, width), padding included.
+    """Read token embeddings and pad them to the rows of a module: (rows, width).
 
     Raises:
-        UserError: There are none, or they do not fit.
+        UserError: There are no embeddings, or they do not fit.
     """
     matrix = read_embeddings(path, trust=trust)
     rows, width = full_shape(module.model.get_parameter(_embedding_name(module)))
     tokens = rows - module.model_config.get("vocab_padding", 0)
     if matrix.shape != (tokens, width):
         raise UserError(
-            f"--pretrained_embeddings {path} has shape {tuple(matrix.shape)}, and the model needs {(tokens, width)}:"
-            " the vocabulary's tokens and its width"
+            f"--pretrained_embeddings {path} has shape {tuple(matrix.shape)}; the model needs {(tokens, width)}, a row"
+            " for each token"
         )
     return with_rows(matrix, rows)
 
@@ -147,7 +154,7 @@ def _embedding_name(module: GPTModule) -> str:
 
 
 def describe(weights: AdaptedCheckpoint, *, name: str) -> str:
-    """What was loaded and how it was fitted, in a line."""
+    """Describe in one line what is loaded and how it is adapted."""
     source = weights.source
     layout = source.layout()
     elements = sum(tensor.numel() for tensor in layout.values())

@@ -1,4 +1,4 @@
-"""Exact scores of checkpoints, and their other forms."""
+"""Score checkpoints exactly, and write them in other forms."""
 
 import json
 import math
@@ -22,8 +22,8 @@ from lightning_gpt.checkpoint import (
     open_checkpoint,
 )
 from lightning_gpt.checkpoint.initial import fitted_vocabulary
-from lightning_gpt.checkpoint.read.canonical import one_at_a_time
 from lightning_gpt.checkpoint.resume import restore_weights
+from lightning_gpt.checkpoint.write.canonical import one_at_a_time
 from lightning_gpt.checkpoint.write.export import FORMATS, export
 from lightning_gpt.config import EvaluateOptions, TrainerOptions, UserError
 from lightning_gpt.data.loading import Source, TokenData
@@ -32,7 +32,7 @@ from lightning_gpt.data.tokens.preparation import prepare
 from lightning_gpt.data.tokens.token_files import TokenFiles, is_token_folder
 from lightning_gpt.evaluation.lm_eval import TokenScorer, adapter, harness
 from lightning_gpt.evaluation.report import HarnessScore, Report, Score
-from lightning_gpt.models import FORMS
+from lightning_gpt.models import FORMS, GPTModule
 from lightning_gpt.strategies import StrategyRow, find_devices, get_strategy
 from lightning_gpt.strategies.devices import Devices
 from lightning_gpt.training.callbacks import quiet_lightning
@@ -42,13 +42,13 @@ _LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 @dataclass(frozen=True)
 class _Job:
-    """What is scored, opened and checked.
+    """A checkpoint and the data to score it on, checked.
 
     Attributes:
-        checkpoint: The model.
-        files: The text, or the task.
-        name: What the text is called.
-        block_size: The context, in tokens.
+        checkpoint: The checkpoint.
+        files: The tokens, or the task.
+        name: Name of the data.
+        block_size: Context length in tokens.
         stride: Tokens from one window to the next; None for a task.
     """
 
@@ -60,31 +60,31 @@ class _Job:
 
 
 def rewrite(options: EvaluateOptions) -> Path | None:
-    """Writes a checkpoint in another form: the canonical one beside it, or another program's into ``--out``.
+    """Write a checkpoint in another form: the canonical one beside it, or another program's into ``--out``.
 
     Returns:
         The folder; None on ranks other than the first, which do nothing.
 
     Raises:
-        UserError: The flags do not go together, there is no such checkpoint, it does not fit its model or the form, or
-            the folder cannot be written.
+        UserError: The flags contradict each other, there is no such checkpoint, it does not fit its model or the form,
+            or the folder cannot be written.
     """
     if (options.export is None) != (options.out is None):
-        raise UserError("--export FORMAT and --out DIR say what is written and where to; give both")
+        raise UserError("--export FORMAT needs --out DIR, and --out DIR needs --export FORMAT; give both")
     if options.export is not None and options.convert_only:
         raise UserError("--export and --convert_only write different things; give one of them")
     if options.export is not None and options.export not in FORMATS:
         raise UserError(f"--export {options.export} is unknown; choose one of {', '.join(FORMATS)}")
     if str(options.convert_only).lower() not in ("false", "true", "pt"):
         raise UserError(f"--convert_only {options.convert_only} is unknown; give it alone, or as --convert_only pt")
-    names = _named(options)
+    names = _checkpoint_names(options)
     if len(names) > 1:
         raise UserError(f"--convert_only and --export write one checkpoint; give one of {', '.join(names)}")
-    if rank_zero_only.rank:
+    if getattr(rank_zero_only, "rank", 0):
         return None
     path = find_checkpoint(names[0], which=options.which)
     checkpoint = open_checkpoint(path, trust=options.trust_checkpoint)
-    _require_own_fit(checkpoint)
+    checkpoint.require_fit(GPTModule.without_memory(checkpoint.implementation, model_config=checkpoint.model_config))
     with one_at_a_time(path):
         if options.export and options.out:
             return export(checkpoint, Path(options.out), form=options.export)
@@ -93,10 +93,10 @@ def rewrite(options: EvaluateOptions) -> Path | None:
 
 
 def evaluate(options: EvaluateOptions) -> Report | None:
-    """Scores checkpoints on the validation split of their own text, or of another, under any strategy.
+    """Score checkpoints on the validation split of their own data, or of ``--data``, under any strategy.
 
     Returns:
-        What was found; None on ranks other than the first.
+        The scores; None on ranks other than the first.
 
     Raises:
         UserError: Checkpoint or data are missing or do not fit each other.
@@ -117,13 +117,13 @@ def evaluate(options: EvaluateOptions) -> Report | None:
     row = get_strategy(where, where=devices)
     if options.lm_eval or options.lm_eval_include:
         _require_for_harness(options, devices)
-    checkpoints = [_opened(path, options) for path in _named(options)]
+    checkpoints = [_open(path, options) for path in _checkpoint_names(options)]
     for checkpoint in checkpoints:
         checkpoint.compute_on(devices.device_type, devices.dtype)
     if options.lm_eval:
         report = Report([_harness_score(checkpoint, options, devices) for checkpoint in checkpoints])
     else:
-        jobs = [_job(checkpoint, options) for checkpoint in checkpoints]  # all of them, before hours of work
+        jobs = [_job(checkpoint, options) for checkpoint in checkpoints]  # refuse before scoring the first one
         scores = [_validate(job, options, row=row, devices=devices) for job in jobs]
         report = Report([score for score in scores if score], _notes(jobs, scores))
     if not report.scores:
@@ -133,13 +133,13 @@ def evaluate(options: EvaluateOptions) -> Report | None:
     return report
 
 
-def _named(options: EvaluateOptions) -> list[str]:
+def _checkpoint_names(options: EvaluateOptions) -> list[str]:
     names = options.checkpoint or "latest"
     return [names] if isinstance(names, str) else names
 
 
-def _opened(name: str, options: EvaluateOptions) -> Checkpoint:
-    """A checkpoint that can be read tensor by tensor, its context made as long as is asked for."""
+def _open(name: str, options: EvaluateOptions) -> Checkpoint:
+    """Open a checkpoint in a form that is read tensor by tensor; override block_size with a larger ``--block_size``."""
     path = find_checkpoint(name, which=options.which)
     checkpoint = ensure_canonical(path, trust=options.trust_checkpoint)
     if options.block_size and options.block_size > checkpoint.model_config["block_size"]:
@@ -148,7 +148,7 @@ def _opened(name: str, options: EvaluateOptions) -> Checkpoint:
 
 
 def _validate(job: _Job, options: EvaluateOptions, *, row: StrategyRow, devices: Devices) -> Score | None:
-    """The score of one checkpoint; None on ranks other than the first."""
+    """Score one checkpoint; return None on ranks other than the first."""
     checkpoint = job.checkpoint
     module = FORMS[row.form](checkpoint.implementation, model_config=checkpoint.model_config, **row.form_options)
     checkpoint.require_fit(module)
@@ -163,30 +163,31 @@ def _validate(job: _Job, options: EvaluateOptions, *, row: StrategyRow, devices:
     trainer = Trainer(
         **row.arguments(devices),
         logger=False,
-        callbacks=[_Weights(checkpoint)],
+        callbacks=[_LoadWeights(checkpoint)],
         use_distributed_sampler=False,
         enable_model_summary=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
     )
-    found = trainer.validate(module, source, verbose=False)[0]
-    return _score(found, module.val_tokens, job) if trainer.is_global_zero else None
+    metrics = trainer.validate(module, source, verbose=False)[0]
+    return _score(metrics, module.val_tokens, job) if trainer.is_global_zero else None
 
 
 def _require_for_harness(options: EvaluateOptions, devices: Devices) -> None:
     if not options.lm_eval:
-        raise UserError(f"--lm_eval_include {options.lm_eval_include} holds tasks for --lm_eval; name those to score")
+        raise UserError(f"--lm_eval_include {options.lm_eval_include} needs --lm_eval with the names of the tasks")
     for name in ("data", "stride", "eval_batches"):
         if value := getattr(options, name):
             raise UserError(
-                f"--{name} {value} is for the validation split, and --lm_eval scores tasks; give one of them"
+                f"--{name} {value} is for the validation split, which --lm_eval does not score; give one of them"
             )
     if devices.world_size > 1 or options.strategy != EvaluateOptions.strategy:
-        raise UserError("--lm_eval runs in one process, on one device; leave --strategy and --devices out")
+        raise UserError("--lm_eval runs in one process on one device; leave --strategy and --devices out")
 
 
 def _harness_score(checkpoint: Checkpoint, options: EvaluateOptions, devices: Devices) -> HarnessScore:
-    """What lm-eval finds of one checkpoint."""
+    """Score one checkpoint with lm-eval."""
+    assert options.lm_eval is not None
     tokenizer = checkpoint.tokenizer
     if tokenizer is None:
         raise UserError(f"{checkpoint.path} does not know its tokenizer, which --lm_eval needs")
@@ -194,7 +195,8 @@ def _harness_score(checkpoint: Checkpoint, options: EvaluateOptions, devices: De
     block_size = options.block_size or config["block_size"]
 
     def model() -> Any:
-        fabric = Fabric(accelerator=devices.accelerator, devices=devices.devices, precision=devices.precision)
+        precision: Any = devices.precision
+        fabric = Fabric(accelerator=devices.accelerator, devices=devices.devices, precision=precision)
         scorer = TokenScorer(
             fabric.setup_module(checkpoint.module().model.eval()),
             block_size=block_size,
@@ -215,18 +217,19 @@ def _harness_score(checkpoint: Checkpoint, options: EvaluateOptions, devices: De
     )
 
 
-class _Weights(Callback):
-    """Fills the model when the strategy has put it where it lives, each rank with its share."""
+class _LoadWeights(Callback):
+    """Load the weights after the strategy has placed the model, each rank its share."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, GPTModule)
         restore_weights(pl_module.model, self.checkpoint)
 
 
 def _require_writable(file: Path) -> None:
-    """Finds out before the work whether a file can be written, and leaves no trace."""
+    """Check that a file can be written, without creating or changing it."""
     if not file.parent.is_dir():
         raise UserError(f"--json {file} cannot be written: its folder does not exist; make it first")
     try:
@@ -238,13 +241,8 @@ def _require_writable(file: Path) -> None:
         raise UserError(f"--json {file} cannot be written: {error.strerror}; choose another") from error
 
 
-def _require_own_fit(checkpoint: Checkpoint) -> None:
-    module = FORMS["fsdp"](checkpoint.implementation, model_config=checkpoint.model_config)  # takes no memory
-    checkpoint.require_fit(module)
-
-
 def _job(checkpoint: Checkpoint, options: EvaluateOptions) -> _Job:
-    """What of a text or task is scored, and how it is cut."""
+    """Choose the data of a checkpoint and the windows to score, and check that they fit it."""
     data = options.data or checkpoint.data
     if data is None:
         raise UserError(f"{checkpoint.path} does not say what it was trained on; give --data")
@@ -252,20 +250,21 @@ def _job(checkpoint: Checkpoint, options: EvaluateOptions) -> _Job:
     block_size = options.block_size or checkpoint.model_config["block_size"]
     stride = options.stride or block_size
     if stride > block_size:
-        raise UserError(f"--stride {stride} would leave tokens out; give at most the block_size, {block_size}")
+        raise UserError(f"--stride {stride} would skip tokens; give at most the block_size, {block_size}")
     task = find_task(data)
     if task:
         for name, value in (("block_size", options.block_size), ("stride", options.stride)):
             if value is not None:
                 raise UserError(
-                    f"--{name} {value} cuts a text, and --data {data} is a task, of whole rows; leave it out"
+                    f"--{name} {value} is for text, and --data {data} is a task with rows of its own; leave it out"
                 )
-        files: Source = task(**(checkpoint.task_fields if data == checkpoint.data else {}))
-        if files.block_size != block_size:
+        rows = task(**(checkpoint.task_fields if data == checkpoint.data else {}))
+        if rows.block_size != block_size:
             raise UserError(
-                f"--data {data} has rows of {files.block_size} inputs, not the {block_size} of {checkpoint.path};"
+                f"--data {data} has rows of {rows.block_size} inputs, not the {block_size} of {checkpoint.path};"
                 " leave it out"
             )
+        files: Source = rows
     elif tokenizer is None and not is_token_folder(Path(data).expanduser()):
         raise UserError(f"{checkpoint.path} does not know its tokenizer; give --data a folder of its tokens")
     else:
@@ -274,8 +273,8 @@ def _job(checkpoint: Checkpoint, options: EvaluateOptions) -> _Job:
     return _Job(checkpoint, files, data, block_size, None if task else stride)
 
 
-def _score(found: Mapping[str, float], tokens: int, job: _Job) -> Score:
-    loss, files = found["val_loss"], job.files
+def _score(metrics: Mapping[str, float], tokens: int, job: _Job) -> Score:
+    loss, files = metrics["val_loss"], job.files
     val_bytes = files.val_bytes if isinstance(files, TokenFiles) and tokens == files.val_tokens - 1 else None
     return Score(
         checkpoint=str(job.checkpoint.path),
@@ -283,18 +282,18 @@ def _score(found: Mapping[str, float], tokens: int, job: _Job) -> Score:
         step=job.checkpoint.step,
         loss=loss,
         perplexity=math.exp(loss) if loss < _LARGEST_EXPONENT else math.inf,
-        # The first token is context only; its bytes are counted, which a text of any length does not show.
+        # The first token is not scored, but its bytes are counted: a negligible difference.
         bits_per_byte=loss * tokens / math.log(2) / val_bytes if val_bytes else None,
         tokens=tokens,
         data=job.name,
         block_size=job.block_size,
         stride=job.stride or job.block_size,
-        accuracy=found.get("val_accuracy"),
+        accuracy=metrics.get("val_accuracy"),
     )
 
 
 def _notes(jobs: Sequence[_Job], scores: Sequence[Score | None]) -> list[str]:
-    """What forbids to compare numbers of several checkpoints."""
+    """Say why scores of several checkpoints are not comparable."""
 
     def differ(values: Iterable[Any]) -> bool:
         return len(set(values)) > 1
@@ -302,11 +301,11 @@ def _notes(jobs: Sequence[_Job], scores: Sequence[Score | None]) -> list[str]:
     notes = []
     known = (job.files.tokenizer for job in jobs)
     if differ(json.dumps(tokenizer.to_dict(), sort_keys=True) if tokenizer else None for tokenizer in known):
-        notes.append("loss and perplexity are per token, and the tokenizers differ: compare bits_per_byte alone")
+        notes.append("loss and perplexity are per token, and the tokenizers differ: compare only bits_per_byte")
     elif differ(score.tokens for score in scores if score):
-        notes.append("not the same tokens were scored")
+        notes.append("different tokens were scored")
     if differ(job.name for job in jobs):
-        notes.append("each was scored on the data of its own run; --data TEXT scores all on one")
+        notes.append("each was scored on the data of its own run; --data TEXT scores all on the same")
     if differ((job.block_size, job.stride) for job in jobs):
-        notes.append("the contexts differ, and a longer one makes a loss lower")
+        notes.append("the context lengths differ, and a longer context lowers the loss")
     return notes

@@ -1,6 +1,6 @@
-"""EleutherAI's lm-eval over a model of ours, without export.
+"""Run EleutherAI's lm-eval on a model of ours, without export.
 
-``TokenScorer`` does the work on tokens; what lm-eval asks, in texts, is put to it by an adapter of its ``LM`` interface
+``TokenScorer`` works on tokens. An adapter of lm-eval's ``LM`` interface translates its requests, which are text
 (https://github.com/EleutherAI/lm-evaluation-harness/blob/main/docs/model_guide.md).
 """
 
@@ -27,14 +27,14 @@ INSTALL = "pip install -r requirements/lm_eval.txt"
 
 
 class TokenScorer:
-    """Log-probabilities of tokens, and texts of the likeliest tokens.
+    """Computes log-probabilities of tokens, and generates greedily.
 
     Args:
-        model: One of any implementation, in eval mode.
-        block_size: The longest sequence that it reads.
-        batch_size: Sequences that it reads at once.
-        device: Where it computes.
-        vocab_size: How many tokens, from the first, may be chosen: the vocabulary without its padding.
+        model: A model of any implementation, in eval mode.
+        block_size: Context length in tokens.
+        batch_size: Number of sequences in a batch.
+        device: Device of the model.
+        vocab_size: Size of the vocabulary without its padding, which is never chosen.
     """
 
     def __init__(
@@ -47,25 +47,26 @@ class TokenScorer:
         self.vocab_size = vocab_size
 
     def _logits(self, idx: Tensor, targets: Tensor) -> Tensor:
-        """Those at the targets that are not -1, shape (n, vocab_size), float32."""
+        """Return the logits where targets (B, T) are not -1: (n, V) in float32."""
         with torch.no_grad():
             logits, _ = self.model(idx.to(self.device), targets.to(self.device))
         return logits[targets.to(logits.device) != -1].float()
 
     def continuations(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """How likely continuations are.
+        """Score continuations.
 
         Args:
-            pairs: Contexts of at least one token, each with its continuation. A context is cut from the left where both
-                are too long.
+            pairs: Contexts of at least one token, each with its continuation. If the two are too long together, the
+                context is cut from the left.
 
         Returns:
-            The sum of the continuation's log-probabilities in nats, and whether greedy generation would write it.
+            For each pair the sum of the continuation's log-probabilities in nats, and whether greedy decoding would
+            produce it.
 
         Raises:
             UserError: A continuation alone is too long.
         """
-        found: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
+        scores: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
         by_length = sorted((i for i, pair in enumerate(pairs) if pair[1]), key=lambda i: -sum(map(len, pairs[i])))
         for first in range(0, len(by_length), self.batch_size):
             numbers = by_length[first : first + self.batch_size]
@@ -82,24 +83,24 @@ class TokenScorer:
                 idx[row, :end] = torch.tensor(rows[row][:-1])
                 targets[row, end - n : end] = torch.tensor(pairs[i][1])
             logits = self._logits(idx, targets)
-            asked = targets[targets != -1].to(logits.device)
-            likely = logits.log_softmax(-1).gather(-1, asked[:, None])[:, 0].double()
-            is_greedy = logits[:, : self.vocab_size].argmax(-1) == asked
+            expected = targets[targets != -1].to(logits.device)
+            log_probs = logits.log_softmax(-1).gather(-1, expected[:, None])[:, 0].double()
+            is_greedy = logits[:, : self.vocab_size].argmax(-1) == expected
             counts = [len(pairs[i][1]) for i in numbers]
-            for i, nats, same in zip(numbers, likely.split(counts), is_greedy.split(counts), strict=True):
-                found[i] = (nats.sum().item(), bool(same.all()))
-        return found
+            for i, nats, same in zip(numbers, log_probs.split(counts), is_greedy.split(counts), strict=True):
+                scores[i] = (nats.sum().item(), bool(same.all()))
+        return scores
 
     def write(
         self, tokenizer: Tokenizer, prompts: Sequence[list[int]], *, max_new_tokens: int, stop: Sequence[str]
     ) -> list[str]:
-        """What greedy generation writes after each prompt, up to a stop string or the tokenizer's end of text.
+        """Generate greedily after each prompt, up to a stop string or the tokenizer's end of text.
 
         Args:
-            tokenizer: The model's.
-            prompts: Token ids, one or more of each.
-            max_new_tokens: How many each gets at most.
-            stop: Strings that end a text and are no part of it.
+            tokenizer: The model's tokenizer.
+            prompts: Token ids, at least one for each prompt.
+            max_new_tokens: Maximum number of new tokens for each prompt.
+            stop: Strings that end a text; they are not part of the result.
         """
         texts = [GrowingText(tokenizer, stop=stop) for _ in prompts]
         ends = () if tokenizer.end_of_text is None else (tokenizer.end_of_text,)
@@ -118,7 +119,7 @@ class TokenScorer:
 
 
 def first_token(tokenizer: Tokenizer) -> int:
-    """What stands before a text that has no context: the end of another, or a line's end where there is no such token.
+    """Return the token to put before a text without context: end of text if there is one, else a newline.
 
     Raises:
         UserError: The tokenizer has neither.
@@ -129,11 +130,11 @@ def first_token(tokenizer: Tokenizer) -> int:
         ids = tokenizer.encode("\n").tolist()
         if len(ids) == 1:
             return ids[0]
-    raise UserError(f"--lm_eval: the {tokenizer.name} tokenizer has no token to begin a text with, not even a new line")
+    raise UserError(f"--lm_eval: the {tokenizer.name} tokenizer has neither an end of text nor a newline to begin with")
 
 
 def adapter(scorer: TokenScorer, tokenizer: Tokenizer) -> "LM":
-    """A model as lm-eval wants it."""
+    """Wrap a model in lm-eval's interface."""
     from lm_eval.api.model import TemplateLM
     from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -176,30 +177,30 @@ def adapter(scorer: TokenScorer, tokenizer: Tokenizer) -> "LM":
             return written
 
         def _write(self, contexts: list[str], settings: dict[str, Any]) -> list[str]:
-            asked = normalize_gen_kwargs(settings)
-            if asked["do_sample"]:
-                raise UserError("--lm_eval: one of the tasks asks for sampled answers, and the adapter's are greedy")
-            stop = [asked["until"]] if isinstance(asked["until"], str) else asked["until"]
+            kwargs = normalize_gen_kwargs(settings)
+            if kwargs["do_sample"]:
+                raise UserError("--lm_eval: a task asks for sampled answers; only greedy decoding is supported")
+            stop = [kwargs["until"]] if isinstance(kwargs["until"], str) else kwargs["until"]
             prompts = [self.tok_encode(context) or [self.prefix_token_id] for context in contexts]
             stop = [text for text in stop if text]
-            return scorer.write(tokenizer, prompts, max_new_tokens=asked["max_gen_toks"], stop=stop)
+            return scorer.write(tokenizer, prompts, max_new_tokens=kwargs["max_gen_toks"], stop=stop)
 
     return Adapter()
 
 
 def harness(lm: Callable[[], "LM"], *, tasks: str, include: str | None) -> tuple[str, dict[str, dict[str, float]]]:
-    """What lm-eval finds.
+    """Run tasks of lm-eval.
 
     Args:
-        lm: Makes the model.
-        tasks: Names, separated by commas.
-        include: A folder of further tasks.
+        lm: Builds the model, after the tasks are loaded.
+        tasks: Task names, separated by commas.
+        include: Folder with further tasks.
 
     Returns:
-        The version of lm-eval, and by task the numbers by its names of metric and filter.
+        The version of lm-eval, and the values by task and ``METRIC,FILTER``.
 
     Raises:
-        UserError: lm-eval is not installed, a task is unknown, or its data cannot be had.
+        UserError: lm-eval is not installed, a task is unknown, or its data is not available.
     """
     try:
         import lm_eval
@@ -207,7 +208,7 @@ def harness(lm: Callable[[], "LM"], *, tasks: str, include: str | None) -> tuple
     except ImportError as error:
         raise UserError(f"--lm_eval needs lm-eval, which is not installed ({error}); {INSTALL}") from error
     if include is not None and not Path(include).is_dir():
-        raise UserError(f"--lm_eval_include {include} is no folder")
+        raise UserError(f"--lm_eval_include {include} is not a folder")
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     manager = TaskManager(include_path=include, include_defaults=False)
     if not set(names) <= set(manager.all_tasks):
@@ -220,7 +221,7 @@ def harness(lm: Callable[[], "LM"], *, tasks: str, include: str | None) -> tuple
     with _metrics_package(Path(lm_eval.__file__).parent.parent):
         try:
             manager.load(names)
-        except Exception as error:  # whatever downloads and the tasks' own code raise
+        except Exception as error:  # downloads and the tasks' own code can raise anything
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise UserError(f"--lm_eval {tasks} cannot be loaded: {reason}") from error
         results = lm_eval.simple_evaluate(lm(), tasks=list(names), task_manager=manager, log_samples=False)["results"]
@@ -233,7 +234,7 @@ def harness(lm: Callable[[], "LM"], *, tasks: str, include: str | None) -> tuple
 
 @contextlib.contextmanager
 def _metrics_package(site: Path) -> Iterator[None]:
-    """Lets tasks import Hugging Face's ``evaluate``, whose name our entry point has as well."""
+    """Let tasks import Hugging Face's ``evaluate`` package, which has the same name as our entry point."""
     ours = sys.modules.pop("evaluate", None)
     sys.path.insert(0, str(site))
     try:

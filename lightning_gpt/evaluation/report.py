@@ -1,4 +1,4 @@
-"""What evaluations found: lines for one checkpoint, a table for several, and JSON."""
+"""Results of evaluations: lines for one checkpoint, a table for several, and JSON."""
 
 import json
 import math
@@ -13,20 +13,20 @@ from lightning_gpt.config import UserError
 
 @dataclass(frozen=True)
 class Score:
-    """What an evaluation found.
+    """The score of a checkpoint on the validation split.
 
     Attributes:
-        checkpoint: What was scored.
-        hash: A sha256 of its weights, the same in every form of a checkpoint.
-        step: Optimizer steps it was trained for.
-        loss: Mean cross-entropy, nats per token.
-        perplexity: exp(loss); infinite, and null in JSON, where that is beyond a float.
-        bits_per_byte: Cross-entropy in bits over the text's UTF-8 bytes; None where the bytes are not known.
-        tokens: Tokens scored.
-        data: The text that they are of.
-        block_size: The context, in tokens.
+        checkpoint: Path of the checkpoint.
+        hash: A sha256 of its weights, the same in every form of the checkpoint.
+        step: Optimizer steps trained.
+        loss: Mean cross entropy in nats per token.
+        perplexity: exp(loss); infinite (null in JSON) if it overflows a float.
+        bits_per_byte: Cross entropy in bits divided by the text's UTF-8 bytes; None if the bytes are unknown.
+        tokens: Number of tokens scored.
+        data: Name of the data.
+        block_size: Context length in tokens.
         stride: Tokens from one window to the next.
-        accuracy: The share of answers that greedy generation gets right as a whole; None where the data is no task.
+        accuracy: Share of answers that match exactly under greedy decoding; None unless the data is a task.
     """
 
     checkpoint: str
@@ -41,29 +41,31 @@ class Score:
     stride: int
     accuracy: float | None = None
 
-    def found(self) -> dict[str, Any]:
-        """The numbers by name, without those that the data has no use for."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return all values by name; accuracy only for a task."""
         return {k: v for k, v in asdict(self).items() if k != "accuracy" or v is not None}
 
-    lines = found
+    def lines(self) -> dict[str, Any]:
+        """Return the values to print, one a line."""
+        return self.to_dict()
 
     def rows(self) -> list[dict[str, Any]]:
-        """Its row of a table."""
+        """Return the one table row of the checkpoint, a value for each column."""
         names = ("step", "loss", "perplexity", "bits_per_byte", "accuracy", "tokens", "block_size", "stride")
         return [{name: getattr(self, name) for name in names}]
 
 
 @dataclass(frozen=True)
 class HarnessScore:
-    """What EleutherAI's lm-eval found.
+    """The scores of a checkpoint on tasks of EleutherAI's lm-eval.
 
     Attributes:
-        checkpoint: What was scored.
-        hash: A sha256 of its weights, the same in every form of a checkpoint.
-        step: Optimizer steps it was trained for.
-        block_size: The context, in tokens.
-        lm_eval: The version of lm-eval.
-        tasks: By task, the numbers by lm-eval's names of metric and filter.
+        checkpoint: Path of the checkpoint.
+        hash: A sha256 of its weights, the same in every form of the checkpoint.
+        step: Optimizer steps trained.
+        block_size: Context length in tokens.
+        lm_eval: Version of lm-eval.
+        tasks: Values by task, and by lm-eval's ``METRIC,FILTER``.
     """
 
     checkpoint: str
@@ -73,17 +75,17 @@ class HarnessScore:
     lm_eval: str
     tasks: dict[str, dict[str, float]]
 
-    def found(self) -> dict[str, Any]:
-        """The numbers by name."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return all values by name."""
         return asdict(self)
 
     def lines(self) -> dict[str, Any]:
-        """The numbers by name and without levels."""
+        """Return the values to print, one a line, each task and metric by itself."""
         flat = {f"{row['task']} {row['metric']}": row["value"] for row in self.rows()}
-        return {k: v for k, v in self.found().items() if k != "tasks"} | flat
+        return {k: v for k, v in self.to_dict().items() if k != "tasks"} | flat
 
     def rows(self) -> list[dict[str, Any]]:
-        """Its rows of a table, one for each number."""
+        """Return a table row for each task and metric."""
         return [
             {"step": self.step, "task": task, "metric": metric, "value": value}
             for task, numbers in self.tasks.items()
@@ -93,29 +95,26 @@ class HarnessScore:
 
 @dataclass(frozen=True)
 class Report:
-    """What the evaluation of one or several checkpoints found.
+    """The scores of one or several checkpoints.
 
     Attributes:
         scores: One for each checkpoint.
-        notes: What forbids to compare some of the numbers, a sentence each.
+        notes: Why scores are not comparable, a sentence each.
     """
 
     scores: Sequence[Score] | Sequence[HarnessScore]
     notes: Sequence[str] = ()
 
     def text(self) -> str:
-        """A line per number of one checkpoint, or a row per checkpoint and below them the notes."""
+        """Return a line for each value of one checkpoint, or a table of several checkpoints and the notes below it."""
         if len(self.scores) == 1:
-            lines = self.scores[0].lines()
-            width = max(13, *map(len, lines)) + 1
-            return "\n".join(f"{name:{width}}{_shown(value)}" for name, value in lines.items())
-        rows = [
-            {"checkpoint": name} | row
-            for name, score in zip(_short([s.checkpoint for s in self.scores]), self.scores, strict=True)
-            for row in score.rows()
-        ]
+            values = self.scores[0].lines()
+            width = max(13, *map(len, values)) + 1
+            return "\n".join(f"{name:{width}}{_format(value)}" for name, value in values.items())
+        names = _without_common_folder([score.checkpoint for score in self.scores])
+        rows = [{"checkpoint": names[i]} | row for i, score in enumerate(self.scores) for row in score.rows()]
         columns = [name for name in rows[0] if any(row[name] is not None for row in rows)]
-        cells = [columns, *([_shown(row[name]) for name in columns] for row in rows)]
+        cells = [columns, *([_format(row[name]) for name in columns] for row in rows)]
         sides = ["<" if isinstance(rows[0][name], str) else ">" for name in columns]
         shapes = [
             f"{side}{max(map(len, column))}" for side, column in zip(sides, zip(*cells, strict=True), strict=True)
@@ -124,31 +123,30 @@ class Report:
         return "\n".join([*(line.rstrip() for line in lines), *(f"note: {note}" for note in self.notes)])
 
     def save(self, file: Path) -> None:
-        """Writes JSON: an object, or a list of them for several checkpoints.
+        """Write JSON: an object, or a list of objects for several checkpoints.
 
         Raises:
-            UserError: The file cannot be written; the message holds what it was to say.
+            UserError: The file cannot be written; the message includes the JSON, so that the scores are not lost.
         """
-        known = [_finite(score.found()) for score in self.scores]
-        text = json.dumps(known[0] if len(known) == 1 else known, indent=2)
+        scores = [_finite(score.to_dict()) for score in self.scores]
+        text = json.dumps(scores[0] if len(scores) == 1 else scores, indent=2)
         try:
             file.write_text(text + "\n", encoding="utf-8")
-        except OSError as error:  # a full disk, say: the numbers are told all the same
-            raise UserError(f"--json {file} cannot be written: {error.strerror}; it was to say {text}") from error
+        except OSError as error:  # such as a full disk
+            raise UserError(f"--json {file} cannot be written: {error.strerror}; its content is {text}") from error
 
 
-def _shown(value: Any) -> str:
+def _format(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) else "None" if value is None else str(value)
 
 
-def _short(paths: list[str]) -> list[str]:
-    """Paths without what they begin with alike."""
+def _without_common_folder(paths: list[str]) -> list[str]:
     shared = os.path.commonpath([os.path.dirname(path) for path in paths])
     return [os.path.relpath(path, shared) for path in paths]
 
 
 def _finite(value: Any) -> Any:
-    """The value with None for what JSON has no word for."""
+    """Replace infinity and NaN, which JSON lacks, by None."""
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

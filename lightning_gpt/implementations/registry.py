@@ -1,19 +1,19 @@
-"""The registry of model implementations: what a model must offer, and the rows of those built in.
+"""The registry of model implementations: what a model must offer, and a row for each built-in one.
 
 A model is a class ``Model(config)`` with ``forward(idx, targets=None) -> (logits, loss or None)``: ``idx`` and
-``targets`` are ``(B, T)`` int64, a target of -1 is ignored, and the loss is the mean over the other targets.
-``config`` is a dataclass that has at least the fields ``vocab_size`` and ``block_size``.
+``targets`` are ``(B, T)`` int64, targets of -1 are ignored, and the loss is the mean over the others. ``config`` is a
+dataclass with at least the fields ``vocab_size`` and ``block_size``.
 
-A model whose weights do not depend on ``block_size`` and whose positions go on beyond it says so with an attribute
-``extends_context = True`` or a property of that name; it can then be scored with a longer context than it was trained
-with.
+A model may also have:
 
-A model that cannot compute everywhere has a method ``refuses(device_type, dtype)``: None where it can, else the reason
-and the fields of its config with which the same weights mean the same there. Training refuses it before it begins;
-what was trained elsewhere is scored and sampled with those fields.
-
-An ``nn.Linear`` whose weight is several matrices of the same size, one above the other, says so with an attribute
-``parts``, their number, as a projection to query, key and value has ``parts = 3``; Muon then treats them one by one.
+- ``extends_context`` (attribute or property): True if positions continue beyond ``block_size`` and no weight depends on
+  it. The model can then be scored with a longer context than it was trained with.
+- ``refuses(device_type, dtype)``: None if the model can compute there, else the reason, and config fields with which
+  the same weights give the same result there. Training refuses; evaluation and sampling use those fields.
+- ``initialises_by_apply = True``: ``model.apply(model._init_weights)`` sets every parameter. The model can then be
+  built on the meta device and initialised where its shards live.
+- ``parts`` on an ``nn.Linear`` whose weight is that many matrices of the same size, stacked by rows, such as 3 for a
+  projection to query, key and value. Muon then orthogonalises each one.
 """
 
 import dataclasses
@@ -37,30 +37,30 @@ if TYPE_CHECKING:
 
 
 def decay_linear(module: "nn.Module", name: str) -> bool:
-    """minGPT's rule: the weights of Linear layers decay, nothing else does."""
+    """Decay the weights of Linear layers only (minGPT's rule)."""
     from torch import nn
 
     return isinstance(module, nn.Linear) and name == "weight"
 
 
 def decay_matrices(module: "nn.Module", name: str) -> bool:
-    """nanoGPT's rule, tensors of two or more dimensions decay.
+    """Decay tensors of two or more dimensions (nanoGPT's rule).
 
-    It is told by module type where that is known, since a sharded parameter does not show its dimensions.
+    The module type decides where it can, because a sharded parameter does not show its dimensions.
     """
     from torch import nn
 
     if isinstance(module, (nn.Linear, nn.Embedding)):
         return name == "weight"
     parameter = module.get_parameter(name)
-    return len(getattr(parameter, "ds_shape", parameter.shape)) >= 2  # ZeRO-3 keeps one dimension of the parameter
+    return len(getattr(parameter, "ds_shape", parameter.shape)) >= 2  # under ZeRO-3 a parameter has one dimension
 
 
 def token_embedding_name(model: "nn.Module", *, vocab_size: int) -> str:
-    """The name of a model's token embeddings: the weight of the first nn.Embedding that has a row for each token.
+    """Return the name of the token embeddings: the weight of the first nn.Embedding with a row for each token.
 
     Raises:
-        UserError: The model has none.
+        UserError: The model has no such module.
     """
     from torch import nn
 
@@ -74,118 +74,20 @@ def token_embedding_name(model: "nn.Module", *, vocab_size: int) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GPT2Traits:
-    """What a model of GPT-2's layout leaves open beside its sizes.
-
-    Attributes:
-        gelu: "tanh", as in the published GPT-2, or "exact".
-        tied: Whether the head is the token embedding.
-        bias: Whether Linear layers and norms have biases.
-        position: "learned", or what else an implementation has, which is then no GPT-2.
-    """
-
-    gelu: str = "tanh"
-    tied: bool = True
-    bias: bool = True
-    position: str = "learned"
-
-
-@dataclass(frozen=True)
-class GPT2Layout:
-    """How an implementation whose parameters are GPT-2's, by name and meaning, is translated to GPT-2 and back.
-
-    Names are those of Hugging Face's ``GPT2LMHeadModel``; Linear weights are (out, in), theirs in Conv1D (in, out).
-
-    Attributes:
-        traits: From the fields of the implementation's config, complete, to what they amount to.
-        fields: From traits to the fields that say so, sizes aside; ValueError where none do. A head that is tied in the
-            traits may be untied in the implementation, which then holds a copy.
-    """
-
-    traits: Callable[[dict[str, Any]], GPT2Traits]
-    fields: Callable[[GPT2Traits], dict[str, Any]]
-
-
-def _mingpt_fields(traits: GPT2Traits) -> dict[str, Any]:
-    if traits.gelu != "tanh":
-        raise ValueError("minGPT has the tanh GELU only, and these weights were trained with the exact one")
-    return {}
-
-
-def _nanogpt_fields(traits: GPT2Traits) -> dict[str, Any]:
-    if not traits.tied:
-        raise ValueError("nanoGPT's head is its token embedding, and these weights have a head of their own")
-    return {"gelu": traits.gelu, "bias": traits.bias}
-
-
-@dataclass(frozen=True)
-class HuggingFaceForm:
-    """How a model is written for transformers, where an architecture of theirs computes exactly the same.
-
-    Attributes:
-        config: Their ``config.json``, tokens aside.
-        names: Parts of our parameters' names, and what stands there in theirs; all that occur are replaced.
-    """
-
-    config: dict[str, Any]
-    names: dict[str, str]
-
-    def rename(self, name: str) -> str:
-        """Their name of a parameter of ours."""
-        for ours, theirs in self.names.items():
-            name = name.replace(ours, theirs)
-        return name
-
-
-def _nanochat(fields: dict[str, Any]) -> HuggingFaceForm:
-    """moderngpt as transformers' NanoChat, which has no windows, and embeds each token by itself."""
-    for name in ("window", "bigram", "smear"):
-        if fields[name]:
-            raise ValueError(f"no architecture of Hugging Face's has what --{name} {fields[name]} does")
-    config = {
-        "architectures": ["NanoChatForCausalLM"],
-        "model_type": "nanochat",
-        "vocab_size": fields["vocab_size"],
-        "hidden_size": fields["n_embd"],
-        "intermediate_size": 4 * fields["n_embd"],
-        "num_hidden_layers": fields["n_layer"],
-        "num_attention_heads": fields["n_head"],
-        "num_key_value_heads": fields["n_kv_head"] or fields["n_head"],
-        "max_position_embeddings": fields["block_size"],
-        "final_logit_softcapping": fields["softcap"],
-        "attention_dropout": fields["dropout"],
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        "tie_word_embeddings": False,
-    }
-    names = {
-        "transformer.wte.": "model.embed_tokens.",
-        "transformer.h.": "model.layers.",
-        ".attn.c_proj.": ".self_attn.o_proj.",
-        ".attn.c_q.": ".self_attn.q_proj.",
-        ".attn.c_k.": ".self_attn.k_proj.",
-        ".attn.c_v.": ".self_attn.v_proj.",
-        ".mlp.c_fc.": ".mlp.fc1.",
-        ".mlp.c_proj.": ".mlp.fc2.",
-    }
-    return HuggingFaceForm(config, names)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Implementation:
     """One row of the registry.
 
     Attributes:
-        name: What ``--implementation`` calls it.
-        module: The module it lives in, imported when a model is built.
-        model: Name of the model class in that module.
+        name: The value of ``--implementation``.
+        module: Name of the Python module, which is imported when a model is built.
+        model: Name of the model class in the module.
         config: Name of its config dataclass.
-        block: Name of the module class that is compiled, recomputed and sharded as a unit; None for the whole model.
-        presets: Where to find the named sizes, as ``module:NAME``.
+        block: Name of the class that is compiled, recomputed and sharded as a unit; None for the whole model.
+        presets: The named sizes, as ``module:NAME``.
         decays: ``(module, parameter name) -> bool``, whether weight decay applies.
-        gpt2: How it is translated to GPT-2 and back, where it has GPT-2's layout.
-        hugging_face: From the complete fields of its config to another architecture of theirs that is the same model;
-            ValueError where there is none.
+        architecture: Hugging Face's ``model_type`` for the same model; see ``checkpoint/architectures``.
+        hard_coded: Settings of that architecture for which the model has no config field, each with its value.
+        builtin: Whether the row is one of ours.
     """
 
     name: str
@@ -195,17 +97,17 @@ class Implementation:
     block: str | None = "Block"
     presets: str | None = None
     decays: Callable[["nn.Module", str], bool] = decay_matrices
-    gpt2: GPT2Layout | None = None
-    hugging_face: Callable[[dict[str, Any]], HuggingFaceForm] | None = None
+    architecture: str | None = None
+    hard_coded: dict[str, Any] = field(default_factory=dict)
     builtin: bool = field(default=False, repr=False)
 
     def load(self, name: str) -> Any:
-        """An attribute of the row's module, or ``module:NAME`` of another, imported now."""
+        """Import and return an attribute of the row's module, or ``module:NAME`` of another module."""
         module, _, attribute = name.rpartition(":")
         return getattr(importlib.import_module(module or self.module), attribute)
 
     def config_options(self) -> list[Option]:
-        """The fields of the model's config that become flags; a built-in model is not imported for it."""
+        """Return the config fields that become flags, without importing a built-in model."""
         if not self.builtin:
             return options_of(self.load(self.config))
         spec = importlib.util.find_spec(self.module)
@@ -213,21 +115,24 @@ class Implementation:
         return options_in_file(spec.origin, self.config)
 
     def block_class(self) -> "type[nn.Module] | None":
-        """The unit that is compiled and sharded."""
+        """Return the class that is compiled, recomputed and sharded as a unit; None for the whole model."""
         return self.load(self.block) if self.block else None
 
     def hidden_matrices(self, model: "nn.Module", *, vocab_size: int) -> dict[str, int]:
-        """The weights between embeddings and head: names of parameters, to the ``parts`` of each.
+        """Find the weight matrices between embeddings and head.
 
-        They are those of nn.Linear inside of blocks, or where blocks are not known, of any nn.Linear without a row for
-        each token. A weight that is used elsewhere too, such as a tied head, is none.
+        These are the nn.Linear weights inside blocks; without a block class, those without a row for each token. A
+        weight that is also used elsewhere, such as a tied head, is left out.
 
         Args:
-            model: The model, also on the meta device or sharded: shapes are not looked at.
-            vocab_size: Rows of its embeddings.
+            model: The model, which may be on the meta device or sharded; shapes of parameters are not used.
+            vocab_size: Number of rows of its embeddings.
+
+        Returns:
+            Parameter names, each with the ``parts`` of its module.
 
         Raises:
-            UserError: It has none, or the ``parts`` of one do not divide its rows.
+            UserError: There is none, or ``parts`` does not divide the rows of one.
         """
         from torch import nn
 
@@ -243,24 +148,24 @@ class Implementation:
                     elsewhere.add(parameter)
                 elif module.out_features % (parts := getattr(module, "parts", 1)):
                     raise UserError(
-                        f"--implementation {self.name}: {prefix} has {module.out_features} rows, which are not"
-                        f" parts = {parts} matrices of the same size"
+                        f"--implementation {self.name}: {prefix} has {module.out_features} rows, which parts = {parts}"
+                        " does not divide"
                     )
                 else:
                     found.setdefault(parameter, (f"{prefix}.{name}".lstrip("."), parts))
         hidden = dict(where for parameter, where in found.items() if parameter not in elsewhere)
         if not hidden:
             raise UserError(
-                f"--implementation {self.name} has no nn.Linear between its embeddings and its head, and nothing else"
-                " is trained by muon; give --optimizer adamw"
+                f"--implementation {self.name} has no nn.Linear between embeddings and head, which is all that muon"
+                " trains; give --optimizer adamw"
             )
         return hidden
 
     def sizes(self, model_type: str) -> dict[str, int]:
-        """The sizes of a preset.
+        """Return the sizes of a preset.
 
         Raises:
-            UserError: The preset does not exist, or the implementation has none.
+            UserError: There is no such preset, or the implementation has none.
         """
         if self.presets is None:
             raise UserError(f"--implementation {self.name} has no presets; leave --model_type out and give its sizes")
@@ -270,31 +175,28 @@ class Implementation:
         return dict(presets[model_type])
 
     def resolve(self, *, model_type: str | None = None, **fields: Any) -> dict[str, Any]:
-        """Config fields with a preset applied below the sizes that were given, and fields of None left out.
-
-        Without a preset, sizes that are missing come from the config's own defaults.
-        """
+        """Return the fields that are not None, on top of the sizes of a preset if one is given."""
         given = {k: v for k, v in fields.items() if v is not None}
         return (self.sizes(model_type) if model_type else {}) | given
 
     def complete(self, fields: dict[str, Any]) -> dict[str, Any]:
-        """Config fields with the config's own defaults for those that are left out."""
+        """Fill in the config's defaults for fields that are left out."""
         return {f.name: f.default for f in dataclasses.fields(self.load(self.config))} | fields
 
     @property
     def initialises_by_apply(self) -> bool:
-        """Whether the model says that ``model.apply(model._init_weights)`` sets every one of its parameters.
-
-        Then it can be built without memory and be initialised where its shards live. A model that says nothing is built
-        whole first.
-        """
+        """Whether the model can be built on the meta device; otherwise every rank first builds it whole."""
         return getattr(self.load(self.model), "initialises_by_apply", False)
 
     def build(self, fields: dict[str, Any], *, meta: bool = False) -> "nn.Module":
-        """Builds the model from its config fields; on the meta device it has shapes and no memory.
+        """Build the model from its config fields.
+
+        Args:
+            fields: Config fields; those left out have the config's defaults.
+            meta: Whether to build it on the meta device, without memory.
 
         Raises:
-            UserError: The config refuses the fields; the message is the model's own.
+            UserError: A field is unknown or missing, or the model refuses a value, with its own message.
         """
         config_class = self.load(self.config)
         known = {f.name for f in dataclasses.fields(config_class)}
@@ -321,17 +223,16 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
             module="mingpt.model",
             presets="mingpt.model:PRESETS",
             decays=decay_linear,
-            gpt2=GPT2Layout(traits=lambda fields: GPT2Traits(tied=False), fields=_mingpt_fields),
+            architecture="gpt2",
+            hard_coded={"gelu": "tanh", "tied_head": False, "bias": True, "position": "learned"},
             builtin=True,
         ),
         Implementation(
             name="nanogpt",
             module="nanogpt.model",
             presets="mingpt.model:PRESETS",
-            gpt2=GPT2Layout(
-                traits=lambda fields: GPT2Traits(**{name: fields[name] for name in ("gelu", "bias", "position")}),
-                fields=_nanogpt_fields,
-            ),
+            architecture="gpt2",
+            hard_coded={"tied_head": True},
             builtin=True,
         ),
         Implementation(
@@ -339,7 +240,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
             module="moderngpt.model",
             presets="mingpt.model:PRESETS",
             decays=decay_linear,
-            hugging_face=_nanochat,
+            architecture="nanochat",
             builtin=True,
         ),
     )
@@ -347,17 +248,17 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 
 
 def refused_by(model: "nn.Module", *, device_type: str, dtype: "torch.dtype") -> tuple[str, dict[str, Any]]:
-    """Why a model cannot compute on a type of device in a type of numbers, and the config fields with which it can.
+    """Return why a model cannot compute on a device in a dtype, and the config fields with which it can.
 
     Returns:
-        An empty reason and no fields where nothing is against it.
+        The reason, empty if the model can compute there, and the fields.
     """
     refuses = getattr(model, "refuses", None)
     return (refuses and refuses(device_type, dtype)) or ("", {})
 
 
 def get_implementation(name: str) -> Implementation:
-    """The row of a built-in implementation, or one made for ``package.module:Class``.
+    """Return the row of a built-in implementation, or make one for ``package.module:Class``.
 
     Raises:
         UserError: There is no such row, module or class, or the class has no config dataclass.
@@ -369,7 +270,7 @@ def get_implementation(name: str) -> Implementation:
         choices = ", ".join(IMPLEMENTATIONS)
         raise UserError(f"--implementation {name} is unknown; choose one of {choices}, or package.module:Class")
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # a script's own folder is on the path, the folder it is called from is not
+        sys.path.append(os.getcwd())  # Python adds the script's folder, not the one that it is called from
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -378,9 +279,12 @@ def get_implementation(name: str) -> Implementation:
     if not inspect.isclass(model):
         raise UserError(f"--implementation {name}: {module_name} has no class {class_name}")
     config = next(iter(typing.get_type_hints(model.__init__).values()), None)
-    if not dataclasses.is_dataclass(config) or not {"vocab_size", "block_size"} <= {
-        f.name for f in dataclasses.fields(config)
-    }:
+    needed = {"vocab_size", "block_size"}
+    if (
+        not isinstance(config, type)
+        or not dataclasses.is_dataclass(config)
+        or not needed <= {f.name for f in dataclasses.fields(config)}
+    ):
         raise UserError(
             f"--implementation {name}: annotate the first argument of {class_name}.__init__ with a dataclass that has"
             " the fields vocab_size and block_size"
@@ -395,9 +299,9 @@ def get_implementation(name: str) -> Implementation:
 
 
 def flag_options(row: Implementation) -> list[Option]:
-    """The model config's fields that are flags: all but those that the data or ModelOptions decide.
+    """Return the config fields that are flags: all except those that the data or ModelOptions set.
 
-    Sizes default to None where presets exist, meaning the preset's.
+    If there are presets, sizes default to None, which means the preset's.
     """
     decided = ("vocab_size", "vocab_padding", "block_size", "model_type")
     options = [o for o in row.config_options() if o.name not in decided]

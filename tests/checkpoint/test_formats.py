@@ -14,9 +14,10 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-import lightning_gpt.checkpoint.base
 from lightning_gpt.checkpoint import canonical_folder, convert, ensure_canonical, find_checkpoint, open_checkpoint
-from lightning_gpt.checkpoint.base import Checkpoint, empty_model, remember_run, tied_names
+from lightning_gpt.checkpoint.base import Checkpoint, empty_model, tied_names
+from lightning_gpt.checkpoint.own_runs import remember_run
+from lightning_gpt.checkpoint.read.mapped import MappedFile
 from lightning_gpt.config import UserError
 from lightning_gpt.models import GPTModule
 
@@ -368,7 +369,7 @@ def test_conversion_that_fails_leaves_nothing(runs, tmp_path, monkeypatch):
 
 
 def test_maps_are_renewed(tied_file, monkeypatch):
-    monkeypatch.setattr(lightning_gpt.checkpoint.base.MappedFile, "_RENEW_AFTER", 0)
+    monkeypatch.setattr(MappedFile, "_RENEW_AFTER", 0)
     file = tied_file()
     checkpoint = open_checkpoint(file)
     assert checkpoint.hash() == open_checkpoint(file).hash()

@@ -263,8 +263,8 @@ def test_several_checkpoints_side_by_side(two_kinds, saved_model, letters, score
         "--batch_size=2",
     )
     assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("note")] == [
-        "note: not the same tokens were scored",
-        "note: the contexts differ, and a longer one makes a loss lower",
+        "note: different tokens were scored",
+        "note: the context lengths differ, and a longer context lowers the loss",
     ]
 
 

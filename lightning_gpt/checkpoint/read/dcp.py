@@ -1,4 +1,4 @@
-"""The folder of torch.distributed.checkpoint (DCP), which FSDP training writes: shards, their index, a header."""
+"""Read the folder of torch.distributed.checkpoint (DCP), which FSDP training writes: shards, their index, a header."""
 
 import pickle
 import warnings
@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
-from lightning_gpt.checkpoint.base import PREFIX, Checkpoint, as_state, read_header, refusal, unreadable
+from lightning_gpt.checkpoint.base import PREFIX, Checkpoint, as_state
+from lightning_gpt.checkpoint.read.mapped import read_header, unreadable, untrusted
 from lightning_gpt.config import UserError
 
 INDEX, HEADER = ".metadata", "meta.pt"
@@ -28,30 +29,30 @@ _ALLOWED = {
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    """Lets in what an index is made of."""
+    """An unpickler that allows only the classes of an index."""
 
     def __init__(self, file: IO[bytes], path: Path) -> None:
         super().__init__(file)
         self._path = path
 
     def find_class(self, module: str, name: str) -> Any:
-        """The class of a name."""
+        """Return an allowed class; refuse any other."""
         if module.startswith("pathlib") and name.endswith("Path"):
-            return PurePosixPath  # where it was saved, which is never opened
+            return PurePosixPath  # where the checkpoint was saved; it is never opened
         if (module, name) in _ALLOWED or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
-        raise refusal(self._path, f"{module}.{name}")
+        raise untrusted(self._path, f"{module}.{name}")
 
 
 class _Reader(FileSystemReader):
-    """Torch's reader, with an index that was read already; torch's own unpickles whatever it finds there."""
+    """Torch's reader with an index that is already read, since torch's own unpickles any class."""
 
     def __init__(self, path: Path, index: Metadata) -> None:
         super().__init__(path)
         self._index = index
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The index."""
+        """Return the index."""
         return self._index
 
 
@@ -75,7 +76,7 @@ class DcpCheckpoint(Checkpoint):
         self.stored = {}
         self.moments = {}
         self._keys: dict[tuple[str, ...], str] = {}
-        # Keys are paths flattened with dots, which names of weights have too; the index keeps the paths.
+        # A key is a path joined with dots, which names of weights contain too; planner_data keeps the path.
         for key, (kind, *rest) in self._index.planner_data.items():
             entry = self._index.state_dict_metadata[key]
             if not isinstance(entry, TensorStorageMetadata):
@@ -96,7 +97,7 @@ class DcpCheckpoint(Checkpoint):
                 raise UserError(f"{path} is incomplete: {shard} {problem}; copy the files of all ranks")
 
     def _shard_sizes(self) -> dict[str, int]:
-        """Least sizes of the files that the index names."""
+        """Return the least size in bytes of each file that the index lists."""
         sizes: dict[str, int] = {}
         for info in self._index.storage_data.values():
             sizes[info.relative_path] = max(sizes.get(info.relative_path, 0), info.offset + info.length)
@@ -104,7 +105,7 @@ class DcpCheckpoint(Checkpoint):
 
     @classmethod
     def recognises(cls, path: Path) -> bool:
-        """A folder with an index and a header."""
+        """Whether a folder holds an index and a header."""
         return (path / INDEX).is_file() and (path / HEADER).is_file()
 
     def _read(self, name: str) -> Tensor:
@@ -118,21 +119,22 @@ class DcpCheckpoint(Checkpoint):
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                # Only this process reads, also where it is one of a group.
+                # no_dist: this process reads alone, even if it is one of a group.
                 load({key: tensor}, storage_reader=_Reader(self.path, self._index), no_dist=True)
-        except Exception as error:  # a shard that was cut off fails in many ways, also in torch's own wrapper
-            cause = next(iter(error.failures.values()))[0] if getattr(error, "failures", None) else error
-            raise unreadable(self.path, cause) from error
+        except Exception as error:  # a truncated shard raises many errors, some inside of torch's own wrapper
+            failures = getattr(error, "failures", None)
+            raise unreadable(self.path, next(iter(failures.values()))[0] if failures else error) from error
         return tensor
 
 
 def _read_index(path: Path, *, trust: bool) -> Metadata:
+    """Unpickle the index: the one place where its bytes become objects."""
     try:
         with path.open("rb") as file:
             index = (pickle.Unpickler(file) if trust else _IndexUnpickler(file, path)).load()
     except UserError:
         raise
-    except Exception as error:  # damaged bytes fail in any way while they are unpickled
+    except Exception as error:  # damaged bytes can raise anything
         raise unreadable(path, error) from error
     if not isinstance(index, Metadata) or not isinstance(index.planner_data, dict):
         raise UserError(f"{path} is not the index of a distributed checkpoint")

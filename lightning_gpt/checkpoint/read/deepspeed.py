@@ -1,31 +1,33 @@
-"""DeepSpeed's folder: for each rank the part of the fp32 weights and of the optimizer's state that it kept.
+"""Read DeepSpeed's folder, in which each rank stores its part of the float32 weights and of the optimizer state.
 
-In ``checkpoint/``, a file of model states holds Lightning's header, buffers, and the shapes and order of the
-parameters, and each rank's file of optimizer states holds flat tensors, one for each parameter group (ZeRO 1 and 2) or
-sub-group (ZeRO 3), and the optimizer's states in the same layout. ZeRO 1 and 2 cut the flat tensor of a whole group
-into one part for each rank, and say which piece of which parameter is where. ZeRO 3 cuts each parameter into one piece
-for each rank, all but the last ones of the same length, and a rank's pieces follow each other.
+``checkpoint/`` holds two kinds of files. The model states hold Lightning's header, buffers, and the shapes and order of
+the parameters. Each rank's optimizer states hold flat tensors, one for each parameter group (ZeRO 1 and 2) or sub-group
+(ZeRO 3), and the optimizer's moments in the same layout. ZeRO 1 and 2 split the flat tensor of a whole group into one
+part for each rank, and record where each piece of a parameter is. ZeRO 3 splits each parameter into one piece for each
+rank, all of the same length except the last ones, and stores a rank's pieces one after another.
 
-Reading needs no DeepSpeed: the few classes in these files get stand-ins.
+Reading does not need DeepSpeed: stand-ins replace the few classes in these files.
 """
 
 import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_gpt.checkpoint.base import PREFIX, Checkpoint, MappedFile, as_state, meta
+from lightning_gpt.checkpoint.base import PREFIX, Checkpoint, as_state, meta
+from lightning_gpt.checkpoint.read.mapped import MappedFile
 from lightning_gpt.config import UserError
 
 FOLDER = "checkpoint"
 _MODEL_STATES_OF_RANK = "zero_pp_rank_%d_mp_rank_00_model_states.pt"
 
-# What DeepSpeed itself writes beside the client's state, which here is Lightning's header.
+# Keys that DeepSpeed adds to the client state, which here is Lightning's header.
 _NOT_HEADER = {
     "module",
     "buffer_names",
@@ -51,12 +53,12 @@ _NOT_HEADER = {
 
 
 class _LossScaler:
-    """Stands for DeepSpeed's scalers of the loss, which nothing here reads."""
+    """Stand-in for DeepSpeed's loss scalers, which are not used here."""
 
 
 @dataclass
 class _Fragment:
-    """Stands for DeepSpeed's ``fragment_address``: where a piece of a parameter lies in a rank's flat tensor."""
+    """Stand-in for DeepSpeed's ``fragment_address``: the place of a piece of a parameter in a rank's flat tensor."""
 
     numel: int
     start: int
@@ -72,7 +74,7 @@ _STAND_INS: tuple[tuple[type, str], ...] = (
 
 @dataclass(frozen=True)
 class _Piece:
-    """A rank's piece of a parameter."""
+    """A rank's piece of a parameter: `numel` elements of its flat tensor, from `start`."""
 
     rank: int
     start: int
@@ -96,7 +98,7 @@ class DeepSpeedCheckpoint(Checkpoint):
     def __init__(self, path: Path, *, trust: bool = False) -> None:
         self._trust = trust
         self._model = MappedFile(_model_states(path), trust=trust, stand_ins=_STAND_INS)
-        self._models = [self._model]  # of all ranks, where there is something to be found in the others'
+        self._models = [self._model]  # of all ranks, if the other ranks' files are needed
         self._frozen: dict[str, str] = {}
         states = self._model.content
         if not isinstance(states, dict) or not {"module", "param_shapes", "shared_params"} <= states.keys():
@@ -107,16 +109,16 @@ class DeepSpeedCheckpoint(Checkpoint):
             self._lay_out(states)
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{path} is not laid out as this program knows DeepSpeed's checkpoints: {error!r}"
+                f"{path} does not have the layout of a DeepSpeed checkpoint that this program knows: {error!r}"
             ) from error
 
     @classmethod
     def recognises(cls, path: Path) -> bool:
-        """A folder with DeepSpeed's files in its subfolder."""
+        """Whether DeepSpeed's files lie in the subfolder."""
         return any((path / FOLDER).glob("*_states.pt"))
 
     def _lay_out(self, states: dict[str, Any]) -> None:
-        """Finds out where each tensor lies, from the shapes alone."""
+        """Compute from the shapes where each tensor lies."""
         shapes: list[dict[str, torch.Size]] = states["param_shapes"]
         parts = [rank.content["optimizer_state_dict"] for rank in self._ranks]
         self._is_stage_3 = "fp32_flat_groups" in parts[0]
@@ -125,7 +127,7 @@ class DeepSpeedCheckpoint(Checkpoint):
         self._pieces: dict[str, list[_Piece]] = {}
         if len(shapes) != len(self._flat_weights(parts[0])):
             raise UserError(
-                f"{self.path} is damaged: {len(shapes)} groups of parameters have names, and others weights"
+                f"{self.path} is damaged: {len(shapes)} parameter groups have shapes, and a different number weights"
             )
         for group, named in enumerate(shapes):
             cut = [self._cut(part, group, named, rank) for rank, part in enumerate(parts)]
@@ -143,7 +145,7 @@ class DeepSpeedCheckpoint(Checkpoint):
                         key: meta(value, shape=tuple(shape)) if value.dim() else meta(value)
                         for key, value in state.items()
                     }
-        # Buffers, and under ZeRO 1 and 2 parameters that are not trained.
+        # Buffers, and under ZeRO 1 and 2 frozen parameters.
         whole = states["buffer_names"] if self._is_stage_3 else states["module"]
         for full_name in whole:
             name = full_name.removeprefix(PREFIX)
@@ -153,7 +155,7 @@ class DeepSpeedCheckpoint(Checkpoint):
             self._lay_out_frozen(states)
 
     def _lay_out_frozen(self, states: dict[str, Any]) -> None:
-        """Stage 3 keeps each rank's piece of a parameter that is not trained beside the model states."""
+        """Find frozen parameters, of which stage 3 stores each rank's piece in its model states."""
         shapes = states.get("frozen_param_shapes") or {}
         self._frozen = {name.removeprefix(PREFIX): name for name in shapes}
         if not shapes:
@@ -170,7 +172,7 @@ class DeepSpeedCheckpoint(Checkpoint):
             self.stored[name] = meta(fragment, shape=tuple(shapes[full_name]))
 
     def _cut(self, part: dict[str, Any], group: int, named: dict[str, torch.Size], rank: int) -> dict[str, _Piece]:
-        """A rank's pieces of a group's parameters."""
+        """Return a rank's pieces of a group's parameters."""
         if not self._is_stage_3:
             fragments = part["param_slice_mappings"][group]
             pieces = {name: _Piece(rank, found.start, found.numel) for name, found in fragments.items()}
@@ -190,12 +192,12 @@ class DeepSpeedCheckpoint(Checkpoint):
         return part["fp32_flat_groups" if self._is_stage_3 else "single_partition_of_fp32_groups"]
 
     def _state(self, part: dict[str, Any], group: int) -> dict[str, Tensor]:
-        """The optimizer's state of a flat tensor; some optimizers count the steps for a whole parameter group."""
+        """Return the optimizer state of a flat tensor. Some optimizers keep the step in the parameter group."""
         optimizer = part["optimizer_state_dict" if self._is_stage_3 else "base_optimizer_state"]
         state = optimizer["state"].get(group, {})
-        whole = next(g for g in optimizer["param_groups"] if group in g["params"])
-        counted = {"step": whole["step"]} if state and "step" in whole else {}
-        return {key: as_state(value) for key, value in (counted | state).items()}
+        settings = next(g for g in optimizer["param_groups"] if group in g["params"])
+        step = {"step": settings["step"]} if state and "step" in settings else {}
+        return {key: as_state(value) for key, value in (step | state).items()}
 
     def _read(self, name: str) -> Tensor:
         if name in self._group:
@@ -218,14 +220,17 @@ class DeepSpeedCheckpoint(Checkpoint):
         return self._join(name, self.moments[name][key], lambda part: self._state(part, group)[key])
 
     def _join(self, name: str, like: Tensor, flat: Callable[[dict[str, Any]], Tensor]) -> Tensor:
-        """A full tensor, put together from its ranks' pieces of the flat tensors that ``flat`` picks."""
+        """Assemble a full tensor from the ranks' pieces of the flat tensors that `flat` picks."""
+
+        def pick(piece: slice, content: Any) -> Tensor:
+            return flat(content["optimizer_state_dict"])[piece]
+
         joined = torch.empty(like.numel(), dtype=like.dtype)
         end = 0
         for piece in self._pieces[name]:
             start, end = end, end + piece.numel
             of_rank = slice(piece.start, piece.start + piece.numel)
-            read = self._ranks[piece.rank].read
-            joined[start:end] = read(lambda content, cut=of_rank: flat(content["optimizer_state_dict"])[cut])
+            joined[start:end] = self._ranks[piece.rank].read(partial(pick, of_rank))
         return joined.view(like.shape)
 
 
@@ -238,15 +243,15 @@ def _model_states(path: Path) -> Path:
 
 
 def _open_ranks(path: Path, *, trust: bool) -> list[MappedFile]:
-    """The ranks' files in their order; those of ranks that only an earlier save in this folder had are left out.
+    """Open the ranks' files in order. Files of further ranks, left by an earlier save, are not opened.
 
     Raises:
-        UserError: One is missing, damaged or refused.
+        UserError: A file is missing, damaged or not trusted.
     """
     names = [f"{kind}zero_pp_rank_%d_mp_rank_00_optim_states.pt" for kind in ("", "bf16_")]
     found = [name for name in names if (path / FOLDER / (name % 0)).is_file()]
     if len(found) > 1:
-        raise UserError(f"{path} holds the files of two trainings, in bf16 and in another precision; delete one's")
+        raise UserError(f"{path} holds the files of two runs, in bf16 and in another precision; delete those of one")
     name = found[0] if found else names[0]
     files: list[MappedFile] = []
     ranks = 1

@@ -1,4 +1,4 @@
-"""A folder of Hugging Face's GPT-2, and where to get one: the hub and its cache."""
+"""Read folders that transformers wrote, and find models on the Hugging Face hub and in its cache."""
 
 import contextlib
 import functools
@@ -8,63 +8,65 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lightning_gpt.checkpoint.architectures.gpt2 import TOKENS, fields_from_gpt2, gpt2_names, row_for, traits_from_gpt2
-from lightning_gpt.checkpoint.base import MappedFile, meta, unreadable
-from lightning_gpt.checkpoint.read.canonical import CONFIG, WEIGHTS, layout, read_json, read_tensor, tokenizer_beside
+from lightning_gpt.checkpoint.architectures import get_architecture
+from lightning_gpt.checkpoint.architectures.gpt2 import TOKENS
+from lightning_gpt.checkpoint.base import meta
+from lightning_gpt.checkpoint.read.canonical import (
+    CONFIG,
+    WEIGHTS,
+    read_json,
+    read_layout,
+    read_tensor,
+    tokenizer_beside,
+)
 from lightning_gpt.checkpoint.read.foreign import ForeignCheckpoint
+from lightning_gpt.checkpoint.read.mapped import MappedFile, unreadable
 from lightning_gpt.config import UserError
 from lightning_gpt.tokenizers import GPT2Tokenizer, HuggingFaceTokenizer, Tokenizer
 
 PICKLED = "pytorch_model.bin"
-# The first that is there is read; an index names the files that the weights are spread over.
+# In order of preference; an index lists the files that hold the weights.
 _FORMS = (WEIGHTS, f"{WEIGHTS}.index.json", PICKLED, f"{PICKLED}.index.json")
 _TOKENIZER = "tokenizer.json"
+_HEAD = "lm_head.weight"
 
 _OF_OPENAI = re.compile(r"gpt2(-medium|-large|-xl)?")
 _HUB_NAME = re.compile(r"gpt2(-medium|-large|-xl)?|[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 class HuggingFaceCheckpoint(ForeignCheckpoint):
-    """A folder that ``GPT2LMHeadModel.save_pretrained`` or the hub made.
+    """A folder that ``save_pretrained`` or the hub made, of any architecture that has an adapter.
 
     Args:
         path: The folder.
         trust: Whether ``pytorch_model.bin`` may hold Python objects.
 
     Raises:
-        UserError: It is another model, no implementation can express it, its weights are missing, damaged, or hold
-            Python objects and are not trusted.
+        UserError: The architecture or one of its settings is not supported, weights are missing or damaged, or a file
+            holds Python objects and is not trusted.
     """
 
     kind = "huggingface"
 
     def __init__(self, path: Path, *, trust: bool = False) -> None:
-        config = read_json(path / CONFIG)
-        if config["model_type"] != "gpt2":
-            raise UserError(f"{path} holds a model of type {config['model_type']}; of Hugging Face's, gpt2 is read")
+        hf_config = read_json(path / CONFIG)
+        architecture = get_architecture(hf_config["model_type"], source=path)
         tensors = _Tensors(_weight_files(path), trust=trust)
-        names = gpt2_names(tensors.stored)
-        if "lm_head.weight" not in names:  # as a tied head is saved, and a model without one
-            config["tie_word_embeddings"] = True
-        row = row_for(traits_from_gpt2(config, source=str(path)), source=str(path))
-        fields = fields_from_gpt2(row, config, source=str(path))
+        stored, read = architecture.imported(tensors.stored, tensors.read)
+        if _HEAD not in stored and "tie_word_embeddings" not in architecture.fixed:
+            hf_config["tie_word_embeddings"] = True  # a tied head, or a model saved without its head
+        try:
+            row, fields = architecture.implementation_for(architecture.settings_from_hf(hf_config))
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from error
         tokenizer = _tokenizer(path, vocab_size=fields["vocab_size"])
         if tokenizer and tokenizer.vocab_size < fields["vocab_size"]:  # rows that no token stands for
             fields["vocab_padding"] = fields["vocab_size"] - tokenizer.vocab_size
-        super().__init__(
-            path,
-            row=row,
-            fields=fields,
-            names=names,
-            tensors=tensors.stored,
-            read=tensors.read,
-            tokenizer=tokenizer,
-            transposed=True,
-        )
+        super().__init__(path, row=row, fields=fields, stored=stored, read=read, tokenizer=tokenizer)
 
     @classmethod
     def recognises(cls, path: Path) -> bool:
-        """A folder whose config names a type of model, as all of Hugging Face's do."""
+        """Whether the folder's config has a ``model_type``, as all of transformers' do."""
         with contextlib.suppress(OSError, ValueError):
             config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
             return isinstance(config, dict) and isinstance(config.get("model_type"), str)
@@ -72,11 +74,11 @@ class HuggingFaceCheckpoint(ForeignCheckpoint):
 
 
 class _Tensors:
-    """The tensors of some files by name, read one at a time.
+    """The tensors of several files by name, read one at a time.
 
     Args:
-        files: Safetensors files or files of ``torch.save``.
-        trust: Whether the latter may hold Python objects.
+        files: Files of safetensors or ``torch.save``.
+        trust: Whether files of ``torch.save`` may hold Python objects.
     """
 
     def __init__(self, files: list[Path], *, trust: bool) -> None:
@@ -84,7 +86,7 @@ class _Tensors:
         self._homes: dict[str, Path | MappedFile] = {}
         for path in files:
             if path.suffix == ".safetensors":
-                found: dict[str, Tensor] = layout(path)
+                found: dict[str, Tensor] = read_layout(path)
                 home: Path | MappedFile = path
             else:
                 home = MappedFile(path, trust=trust, files=len(files))
@@ -93,7 +95,7 @@ class _Tensors:
             self._homes |= dict.fromkeys(found, home)
 
     def read(self, name: str) -> Tensor:
-        """One tensor, in memory of its own."""
+        """Read one tensor into memory of its own."""
         home = self._homes[name]
         return read_tensor(home, name) if isinstance(home, Path) else home.read(lambda content: content[name])
 
@@ -108,10 +110,10 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _shards(index: Path) -> list[str]:
-    """The files that an index names.
+    """Return the files that an index lists.
 
     Raises:
-        UserError: It is no index, or names a file outside of its folder.
+        UserError: The file is not an index, or lists a file outside of its folder.
     """
     content = read_json(index)
     try:
@@ -132,47 +134,47 @@ def _tokenizer(folder: Path, *, vocab_size: int) -> Tokenizer | None:
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a text can be a model's name on the Hugging Face hub: one of OpenAI's four, or ``owner/name``."""
+    """Whether a text can name a model on the Hugging Face hub: one of OpenAI's four, or ``owner/name``."""
     return _HUB_NAME.fullmatch(name) is not None
 
 
 def hub_folder(name: str) -> Path:
-    """The folder in the hub's cache with a model's config and weights, downloaded where they are not there yet.
+    """Return the folder in the hub's cache that holds a model's config and weights; download what is missing.
 
     Args:
         name: As for ``is_hub_name``.
 
     Raises:
-        UserError: huggingface_hub is not installed, there is no such model, or it can neither be found in the cache
-            nor downloaded.
+        UserError: huggingface_hub is not installed, there is no such model, or it is neither in the cache nor can it
+            be downloaded.
     """
     try:
         from huggingface_hub import HfApi, hf_hub_download
         from huggingface_hub.errors import LocalEntryNotFoundError
     except ImportError:
         raise UserError(
-            f"{name} is no local path, and the Hugging Face hub needs a package: pip install -r"
+            f"{name} is not a local path, and the Hugging Face hub needs a package: pip install -r"
             " requirements/huggingface.txt"
         ) from None
     fetch = functools.partial(hf_hub_download, name)
     try:
-        with contextlib.suppress(LocalEntryNotFoundError, UserError):  # not there, or in part
+        with contextlib.suppress(LocalEntryNotFoundError, UserError):  # not in the cache, or incomplete
             folder = Path(fetch(CONFIG, local_files_only=True)).parent
             for file in _weight_files(folder):
                 fetch(file.name, local_files_only=True)
             return folder
-        # Asked first, since this one gives up at once where there is no network; downloads try for half a minute.
-        there = {entry.rfilename for entry in HfApi().model_info(name, timeout=10).siblings or ()}
+        # Fails at once without a network, whereas downloads retry for half a minute.
+        available = {entry.rfilename for entry in HfApi().model_info(name, timeout=10).siblings or ()}
         folder = Path(fetch(CONFIG)).parent
-        form = next((form for form in _FORMS if form in there), WEIGHTS)
+        form = next((form for form in _FORMS if form in available), WEIGHTS)
         fetch(form)
         for file in _weight_files(folder):
             fetch(file.name)
-        if _TOKENIZER in there and not _OF_OPENAI.fullmatch(name):  # whose tokenizer is known
+        if _TOKENIZER in available and not _OF_OPENAI.fullmatch(name):  # OpenAI's is built in
             fetch(_TOKENIZER)
-    except Exception as error:  # no such model, no network, a full disk: each library in between has its own
+    except Exception as error:  # no such model, no network, a full disk: each library raises its own errors
         raise UserError(
-            f"{name} is no local path, and cannot be had from the Hugging Face hub ({type(error).__name__}); without a"
+            f"{name} is not a local path, and the Hugging Face hub did not give it ({type(error).__name__}); without a"
             f" network, put its {CONFIG} and {WEIGHTS} into a folder and give that folder"
         ) from error
     return folder

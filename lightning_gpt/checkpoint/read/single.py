@@ -1,10 +1,11 @@
-"""Lightning's checkpoint file, which training on one device and under DDP writes."""
+"""Read Lightning's checkpoint file, which training on one device and under DDP writes."""
 
 import copy
 
 from torch import Tensor
 
-from lightning_gpt.checkpoint.base import PREFIX, Checkpoint, MappedFile, as_state, meta
+from lightning_gpt.checkpoint.base import PREFIX, Checkpoint, as_state, meta
+from lightning_gpt.checkpoint.read.mapped import MappedFile
 from lightning_gpt.config import UserError
 
 
@@ -12,7 +13,7 @@ class SingleFileCheckpoint(Checkpoint):
     """A file of ``Trainer.save_checkpoint``.
 
     Args:
-        file: The file, opened.
+        file: The opened file.
 
     Raises:
         UserError: It is not a checkpoint of ours.
@@ -25,7 +26,7 @@ class SingleFileCheckpoint(Checkpoint):
         path, content = file.path, file.content
         if not isinstance(content, dict) or "state_dict" not in content:
             raise UserError(f"{path} is not a checkpoint that train.py wrote")
-        # Copied, since a tensor that is kept would keep the whole file mapped.
+        # Copied, because a tensor that is kept would keep the whole file mapped.
         rest = {key: value for key, value in content.items() if key not in ("state_dict", "optimizer_states")}
         super().__init__(path, copy.deepcopy(rest))
         self._keys = {key.removeprefix(PREFIX): key for key in content["state_dict"]}

@@ -1,10 +1,9 @@
-"""A checkpoint in a form that other programs open: Hugging Face's, safetensors, a plain state dict, nanoGPT's.
+"""Export a checkpoint in a form that other programs open: Hugging Face's, safetensors, a plain state dict, nanoGPT's.
 
-A format is a function from a checkpoint, and the folder that they will lie in, to its files: for each name, what
-writes it. The function refuses what the format cannot express, so nothing is written before all of it is known to fit.
-A new format is one function and one row in ``FORMATS``. Every export also holds our own tokenizer file, and
-``lightning_gpt_export.txt``: the names of the files that were written, by which a later export knows that it may
-replace the folder.
+A format is a function that takes a checkpoint and its target folder and returns, for each file name, a function that
+writes the file. It refuses what the format cannot express before anything is written. A new format is one function and
+one row in ``FORMATS``. Every export also holds our own tokenizer file and ``lightning_gpt_export.txt``, which lists the
+written files, so that a later export knows that it may replace the folder.
 """
 
 import pickle
@@ -17,13 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gpt.checkpoint.architectures.gpt2 import gpt2_config, gpt2_traits, is_transposed
+from lightning_gpt.checkpoint.architectures import architecture_of
+from lightning_gpt.checkpoint.architectures.gpt2 import GPT2
 from lightning_gpt.checkpoint.base import Checkpoint, empty_model, meta
-from lightning_gpt.checkpoint.read.canonical import (
-    CONFIG,
-    STATE_DICT,
-    TOKENIZER,
-    WEIGHTS,
+from lightning_gpt.checkpoint.read.canonical import CONFIG, STATE_DICT, TOKENIZER, WEIGHTS
+from lightning_gpt.checkpoint.write.canonical import (
     describe,
     whole_folder,
     write_json,
@@ -36,17 +33,16 @@ from lightning_gpt.implementations.registry import get_implementation
 from lightning_gpt.tokenizers import CharTokenizer, Tokenizer
 
 MANIFEST = "lightning_gpt_export.txt"
-# Those of GPT-2's weights that never have a bias beside them.
-_WITHOUT_BIAS = ("transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight")
+_GPT2 = GPT2()
 
 Files = dict[str, Callable[[Path], object]]
 
 
 class Unpadded(Checkpoint):
-    """A checkpoint as if its model had been built without padding of the vocabulary.
+    """A checkpoint without the padding of its vocabulary.
 
     Args:
-        padded: The checkpoint; its model's config has ``vocab_padding``.
+        padded: The checkpoint; its model config has ``vocab_padding``.
     """
 
     def __init__(self, padded: Checkpoint) -> None:
@@ -64,7 +60,7 @@ class Unpadded(Checkpoint):
         }
 
     def _cut(self, tensor: Tensor, name: str) -> Tensor:
-        # Cloned, since what is saved of a part would be the whole.
+        # Cloned, because torch.save would store the whole tensor behind a slice.
         return tensor[tuple(map(slice, self._shapes[name]))].clone() if tensor.dim() else tensor
 
     def _read(self, name: str) -> Tensor:
@@ -75,20 +71,20 @@ class Unpadded(Checkpoint):
 
 
 def export(checkpoint: Checkpoint, folder: Path, *, form: str) -> Path:
-    """Writes a checkpoint in another program's form, without padding of the vocabulary.
+    """Write a checkpoint in a form for other programs, without the padding of its vocabulary.
 
-    The folder appears whole or not at all; one that holds nothing but an earlier export is replaced.
+    The folder appears whole or not at all; an earlier export is replaced.
 
     Args:
-        checkpoint: What is written.
-        folder: Where to.
+        checkpoint: The checkpoint.
+        folder: The folder to create or replace.
         form: A key of ``FORMATS``.
 
     Returns:
-        The folder, without links.
+        The folder, with symbolic links resolved.
 
     Raises:
-        UserError: The format cannot express the model or its tokenizer, or the folder holds something else or cannot be
+        UserError: The format cannot express the model or its tokenizer, or the folder holds other files or cannot be
             written.
     """
     folder = folder.resolve()
@@ -99,10 +95,10 @@ def export(checkpoint: Checkpoint, folder: Path, *, form: str) -> Path:
     if checkpoint.tokenizer is not None:
         files[TOKENIZER] = _json(checkpoint.tokenizer.to_dict())
     names = "".join(f"{name}\n" for name in (*files, MANIFEST))
-    with whole_folder(folder, source=checkpoint.path) as temporary:
+    with whole_folder(folder, source=checkpoint.path) as part:
         for name, write in files.items():
-            write(temporary / name)
-        (temporary / MANIFEST).write_text(names, encoding="utf-8")
+            write(part / name)
+        (part / MANIFEST).write_text(names, encoding="utf-8")
     return folder
 
 
@@ -133,22 +129,22 @@ def _pt(checkpoint: Checkpoint, folder: Path) -> Files:
     return {CONFIG: _json(describe(checkpoint)), STATE_DICT: lambda path: torch.save(checkpoint.state_dict(), path)}
 
 
-def _gpt2_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    try:
-        return gpt2_config(get_implementation(checkpoint.implementation), checkpoint.model_config)
-    except UserError as error:
-        raise UserError(f"{checkpoint.path}: {error}; use --export safetensors or pt") from error
-
-
 def _hf(checkpoint: Checkpoint, folder: Path) -> Files:
-    """A folder that ``AutoModelForCausalLM`` opens as the same model, and ``AutoTokenizer`` with the same tokens."""
-    is_gpt2 = get_implementation(checkpoint.implementation).hugging_face is None
-    config, entries, read = _as_gpt2(checkpoint) if is_gpt2 else _renamed(checkpoint)
+    """Write a folder that ``AutoModelForCausalLM`` opens as the same model and ``AutoTokenizer`` with its tokens."""
+    row = get_implementation(checkpoint.implementation)
+    try:
+        architecture = architecture_of(row)
+        hf_config = architecture.hf_config(architecture.settings(row, checkpoint.model_config))
+    except ValueError as error:
+        raise UserError(
+            f"--export hf cannot express {checkpoint.path}: {error}; use --export safetensors or pt"
+        ) from error
+    layout, read = architecture.exported(checkpoint.layout(), checkpoint.weight)
     tokenizer = checkpoint.tokenizer
-    # Said also where there is none: Hugging Face's own defaults are GPT-2's.
-    config |= dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.end_of_text if tokenizer else None)
-    config["torch_dtype"] = str(next(iter(entries.values())).dtype).removeprefix("torch.")
-    files: Files = {CONFIG: _json(config), WEIGHTS: partial(write_safetensors, entries=entries, read=read)}
+    # Written even if there is none, because Hugging Face's defaults are token ids.
+    hf_config |= dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.end_of_text if tokenizer else None)
+    hf_config["torch_dtype"] = str(next(iter(layout.values())).dtype).removeprefix("torch.")
+    files: Files = {CONFIG: _json(hf_config), WEIGHTS: partial(write_safetensors, layout=layout, read=read)}
     if tokenizer is None:
         print(f"{checkpoint.path} does not know its tokenizer: AutoTokenizer cannot open the export", file=sys.stderr)
         return files
@@ -158,71 +154,35 @@ def _hf(checkpoint: Checkpoint, folder: Path) -> Files:
     return files | {"tokenizer_config.json": _json(beside)}
 
 
-# Their config, their weights' shapes by their names, and what reads one of them.
-_Translated = tuple[dict[str, Any], dict[str, Tensor], Callable[[str], Tensor]]
-
-
-def _as_gpt2(checkpoint: Checkpoint) -> _Translated:
-    config, stored = _gpt2_config(checkpoint), checkpoint.layout()
-    entries: dict[str, Tensor] = {}
-    for name, tensor in stored.items():
-        bias = name.removesuffix("weight") + "bias"
-        entries[name] = tensor.t() if is_transposed(name) else tensor
-        if name.endswith(".weight") and name not in _WITHOUT_BIAS and bias not in stored:
-            entries[bias] = meta(tensor, shape=(tensor.shape[0],))
-
-    def read(name: str) -> Tensor:
-        if name not in stored:
-            return torch.zeros_like(entries[name], device="cpu")
-        return checkpoint.weight(name).t() if is_transposed(name) else checkpoint.weight(name)
-
-    return config, entries, read
-
-
-def _renamed(checkpoint: Checkpoint) -> _Translated:
+def _nanogpt(checkpoint: Checkpoint, folder: Path) -> Files:
+    """Write a ``ckpt.pt`` that the original's sample.py reads, and if it has AdamW's state also its train.py."""
     row = get_implementation(checkpoint.implementation)
-    assert row.hugging_face is not None
     try:
-        form = row.hugging_face(row.complete(checkpoint.model_config))
+        if architecture_of(row).model_type != GPT2.model_type:
+            raise ValueError(f"--implementation {row.name} does not have GPT-2's layout")
+        settings = _GPT2.settings(row, checkpoint.model_config)
+        _GPT2.hf_config(settings)  # refuses what is no GPT-2
+        lacks = ["the tanh GELU"] if settings["gelu"] != "exact" else []
+        lacks += [] if settings["tied_head"] else ["a head of its own"]
+        if lacks:
+            raise ValueError(f"nanoGPT does not have {' or '.join(lacks)}, as this model of {row.name} has")
     except ValueError as error:
         raise UserError(
-            f"--export hf cannot express {checkpoint.path}: {error}; use --export safetensors or pt"
+            f"--export nanogpt cannot express {checkpoint.path}: {error}; use --export hf, safetensors or pt"
         ) from error
-    stored = checkpoint.layout()
-    names = {form.rename(name): name for name in stored}
-    return (
-        form.config,
-        {theirs: stored[ours] for theirs, ours in names.items()},
-        lambda name: checkpoint.weight(names[name]),
-    )
-
-
-def _nanogpt(checkpoint: Checkpoint, folder: Path) -> Files:
-    """A ``ckpt.pt`` that the original's sample.py reads, and with the optimizer's state its train.py, too."""
-    config = _gpt2_config(checkpoint)
-    row = get_implementation(checkpoint.implementation)
-    traits = gpt2_traits(row, checkpoint.model_config)
-    lacks = ["the tanh GELU"] if traits.gelu != "exact" else []
-    lacks += [] if traits.tied else ["a head that is not its token embedding"]
-    if lacks:
-        raise UserError(
-            f"--export nanogpt cannot express {checkpoint.path}: nanoGPT does not have {' or '.join(lacks)}, as this"
-            f" model of --implementation {row.name} does; use --export hf"
-        )
     tokenizer = checkpoint.tokenizer
     if tokenizer is not None and tokenizer.name not in NANOGPT_TOKENIZERS:
         raise UserError(
-            f"--export nanogpt cannot express the {tokenizer.name} tokenizer of {checkpoint.path}: nanoGPT knows"
-            f" {' and '.join(NANOGPT_TOKENIZERS)} only; use --export hf, safetensors or pt"
+            f"--export nanogpt cannot express the {tokenizer.name} tokenizer of {checkpoint.path}: nanoGPT has only"
+            f" {' and '.join(NANOGPT_TOKENIZERS)}; use --export hf, safetensors or pt"
         )
-    args = {name: config[name] for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
-    args |= {"block_size": config["n_positions"], "bias": traits.bias}
+    args = {name: settings[name] for name in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size", "bias")}
     args["dropout"] = checkpoint.model_config.get("dropout", 0.0)
 
     with_optimizer = checkpoint.has_optimizer and checkpoint.optimizer == "adamw"
     if checkpoint.has_optimizer and not with_optimizer:
         print(
-            f"{checkpoint.path}: the state of {checkpoint.optimizer} is left out, since nanoGPT has AdamW alone",
+            f"{checkpoint.path}: the state of {checkpoint.optimizer} is left out, because nanoGPT has only AdamW",
             file=sys.stderr,
         )
 
@@ -232,7 +192,7 @@ def _nanogpt(checkpoint: Checkpoint, folder: Path) -> Files:
             "model_args": args,
             "iter_num": checkpoint.step,
             "best_val_loss": _best_loss(checkpoint),
-            # The original runs in its own folder and looks for data/DATASET/meta.pkl, which a full path leads here.
+            # The original looks for data/DATASET/meta.pkl below its own folder; an absolute DATASET leads here.
             "config": args | {"dataset": str(folder)},
         }
         if with_optimizer:
@@ -243,14 +203,14 @@ def _nanogpt(checkpoint: Checkpoint, folder: Path) -> Files:
 
 
 def _best_loss(checkpoint: Checkpoint) -> float:
-    """The lowest validation loss of the training, where it is known; else what nanoGPT starts with."""
+    """Return the lowest validation loss of the run; if unknown, nanoGPT's initial value."""
     states = checkpoint.header.get("callbacks", {}).values()
     scores = [float(state["best_model_score"]) for state in states if state.get("best_model_score") is not None]
     return min(scores, default=1e9)
 
 
 def _adamw(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The optimizer's state with nanoGPT's numbering of parameters: first matrices, then the others."""
+    """Return the optimizer state with nanoGPT's numbering of parameters: first matrices, then the others."""
     model = empty_model(checkpoint.implementation, model_config=checkpoint.model_config).to("meta")
     parameters = dict(model.named_parameters())
     groups = ([n for n, p in parameters.items() if p.dim() >= 2], [n for n, p in parameters.items() if p.dim() < 2])
@@ -277,7 +237,7 @@ def _meta_pkl(tokenizer: Tokenizer) -> Files:
     return {"meta.pkl": lambda path: path.write_bytes(pickle.dumps(content))}
 
 
-# What the original reads beside ckpt.pt; without a meta.pkl it takes GPT-2's tokens.
+# Files that the original reads beside ckpt.pt; without a meta.pkl it uses GPT-2's tokens.
 NANOGPT_TOKENIZERS: dict[str, Callable[[Tokenizer], Files]] = {"char": _meta_pkl, "gpt2": lambda tokenizer: {}}
 
 FORMATS: dict[str, Callable[[Checkpoint, Path], Files]] = {

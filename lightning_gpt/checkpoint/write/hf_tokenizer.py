@@ -1,6 +1,6 @@
-"""A tokenizer in the files that Hugging Face's ``AutoTokenizer`` opens.
+"""Write a tokenizer as the files that Hugging Face's ``AutoTokenizer`` opens.
 
-A kind of tokenizer has a row in ``TOKENIZER_JSON``, by the name in its saved form.
+``TOKENIZER_JSON`` has a row for each kind of tokenizer, by the name in its saved form.
 """
 
 import json
@@ -12,21 +12,21 @@ from lightning_gpt.tokenizers.tables import load_encoding
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> str:
-    """The text of the tokenizer's ``tokenizer.json``.
+    """Return the text of ``tokenizer.json``.
 
     Raises:
-        UserError: The tables of a tiktoken encoding cannot be had.
+        UserError: The tables of a tiktoken encoding are not available.
     """
     return TOKENIZER_JSON[tokenizer.to_dict()["name"]](tokenizer)
 
 
 def tokenizer_config(tokenizer: Tokenizer, text: str, *, block_size: int) -> dict[str, Any]:
-    """The ``tokenizer_config.json`` that goes with a ``tokenizer.json``.
+    """Return the content of ``tokenizer_config.json``.
 
     Args:
         tokenizer: The tokenizer.
-        text: What ``tokenizer_json`` says of it.
-        block_size: The longest sequence that the model reads, in tokens.
+        text: Its ``tokenizer.json``.
+        block_size: Context length of the model in tokens.
     """
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -41,14 +41,14 @@ def tokenizer_config(tokenizer: Tokenizer, text: str, *, block_size: int) -> dic
 
 
 def _byte_characters() -> dict[int, str]:
-    """GPT-2's printable stand-in for each byte: itself where Latin-1 prints it, else the next one above U+00FF."""
+    """Return GPT-2's printable character for each byte: its Latin-1 character, or the next one from U+0100 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
 def _parts(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """The two parts that byte-pair encoding joins last into a token."""
+    """Return the two parts of a token that byte-pair encoding merges last."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         joined = [ranks.get(left + right, len(ranks)) for left, right in zip(parts, parts[1:], strict=False)]
@@ -58,7 +58,7 @@ def _parts(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
 
 
 def _written(*, model: dict[str, Any], added: list[dict[str, Any]], **steps: Any) -> str:
-    """A ``tokenizer.json``; steps that are not given are none."""
+    """Return the text of a ``tokenizer.json``; steps that are not given are null."""
     fields = ("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder")
     content = {"version": "1.0", "added_tokens": added, **dict.fromkeys(fields), **steps, "model": model}
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
@@ -69,7 +69,7 @@ def _split(pattern: str) -> dict[str, Any]:
 
 
 def _from_ranks(ranks: dict[bytes, int], *, pattern: str, specials: dict[str, int]) -> str:
-    """Byte-pair encoding as tiktoken has it: a join is known by the rank of what it gives, which is its id as well."""
+    """Express tiktoken's byte-pair encoding, in which the rank of a merge is the id of the merged token."""
     characters = _byte_characters()
 
     def text(token: bytes) -> str:
@@ -93,7 +93,8 @@ def _from_ranks(ranks: dict[bytes, int], *, pattern: str, specials: dict[str, in
 
 def _from_tiktoken(tokenizer: Tokenizer) -> str:
     encoding = load_encoding(tokenizer.name)
-    # Possessive in tiktoken, where nothing follows it; to Hugging Face's library it would be one or more times {1,3}.
+    # Possessive in tiktoken; Hugging Face's library would read it as one or more times {1,3}. Nothing follows, so the
+    # plain {1,3} matches the same.
     pattern = encoding._pat_str.replace("{1,3}+", "{1,3}")
     return _from_ranks(encoding._mergeable_ranks, pattern=pattern, specials=encoding._special_tokens)
 
@@ -109,12 +110,12 @@ def _from_characters(tokenizer: Tokenizer) -> str:
         added=[],
         pre_tokenizer=_split(r"[\s\S]"),
         decoder={"type": "Fuse"},
-        # The unknown token must be named and is not in the vocabulary: an unknown character is an error, as with us.
+        # The unknown token needs a name. It is not in the vocabulary, so an unknown character is an error, as in ours.
         model={"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unknown>"},
     )
 
 
-def _as_it_was(tokenizer: Tokenizer) -> str:
+def _from_huggingface(tokenizer: Tokenizer) -> str:
     assert isinstance(tokenizer, HuggingFaceTokenizer)
     return tokenizer.text
 
@@ -124,5 +125,5 @@ TOKENIZER_JSON: dict[str, Callable[[Tokenizer], str]] = {
     "byte": _from_bytes,
     "gpt2": _from_tiktoken,
     "tiktoken": _from_tiktoken,
-    "huggingface": _as_it_was,
+    "huggingface": _from_huggingface,
 }

@@ -1,0 +1,273 @@
+"""An adapter between one Hugging Face architecture and the implementations here that can hold its weights.
+
+An adapter is two tables: config fields and weight names. An import reads them from Hugging Face's side to ours, an
+export from ours to theirs. In between stand the *settings*: a dict of the model's sizes and choices under the names of
+our config fields, whether an implementation has a field for a choice or hard-codes it (``Implementation.hard_coded``).
+"""
+
+import re
+from abc import ABC
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_gpt.implementations.registry import IMPLEMENTATIONS, Implementation
+
+# Reads one tensor by name.
+Read = Callable[[str], Tensor]
+
+# DDP and torch.compile put these before a parameter's name.
+_WRAPPERS = ("_orig_mod.", "module.")
+_LAYER = re.compile(r"\.(\d+)\.")
+
+# Settings under which a model can also hold weights that were trained with the other value: it stores zeros for missing
+# biases, and a copy of the embedding for a tied head.
+_WIDER = {"bias": True, "tied_head": False}
+
+
+@dataclass(frozen=True)
+class ConfigField:
+    """A row of the config table.
+
+    Attributes:
+        theirs: The name in Hugging Face's ``config.json``.
+        ours: The name in our settings.
+        default: Hugging Face's value where ``config.json`` leaves the field out.
+        values: Hugging Face's value to ours, for choices; None for a positive number of the default's type.
+    """
+
+    theirs: str
+    ours: str
+    default: Any
+    values: Mapping[Any, Any] | None = None
+
+    def read(self, hf_config: Mapping[str, Any]) -> Any:
+        """Return our value of the field; ValueError if it is not one that we know."""
+        value = hf_config.get(self.theirs, self.default)
+        if self.values is not None:
+            for theirs, ours in self.values.items():
+                if value == theirs:
+                    return ours
+            raise ValueError(f"{self.theirs} is {value!r}; supported are {', '.join(map(repr, self.values))}")
+        whole = isinstance(self.default, int)
+        if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not value > 0:
+            raise ValueError(f"{self.theirs} is {value!r}, it must be a positive {'whole ' if whole else ''}number")
+        return value
+
+    def write(self, settings: Mapping[str, Any]) -> Any:
+        """Return Hugging Face's value of the field."""
+        value = settings[self.ours]
+        return value if self.values is None else next(t for t, ours in self.values.items() if ours == value)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A row of the weight table; ``*`` stands for the number of a layer.
+
+    Attributes:
+        ours: Name in our models.
+        theirs: Name in Hugging Face's model; None if it is the same.
+        transposed: Whether Hugging Face stores the transpose.
+    """
+
+    ours: str
+    theirs: str | None = None
+    transposed: bool = False
+
+
+class Architecture(ABC):
+    """The adapter of one Hugging Face ``model_type``. Its methods raise ValueError with a reason but no file name.
+
+    Attributes:
+        name: What messages call it.
+        model_type: Hugging Face's ``model_type``.
+        hf_class: The class in transformers that has a head.
+        config: The config table.
+        fixed: Settings of Hugging Face's for which we have no field, each with the only value that is supported.
+        implied: Settings of ours for which Hugging Face has no field, each with the value that its models have.
+        kept: Settings that must stay as they were trained when other weights of a run's model are loaded.
+        weights: The weight table.
+        prefix: What names in Hugging Face's model begin with, except the head's.
+        ignored: Endings of stored names that are no weights, such as masks.
+    """
+
+    name: ClassVar[str]
+    model_type: ClassVar[str]
+    hf_class: ClassVar[str]
+    config: ClassVar[tuple[ConfigField, ...]]
+    fixed: ClassVar[dict[str, Any]]
+    implied: ClassVar[dict[str, Any]]
+    kept: ClassVar[tuple[str, ...]] = ()
+    weights: ClassVar[tuple[Weight, ...]]
+    prefix: ClassVar[str]
+    ignored: ClassVar[tuple[str, ...]] = ()
+
+    # Config
+
+    def settings_from_hf(self, hf_config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the settings that a ``config.json`` describes.
+
+        Dropout is not among them: it does not belong to the weights.
+
+        Raises:
+            ValueError: A field has a value that is not supported.
+        """
+        for name, only in self.fixed.items():
+            if hf_config.get(name, only) != only:
+                raise ValueError(f"{name} is {hf_config[name]!r}; only {only!r} is supported")
+        return {field.ours: field.read(hf_config) for field in self.config} | self.implied
+
+    def settings(self, row: Implementation, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the settings of a model of ours.
+
+        Args:
+            row: Its implementation, one with this architecture.
+            fields: Its config fields; those left out have the config's defaults.
+        """
+        return row.complete(dict(fields)) | row.hard_coded
+
+    def hf_config(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the ``config.json`` of a model, without its special tokens. Padding of the vocabulary is left out.
+
+        Raises:
+            ValueError: Hugging Face's architecture has no field for one of the settings.
+        """
+        for name, only in self.implied.items():
+            if settings[name] != only:
+                raise ValueError(f"a model with --{name} {settings[name]} is no {self.name}")
+        settings = {**settings, "vocab_size": settings["vocab_size"] - settings.get("vocab_padding", 0)}
+        return {
+            "architectures": [self.hf_class],
+            "model_type": self.model_type,
+            **{field.theirs: field.write(settings) for field in self.config},
+            **self.fixed,
+        }
+
+    def fields(self, settings: Mapping[str, Any], *, row: Implementation) -> dict[str, Any]:
+        """Return the config fields with which an implementation has the settings.
+
+        Raises:
+            ValueError: The implementation hard-codes another value.
+        """
+        for name, value in row.hard_coded.items():
+            if not holds(name, want=value, have=settings[name]):
+                raise ValueError(f"{row.name} always has {name}={value}, and these weights have {settings[name]}")
+        names = {field.ours for field in self.config} | self.implied.keys()
+        return {name: settings[name] for name in settings if name in names - row.hard_coded.keys()}
+
+    def choices(self, row: Implementation) -> dict[str, Any]:
+        """Return the config fields, without sizes, with which an implementation is Hugging Face's default model."""
+        choices = {field.ours: field.read({}) for field in self.config if field.values is not None} | self.implied
+        return {name: value for name, value in choices.items() if name not in row.hard_coded}
+
+    def implementation_for(self, settings: Mapping[str, Any]) -> tuple[Implementation, dict[str, Any]]:
+        """Choose the first implementation that has exactly these settings; return it and its config fields.
+
+        Raises:
+            ValueError: There is none.
+        """
+        reasons = []
+        for row in IMPLEMENTATIONS.values():
+            if row.architecture == self.model_type:
+                wrong = [f"{name}={value}" for name, value in row.hard_coded.items() if settings[name] != value]
+                if not wrong:
+                    return row, self.fields(settings, row=row)
+                reasons.append(f"{row.name} always has {' and '.join(wrong)}")
+        raise ValueError(f"no implementation is such a {self.name}: {', '.join(reasons)}")
+
+    # Weights
+
+    def hf_name(self, name: str) -> str:
+        """Return Hugging Face's name of a weight of ours; a name that is not in the table stays."""
+        return _translate(name, {weight.ours: weight.theirs or weight.ours for weight in self.weights})
+
+    def our_name(self, name: str) -> str:
+        """Return our name of a weight of Hugging Face's; a name that is not in the table stays."""
+        return _translate(name, {weight.theirs or weight.ours: weight.ours for weight in self.weights})
+
+    def plain_names(self, stored: Iterable[str]) -> dict[str, str]:
+        """Map each weight's name in Hugging Face's model to the name it is stored under.
+
+        Strip the prefixes that wrappers add, add the prefix that a model saved without its head lacks, and leave out
+        what is no weight.
+        """
+        names = {}
+        for key in stored:
+            name = key
+            while name.startswith(_WRAPPERS):
+                name = name.partition(".")[2]
+            if not name.endswith(self.ignored):
+                names[name if name.startswith((self.prefix, "lm_head.")) else self.prefix + name] = key
+        return names
+
+    def imported(self, stored: Mapping[str, Tensor], read: Read) -> tuple[dict[str, Tensor], Read]:
+        """Translate Hugging Face's weights.
+
+        Args:
+            stored: Tensors by stored name; only shape and dtype are looked at.
+            read: Reads a stored tensor.
+
+        Returns:
+            Our weights on the meta device by name, and a function that reads one.
+        """
+        keys = {self.our_name(name): key for name, key in self.plain_names(stored).items()}
+        transposed = {name for name in keys if self._is_transposed(name)}
+
+        def read_ours(name: str) -> Tensor:
+            tensor = read(keys[name])
+            return tensor.t().contiguous() if name in transposed else tensor
+
+        return {name: _shape_of(stored[key], flipped=name in transposed) for name, key in keys.items()}, read_ours
+
+    def exported(self, stored: Mapping[str, Tensor], read: Read) -> tuple[dict[str, Tensor], Read]:
+        """Translate our weights; the inverse of ``imported``. A bias that ours lacks is zero in theirs.
+
+        Args:
+            stored: Our weights by name; only shape and dtype are looked at.
+            read: Reads one of them.
+
+        Returns:
+            Hugging Face's weights on the meta device by name, and a function that reads one.
+        """
+        known = {weight.ours for weight in self.weights}
+        layout: dict[str, Tensor] = {}
+        sources: dict[str, str] = {}
+        for name, tensor in stored.items():
+            theirs = self.hf_name(name)
+            layout[theirs] = _shape_of(tensor, flipped=self._is_transposed(name))
+            sources[theirs] = name
+            bias = name.removesuffix("weight") + "bias"
+            if _LAYER.sub(".*.", bias) in known and bias not in stored:
+                layout[self.hf_name(bias)] = tensor.new_empty(tensor.shape[:1], device="meta")
+
+        def read_theirs(name: str) -> Tensor:
+            if name not in sources:
+                return torch.zeros_like(layout[name], device="cpu")
+            tensor = read(sources[name])
+            return tensor.t() if self._is_transposed(sources[name]) else tensor
+
+        return layout, read_theirs
+
+    def _is_transposed(self, name: str) -> bool:
+        pattern = _LAYER.sub(".*.", name)
+        return any(weight.ours == pattern and weight.transposed for weight in self.weights)
+
+
+def holds(name: str, *, want: Any, have: Any) -> bool:
+    """Whether a model with the value `want` of a setting can hold weights that were trained with `have`."""
+    return want == have or (name in _WIDER and _WIDER[name] == want)
+
+
+def _translate(name: str, table: Mapping[str, str]) -> str:
+    layer = _LAYER.search(name)
+    if layer is None:
+        return table.get(name, name)
+    found = table.get(f"{name[: layer.start()]}.*.{name[layer.end() :]}")
+    return name if found is None else found.replace("*", layer[1])
+
+
+def _shape_of(tensor: Tensor, *, flipped: bool) -> Tensor:
+    return tensor.new_empty(tuple(reversed(tensor.shape)) if flipped else tuple(tensor.shape), device="meta")

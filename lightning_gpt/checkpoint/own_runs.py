@@ -1,0 +1,31 @@
+"""The list of run folders made here. Their checkpoints may hold Python objects without ``--trust_checkpoint``."""
+
+import contextlib
+from pathlib import Path
+
+from lightning_gpt.config import cache_root
+
+
+def _list_file() -> Path:
+    return cache_root() / "runs.txt"
+
+
+def remember_run(run_dir: Path) -> None:
+    """Add a run folder to the list; do nothing if the cache folder cannot be written."""
+    line = str(run_dir.resolve())
+    with contextlib.suppress(OSError):
+        file = _list_file()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        known = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        if line not in known:
+            with file.open("a", encoding="utf-8") as out:
+                out.write(line + "\n")
+
+
+def is_own(path: Path) -> bool:
+    """Whether a checkpoint lies in a listed run folder."""
+    try:
+        known = _list_file().read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return False
+    return any(path.resolve().is_relative_to(run) for run in known if run)
