@@ -1,4 +1,4 @@
-"""The minGPT language model: untied output head, tanh GELU, logits at every position."""
+"""The minGPT language model: untied output head, tanh GELU, logits at all positions."""
 
 import math
 from dataclasses import dataclass, replace
@@ -9,7 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 ATTENTION_CHOICES = ("sdpa", "manual")
-# What of Hugging Face's GPT-2 this model has no option for.
+# GPT-2 settings that this model hard-codes.
 GPT2_TRAITS = {
     "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True,
@@ -35,34 +35,34 @@ PRESETS: dict[str, dict[str, int]] = {
 
 @dataclass
 class GPTConfig:
-    """Sizes and dropout rates; a size left as None comes from the preset named by `model_type`."""
+    """Sizes and options of the model; `model_type` names a preset for the sizes that are None."""
 
     model_type: str | None = None
-    """Preset giving n_layer, n_head and n_embd; sizes that are also set replace the preset's."""
+    """Preset for n_layer, n_head and n_embd; those that are also set take precedence."""
     n_layer: int | None = None
     """Number of transformer blocks."""
     n_head: int | None = None
-    """Number of attention heads in each block."""
+    """Number of attention heads per block."""
     n_embd: int | None = None
     """Width of the residual stream; a multiple of n_head."""
     vocab_size: int | None = None
     """Number of distinct tokens."""
     block_size: int | None = None
-    """Longest sequence the model can read."""
+    """Maximum sequence length."""
     embd_pdrop: float = 0.1
     """Dropout probability on the summed embeddings."""
     resid_pdrop: float = 0.1
-    """Dropout probability on each block's two residual branches."""
+    """Dropout probability on the two residual branches of each block."""
     attn_pdrop: float = 0.1
     """Dropout probability on the attention weights."""
     attention: str = "sdpa"
     """Attention implementation: sdpa (fused) or manual (explicit formula)."""
     vocab_padding: int = 0
-    """How many tokens at the end of the vocabulary are padding, which is never sampled."""
+    """Number of tokens at the end of the vocabulary that are padding and never sampled."""
 
 
 def _resolve(config: GPTConfig) -> GPTConfig:
-    """Return a copy of `config` with every size filled in, or raise ValueError."""
+    """Return a copy of `config` with all sizes set, or raise ValueError."""
     sizes: dict[str, int] = {}
     if config.model_type is not None:
         if config.model_type not in PRESETS:
@@ -83,10 +83,10 @@ def _resolve(config: GPTConfig) -> GPTConfig:
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head self-attention in which a position sees only itself and earlier ones."""
+    """Multi-head causal self-attention."""
 
     def __init__(self, config: GPTConfig) -> None:
-        """Build the projections; ValueError on an indivisible n_embd or an unknown `attention`."""
+        """Build the projections; ValueError if n_head does not divide n_embd, or `attention` is unknown."""
         super().__init__()
         assert config.n_embd is not None and config.n_head is not None
         n_embd, n_head = config.n_embd, config.n_head
@@ -98,7 +98,6 @@ class CausalSelfAttention(nn.Module):
         if config.attention not in ATTENTION_CHOICES:
             raise ValueError(f"unknown attention {config.attention!r}; choose one of: {', '.join(ATTENTION_CHOICES)}")
         self.n_head = n_head
-        self.head_size = n_embd // n_head
         self.fused = config.attention == "sdpa"
         self.c_attn = nn.Linear(n_embd, 3 * n_embd)
         self.c_attn.parts = 3  # type: ignore[assignment]
@@ -115,12 +114,12 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: torch.Tensor, cache: Any = None) -> torch.Tensor:
         """Map (B, T, C) to (B, T, C); a cache adds the keys and values of earlier tokens."""
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3 * self.n_head, C // self.n_head).transpose(1, 2).chunk(3, dim=1)
+        heads = self.c_attn(x).view(B, T, 3 * self.n_head, C // self.n_head).transpose(1, 2)
+        q, k, v = heads.chunk(3, dim=1)  # (B, nh, T, hs)
         mask = None  # causal
         if cache is not None:
-            k, v = cache.append(k, v)  # of all S tokens so far
+            k, v = cache.append(k, v)  # (B, nh, S, hs) of all S tokens so far
             mask = cache.mask  # (B, 1, 1, S) if rows differ in length
-        # q is (B, nh, T, hs), k and v are (B, nh, S, hs)
         if self.fused:
             p = self.attn_dropout.p if self.training else 0.0
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p, is_causal=mask is None and T > 1)
@@ -138,7 +137,7 @@ class MLP(nn.Module):
     """Position-wise feed-forward network, four times wider inside."""
 
     def __init__(self, config: GPTConfig) -> None:
-        """Build the two projections from a config whose sizes are all set."""
+        """Build the two projections."""
         super().__init__()
         assert config.n_embd is not None
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
@@ -148,7 +147,7 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map (B, T, C) to (B, T, C), each position on its own."""
+        """Map (B, T, C) to (B, T, C)."""
         return self.dropout(self.c_proj(self.act(self.c_fc(x))))
 
 
@@ -156,7 +155,7 @@ class Block(nn.Module):
     """Pre-norm transformer block: attention then MLP, each added to its input."""
 
     def __init__(self, config: GPTConfig) -> None:
-        """Build one block from a config whose sizes are all set."""
+        """Build the norms, the attention and the MLP."""
         super().__init__()
         assert config.n_embd is not None
         self.ln_1 = nn.LayerNorm(config.n_embd)
@@ -171,7 +170,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.ModuleDict):
-    """Everything below the output head, with the types of its entries."""
+    """All layers below the output head; a ModuleDict with typed entries."""
 
     wte: nn.Embedding
     wpe: nn.Embedding
@@ -181,63 +180,61 @@ class Transformer(nn.ModuleDict):
 
 
 class GPT(nn.Module):
-    """Decoder-only transformer; `config` is the resolved copy of what was passed in."""
+    """Decoder-only transformer; its `config` is a copy with all sizes set."""
 
-    # `apply(_init_weights)` sets every parameter, so the model can be built without memory and initialised later.
+    # `apply(_init_weights)` sets every parameter, so the model can be built on the meta device and initialised later.
     initialises_by_apply = True
 
     @staticmethod
     def get_default_config() -> GPTConfig:
-        """Return a fresh config to fill in: set model_type or the sizes, then vocab_size and block_size."""
+        """Return a config in which to set vocab_size, block_size, and either model_type or the sizes."""
         return GPTConfig()
 
     @classmethod
     def from_pretrained(cls, name_or_path: str, **overrides: Any) -> "GPT":
-        """The model with the weights of a GPT-2 of Hugging Face's, through their package transformers.
+        """Return a model with the weights of a Hugging Face GPT-2, read by the package transformers.
 
         Args:
-            name_or_path: A name on the hub such as gpt2-xl, or a folder.
+            name_or_path: A model name on the hub, such as gpt2-xl, or a folder.
             overrides: Dropout rates, attention, or a smaller block_size.
 
         Raises:
             ImportError: transformers is not installed.
-            ValueError: Another option is overridden, or this model cannot express the other.
+            ValueError: Another option is overridden, or the pretrained model uses an option that this one lacks.
         """
         try:
             from transformers import GPT2LMHeadModel
         except ImportError as error:
             raise ImportError("GPT.from_pretrained needs transformers: pip install transformers") from error
         if wrong := overrides.keys() - {"embd_pdrop", "resid_pdrop", "attn_pdrop", "attention", "block_size"}:
-            raise ValueError(f"{', '.join(sorted(wrong))} cannot be overridden: the weights decide it")
-        theirs = GPT2LMHeadModel.from_pretrained(name_or_path)
-        said, weights = theirs.config, theirs.state_dict()
-        expected = GPT2_TRAITS | {"n_inner": 4 * said.n_embd if said.n_inner else None}
+            raise ValueError(f"{', '.join(sorted(wrong))} cannot be overridden, since the weights depend on it")
+        pretrained = GPT2LMHeadModel.from_pretrained(name_or_path)
+        hf_config, state_dict = pretrained.config, pretrained.state_dict()
+        expected = GPT2_TRAITS | {"n_inner": 4 * hf_config.n_embd if hf_config.n_inner else None}
         for name, value in expected.items():
-            if getattr(said, name) != value:
-                raise ValueError(f"{name} of {name_or_path} is {getattr(said, name)!r}, and this model has {value!r}")
-        if said.activation_function not in ("gelu_new", "gelu_pytorch_tanh"):
-            raise ValueError(
-                f"activation_function of {name_or_path} is {said.activation_function!r}, not the tanh GELU"
-            )
-        block_size = overrides.pop("block_size", said.n_positions)
-        if not 1 <= block_size <= said.n_positions:
-            raise ValueError(f"block_size={block_size} must be from 1 to the {said.n_positions} of {name_or_path}")
-        weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:block_size]
-        sizes = {name: getattr(said, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
+            if (found := getattr(hf_config, name)) != value:
+                raise ValueError(f"{name} of {name_or_path} is {found!r}; this model needs {value!r}")
+        if (found := hf_config.activation_function) not in ("gelu_new", "gelu_pytorch_tanh"):
+            raise ValueError(f"activation_function of {name_or_path} is {found!r}; this model needs the tanh GELU")
+        block_size = overrides.pop("block_size", hf_config.n_positions)
+        if not 1 <= block_size <= hf_config.n_positions:
+            raise ValueError(f"block_size={block_size} must be from 1 to the {hf_config.n_positions} of {name_or_path}")
+        state_dict["transformer.wpe.weight"] = state_dict["transformer.wpe.weight"][:block_size]
+        sizes = {name: getattr(hf_config, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
         model = cls(GPTConfig(block_size=block_size, **sizes, **overrides))
-        # Their Conv1D keeps its weight as (in, out).
-        turned = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-        model.load_state_dict({name: w.t() if name.endswith(turned) else w for name, w in weights.items()})
+        # Hugging Face's Conv1D stores its weight as (in, out).
+        transposed = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+        model.load_state_dict({name: w.t() if name.endswith(transposed) else w for name, w in state_dict.items()})
         return model
 
     def __init__(self, config: GPTConfig) -> None:
-        """Build and initialise the model; `config` itself is left unchanged.
+        """Build and initialise the model, without changing `config`.
 
         Args:
             config: Sizes, dropout rates and the attention implementation.
 
         Raises:
-            ValueError: If a preset is unknown, a size is missing or invalid, or `attention` is not a known choice.
+            ValueError: The preset or `attention` is unknown, or a size is missing or invalid.
         """
         super().__init__()
         config = self.config = _resolve(config)
@@ -258,7 +255,7 @@ class GPT(nn.Module):
         self.apply(self._init_weights)
 
     def _init_weights(self, module: nn.Module) -> None:
-        # Each call touches only the module's own parameters, so it also works where those are gathered one by one.
+        # Each call sets only the module's own parameters, so it also works under ZeRO-3, which gathers them one by one.
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=self.residual_std if hasattr(module, "is_residual") else 0.02)
             if module.bias is not None:
@@ -277,8 +274,7 @@ class GPT(nn.Module):
         Args:
             idx: Token indices (B, T) int64, T at most block_size.
             targets: Next tokens (B, T) int64; positions holding -1 are ignored.
-            cache: Keys and values of earlier tokens (lightning_gpt.implementations.cache), for generation only; `idx`
-                then holds only the new tokens.
+            cache: Cache of earlier tokens (lightning_gpt.implementations.cache); `idx` then holds only the new ones.
 
         Returns:
             Logits (B, T, vocab_size), or (B, 1, vocab_size) of each row's last token given a cache; and the mean cross
@@ -305,7 +301,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def predict(self, idx: torch.Tensor, targets: bool = True) -> torch.Tensor:
-        """Return the logits of every position of idx (B, T), or (B, 1, vocab_size) of the last without `targets`."""
+        """Return the logits of all positions of idx (B, T) if `targets`, else of the last one, (B, 1, vocab_size)."""
         return self(idx)[0][:, 0 if targets else -1 :]
 
     @torch.no_grad()
@@ -317,20 +313,20 @@ class GPT(nn.Module):
         do_sample: bool = False,
         top_k: int | None = None,
     ) -> torch.Tensor:
-        """Extend each sequence one token at a time, in whichever mode (train or eval) the model is in.
+        """Extend each sequence one token at a time, leaving the model in its mode (train or eval).
 
         Args:
-            idx: Token indices (B, T) to continue; only the last block_size are read.
+            idx: Token indices (B, T) to continue; the model reads the last block_size of them.
             max_new_tokens: Number of tokens to append.
             temperature: Divides the logits before sampling.
-            do_sample: Sample if True, otherwise take the most likely token.
+            do_sample: Whether to sample; otherwise take the most likely token.
             top_k: Sample among this many most likely tokens; more than vocab_size means all.
 
         Returns:
             Token indices (B, T + max_new_tokens).
 
         Raises:
-            ValueError: If temperature is not positive when sampling, or top_k is below 1.
+            ValueError: The temperature is not positive when sampling, or top_k is below 1.
         """
         if do_sample and temperature <= 0:
             raise ValueError(f"temperature must be positive, got {temperature}; use do_sample=False for greedy")

@@ -244,8 +244,7 @@ class GPT(nn.Module):
         Args:
             idx: Token indices (B, T) int64, T at most block_size.
             targets: Next tokens (B, T) int64; positions holding -1 are ignored.
-            cache: Keys and values of earlier tokens (lightning_gpt.implementations.cache), for generation only; `idx`
-                then holds only the new tokens.
+            cache: Cache of earlier tokens (lightning_gpt.implementations.cache); `idx` then holds only the new ones.
 
         Returns:
             With targets, logits (B, T, vocab_size) and the mean cross entropy; without, logits (B, 1, vocab_size) of

@@ -1,4 +1,4 @@
-"""ALiBi, attention with linear biases: the further back a token is, the lower its score (Press et al. 2022)."""
+"""ALiBi, attention with linear biases: scores fall with the distance between tokens (Press et al. 2022)."""
 
 import functools
 import math
@@ -7,28 +7,46 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-compiled = functools.cache(torch.compile)  # of each function once, when it is first needed
+compiled = functools.cache(torch.compile)  # compiles each function once, on first use
+
+
+def alibi_mask(config: Any, pos: torch.Tensor, S: int, dtype: torch.dtype, *, fused: bool) -> Any:
+    """Return what CausalSelfAttention takes as `mask`: the bias of the scores, or a FlexAttention kernel with it.
+
+    Args:
+        config: The model's GPTConfig.
+        pos: Positions of the queries, (T,) or (B, T).
+        S: Number of keys.
+        dtype: Dtype of the attention.
+        fused: Whether FlexAttention may be used; it has no dropout.
+    """
+    slopes = alibi_slopes(config.n_head, pos.device)
+    # FlexAttention has no float64, needs heads of at least 16, and is slow unless S fills its blocks of 128 keys.
+    fits = pos.is_cuda and dtype.itemsize < 8 and config.n_embd // config.n_head >= 16 and S % 128 == 0
+    if fused and fits and pos.shape == (S,):
+        return flex_alibi(slopes, S)
+    return alibi_bias(slopes, pos, S).to(dtype)
 
 
 def alibi_slopes(n_head: int, device: torch.device | None = None) -> torch.Tensor:
-    """Return by how much each head's scores fall with each token's distance (n_head,): Press et al. 2022, as coded."""
+    """Return each head's slope (n_head,): how much its scores fall per token of distance."""
     n = 2 ** (n_head.bit_length() - 1)
-    # Where n_head is no power of two, every other slope of 2 n heads follows those of n.
+    # If n_head is not a power of two, the n slopes are followed by every other slope of 2n heads.
     head = torch.arange(1, n_head + 1, dtype=torch.float32, device=device)
     return torch.exp2(torch.where(head > n, head - n - 0.5, head) * (-8 / n))
 
 
 def alibi_bias(slopes: torch.Tensor, pos: torch.Tensor, S: int) -> torch.Tensor:
-    """Return what is added to the scores of queries at pos, (T,) or (B, T), with S keys: (1 or B, n_head, T, S)."""
+    """Return the causal bias of the scores of queries at pos, (T,) or (B, T), with S keys: (1 or B, n_head, T, S)."""
     distance = (pos[..., None] - torch.arange(S, device=pos.device)).view(-1, 1, pos.size(-1), S)
     return (-slopes[:, None, None] * distance).masked_fill(distance < 0, -math.inf)
 
 
 def flex_alibi(slopes: torch.Tensor, T: int) -> functools.partial:
-    """Return causal attention with ALiBi, of q, k and v (B, n_head, T, head_size), as a kernel that needs no bias."""
+    """Return causal ALiBi attention of q, k and v (B, n_head, T, head_size), as a kernel that stores no bias."""
 
-    def fall(score: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
+    def add_bias(score: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
         return score + slopes[h] * (j - i)
 
     blocks = create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T, device=slopes.device)
-    return functools.partial(compiled(flex_attention), score_mod=fall, block_mask=blocks)
+    return functools.partial(compiled(flex_attention), score_mod=add_bias, block_mask=blocks)

@@ -47,6 +47,7 @@ class Cache:
         self._layers: list[tuple[Tensor, Tensor]] = []  # keys and values, each (B, n_kv_head, capacity, head_size)
         self._previous: list[Tensor] = []  # see `previous`, each (B, 1, ...)
         self._layer = self._slot = 0  # the entry that the next call of `append` and of `previous` uses
+        self._ends: tuple[Tensor | slice, ...] = ()  # index of each row's new token in keys and values, with a mask
 
     def extend(self, T: int, device: torch.device) -> Tensor:
         """Make room for T new tokens per row.
@@ -68,7 +69,9 @@ class Cache:
             return torch.arange(start, self.length, device=device)
         self.lengths = self.lengths + 1
         self.mask = (torch.arange(self.length, device=device) < self.lengths[:, None])[:, None, None]
-        return self.lengths[:, None] - 1
+        positions = self.lengths - 1
+        self._ends = torch.arange(len(positions), device=device), slice(None), positions
+        return positions[:, None]
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store a layer's new keys and values, each (B, n_kv_head, T, head_size); return all so far, with T = length.
@@ -86,10 +89,8 @@ class Cache:
             keys.narrow(2, start, T).copy_(k)
             values.narrow(2, start, T).copy_(v)
         else:
-            assert self.lengths is not None
-            rows = torch.arange(len(k), device=k.device)
-            keys[rows, :, self.lengths - 1] = k[:, :, 0]
-            values[rows, :, self.lengths - 1] = v[:, :, 0]
+            keys[self._ends] = k[:, :, 0]
+            values[self._ends] = v[:, :, 0]
         return keys.narrow(2, 0, self.length), values.narrow(2, 0, self.length)
 
     def previous(self, x: Tensor, *, fill: float) -> Tensor:

@@ -241,8 +241,11 @@ def test_config_is_copied():
         ({"n_head": 0}, "n_head must be at least 1, got 0"),
         ({"attention": "best"}, "unknown attention 'best'; choose one of: sdpa, flash, manual"),
         ({"position": "rotary"}, "unknown position 'rotary'; choose one of: learned, alibi"),
-        ({"attention": "flash", "position": "alibi"}, "attention=flash cannot be had with position=alibi: "),
-        ({"attention": "flash", "n_embd": 1028}, "attention=flash cannot be had: that kernel takes heads of up to 256"),
+        ({"attention": "flash", "position": "alibi"}, "attention=flash is not available with position=alibi: "),
+        (
+            {"attention": "flash", "n_embd": 1028},
+            "attention=flash is not available: the kernel takes heads of up to 256",
+        ),
     ],
 )
 def test_refuses_bad_config(changes, message):

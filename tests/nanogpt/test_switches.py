@@ -1,4 +1,4 @@
-"""nanoGPT's --attention and --position: the same numbers by every way, and one line where a way cannot be had."""
+"""nanoGPT's --attention and --position: all implementations agree, and unavailable ones are refused in one line."""
 
 import math
 
@@ -314,7 +314,7 @@ def test_flash_is_refused_where_it_cannot_be_had(tiny_flags, text_file, tmp_path
     for more, words in (
         (["--precision=bf16"], "not bfloat16 on cpu; use --attention sdpa"),
         (["--accelerator=gpu", "--devices=1", "--dry_run"], "not float32 on cuda; use --attention sdpa"),
-        (["--position=alibi"], "attention=flash cannot be had with position=alibi"),
+        (["--position=alibi"], "attention=flash is not available with position=alibi"),
         (["--n_embd=512"], "heads of up to 256"),
     ):
         assert words in refused(capsys, train.main, *flags, *more)
