@@ -102,7 +102,7 @@ class Report:
         notes: Why scores are not comparable, a sentence each.
     """
 
-    scores: Sequence[Score] | Sequence[HarnessScore]
+    scores: Sequence[Score | HarnessScore]
     notes: Sequence[str] = ()
 
     def text(self) -> str:
