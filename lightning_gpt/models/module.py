@@ -106,13 +106,6 @@ class GPTModule(LightningModule):
         """
         return DeferredModule(implementation, model_config=model_config, **training)
 
-    @classmethod
-    def without_memory(cls, implementation: str, *, model_config: dict[str, Any]) -> "GPTModule":
-        """Build a module on the meta device if the model allows it, to compare names and shapes."""
-        from lightning_gpt.models.named import FSDPGPTModule
-
-        return FSDPGPTModule(implementation, model_config=model_config)
-
     def build_model(self) -> nn.Module:
         """Return the initialised model; sharded forms draw the same weights from the same seed."""
         meta = self.implementation.initialises_by_apply
