@@ -1,4 +1,4 @@
-"""prepare.py: the tokens of the whole, the split, whatever the number of threads, and after any interruption."""
+"""prepare.py: tokens and splits do not depend on threads, pieces or interruptions."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def story(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def small_units(monkeypatch) -> None:
-    """Text is cut often and every unit is committed, so that a small text sees all that a large one would."""
+    """Cut often and commit every unit, so that a small text takes every path of a large one."""
     monkeypatch.setattr(encoding, "UNIT_BYTES", 2000)
     monkeypatch.setattr(tokenizing, "COMMIT_SECONDS", 0.0)
 

@@ -1,4 +1,4 @@
-"""prepare.py: every form of input gives the tokens of the plain text, and what is wrong is one line."""
+"""prepare.py: every input format gives the tokens of the plain text, and bad input is one line."""
 
 import gzip
 import hashlib
@@ -23,7 +23,7 @@ TEXTS = [f"Document {n}:\n\u00e9\u65e5\U0001f600 " + "la " * (7 * n % 40) for n 
 
 @pytest.fixture
 def small_units(monkeypatch):
-    """Blocks, units and batches are small, and every unit is committed."""
+    """Make blocks, units and batches small, and commit every unit."""
     monkeypatch.setattr(documents, "BLOCK_BYTES", 700)
     monkeypatch.setattr(documents, "_BATCH_BYTES", 2000)
     monkeypatch.setattr(encoding, "UNIT_BYTES", 1000)
@@ -242,7 +242,7 @@ def test_two_at_once(tmp_path, refused):
 
 @pytest.fixture
 def shakespeare(tmp_path, monkeypatch) -> bytes:
-    """A text that takes the place of tiny Shakespeare's, and an empty cache."""
+    """A substitute for tiny Shakespeare, and an empty cache."""
     content = b"First Citizen:\nBefore we proceed any further, hear me speak.\n" * 30
     monkeypatch.setattr(sets, "SHAKESPEARE_SHA256", hashlib.sha256(content).hexdigest())
     monkeypatch.setenv("LIGHTNING_GPT_CACHE", str(tmp_path / "cache"))
@@ -288,14 +288,14 @@ def test_without_a_network_one_line_says_what_to_do(tmp_path, monkeypatch, shake
 
 
 class _Streamed(list):
-    """Stands in for a streamed data set."""
+    """A fake streamed data set."""
 
     def skip(self, count):
         return _Streamed(self[count:])
 
 
 class _Lost(_Streamed):
-    """One that breaks off."""
+    """A fake streamed data set whose connection breaks."""
 
     def __iter__(self):
         for number, row in enumerate(super().__iter__()):

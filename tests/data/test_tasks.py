@@ -1,4 +1,4 @@
-"""Tasks: their rows and splits, their accuracy, and that they train and resume as texts do."""
+"""Tasks: rows, splits, accuracy, training and resuming."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def all_rows(task, split):
 
 
 def mingpt_adder(ndigit):
-    """minGPT's own words for its rows, one at a time: the rows of the training and of the test split."""
+    """Build the rows of both splits as minGPT's code does, one at a time."""
     order = torch.randperm(100**ndigit, generator=torch.Generator().manual_seed(1337)).tolist()
     held_out = min(int(len(order) * 0.2), 500)
     rows = []
@@ -117,7 +117,7 @@ def test_right_answers_are_whole_ones():
 
 
 def train_sort(folder, *, steps):
-    """A small model that sorts 4 of 4 symbols; 64 of the 256 sequences are held out."""
+    """Train a small model to sort 4 of 4 symbols; 64 of the 256 sequences are held out."""
     flags = "--data=sort --length=4 --num_symbols=4 --n_layer=1 --n_head=4 --n_embd=32 --batch_size=64".split()
     flags += ["--learning_rate=2e-2", f"--max_steps={steps}", "--eval_interval=100", "--lr_decay_steps=100"]
     train.main([*NANO, *flags, "--sample_tokens=0", f"--out_dir={folder}"])
@@ -147,7 +147,7 @@ def score(tmp_path, *flags):
 
 
 def greedy_accuracy(folder, *, which):
-    """The share of held-out sequences that the saved model sorts, token by token."""
+    """Return the share of held-out sequences that the saved model sorts, token by token."""
     module = ensure_canonical(folder / "checkpoints" / f"{which}.ckpt").module().eval()
     prompts = torch.tensor(all_rows(Sort(length=4, num_symbols=4), "val"))[:, :4]
     answers = module.generate(prompts, 4, do_sample=False)[:, 4:]
@@ -307,7 +307,7 @@ def test_ranks_agree_with_a_single_one(strategy, tmp_path, capsys):
 
 
 def process(*command):
-    """Runs an entry point in a process of its own, and returns its stdout."""
+    """Run an entry point in its own process and return its stdout."""
     env = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")}
     done = subprocess.run([sys.executable, *command], cwd=REPO, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -240,7 +240,7 @@ def test_no_tokenizer_json_there(tmp_path: Path) -> None:
 
 
 def test_only_text_decides_the_tokens(byte_level_file: Path, tmp_path: Path) -> None:
-    """Truncation, padding, dropout and a template for special tokens are for other uses."""
+    """Truncation, padding, dropout and a template for special tokens are ignored."""
     import tokenizers
 
     plain = build_tokenizer(str(byte_level_file), corpus=None, source="x")
@@ -281,7 +281,7 @@ def test_a_text_that_has_no_tokens(tmp_path: Path) -> None:
 
 
 def _outlives(file: Path, out_dir: Path, other: Path, capsys) -> None:
-    """A run is sampled, scored and resumed after the file that its tokenizer came from is gone."""
+    """Sample, score and resume a run after its tokenizer's file was deleted."""
     file.unlink()
     tables.load_encoding.cache_clear()
     checkpoint = f"--checkpoint={out_dir}"

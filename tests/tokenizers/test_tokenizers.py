@@ -1,4 +1,4 @@
-"""Tokenizers: round trips on any text, where a text may be cut, saved form, and the one-line errors."""
+"""Tokenizers: round trips of any text, safe cuts, saved form, one-line errors."""
 
 import functools
 import json
@@ -107,7 +107,7 @@ def test_hugging_face_is_the_librarys_own(byte_level: HuggingFaceTokenizer, text
 
 
 def _cuts(tokenizer: Tokenizer, data: bytes) -> list[int]:
-    """All places where a tokenizer would cut, which `cut` must name whatever it starts from."""
+    """Return all cuts of a tokenizer, which `cut` must find from every start."""
     places = sorted({at for start in range(len(data) + 2) if (at := tokenizer.cut(data, start)) is not None})
     for start in range(len(data) + 2):
         assert tokenizer.cut(data, start) == next((at for at in places if at >= start), None)

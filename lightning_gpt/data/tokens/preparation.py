@@ -177,7 +177,7 @@ def _cached(corpus: Corpus, *, tokenizer: str | Tokenizer, root: Path) -> TokenF
     if isinstance(tokenizer, str):
         folder = _folder(corpus, tokenizer, root)
     else:
-        # A run's own text lies where its training found it, by the name of its tokenizer.
+        # The text that a run was trained on is cached under the name of its tokenizer.
         files = _opened(_folder(corpus, tokenizer.name, root), root)
         if files and files.tokenizer and files.tokenizer.to_dict() == tokenizer.to_dict():
             return files
