@@ -10,7 +10,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from lightning_gpt.atomic import locked, remove, swap_in, sync
+from lightning_gpt.atomic import locked, remove, swap_in
 from lightning_gpt.checkpoint.base import Checkpoint, raw_bytes
 from lightning_gpt.checkpoint.read.canonical import (
     CONFIG,
@@ -132,12 +132,9 @@ def whole_folder(folder: Path, *, source: Path) -> Iterator[Path]:
         remove(part)  # left by a crash of a process with the same id
         part.mkdir(parents=True)
         yield part
-        for path in part.iterdir():
-            with path.open("rb") as file:
-                sync(file)
         if fingerprint(source) != before:
             raise UserError(f"{source} was replaced while it was read; try again")
-        swap_in(part, folder)
+        swap_in(part, folder, old=folder.with_name(f".{folder.name}.old"))  # a user may own FOLDER.old
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
     finally:
