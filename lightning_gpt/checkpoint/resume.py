@@ -183,8 +183,8 @@ def require_resumable(checkpoint: Checkpoint, module: GPTModule, *, max_steps: i
     theirs, ours = checkpoint.optimizer, module.optimizer_row.name
     if theirs != ours:
         raise UserError(
-            f"{checkpoint.path} was trained with --optimizer {theirs}, whose state {ours} cannot use; give --optimizer"
-            f" {theirs}, or start a new run from it with --init_from"
+            f"{checkpoint.path} was trained with --optimizer {theirs}, with whose state {ours} cannot continue; give"
+            f" --optimizer {theirs}, or start a new run from it with --init_from"
         )
     for name, parameter in module.model.named_parameters():
         if parameter.requires_grad and not checkpoint.was_trained(name):
