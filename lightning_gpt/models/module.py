@@ -21,8 +21,8 @@ from lightning_gpt.optim.groups import parameter_groups
 from lightning_gpt.optim.registry import get_optimizer
 from lightning_gpt.optim.schedule import warmup_cosine
 
-# Arguments of subclasses, beside the fields of the model's config. A checkpoint holds them too, and Lightning passes all
-# that it holds to the class that loads it.
+# Arguments of subclasses, beside the fields of the model's config. A checkpoint holds them too, and Lightning passes
+# everything in it to the class that loads it.
 _OF_SUBCLASSES = {"model_type", "fused_adam", "offload"}
 
 

@@ -1,4 +1,4 @@
-"""The plan of --dry_run against the memory of real training. As a script, this file is one rank that measures itself."""
+"""The plan of --dry_run against the memory of real training. As a script, this file is one rank that measures."""
 
 import ctypes
 import dataclasses
