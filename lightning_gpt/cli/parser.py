@@ -122,7 +122,7 @@ def check_numbers(options: Iterable[Option], values: Namespace) -> None:
     for o in options:
         limit, value = o.limit or (ABOVE_ZERO if o.name in SIZES else None), values.get(o.name)
         if limit and isinstance(value, int | float) and not (math.isfinite(value) and limit.allows(value)):
-            raise UserError(f"--{o.name} {value} makes no sense; give {limit.expected}")
+            raise UserError(f"--{o.name} {value} is out of range; give {limit.expected}")
 
 
 def fill(cls: type, values: Namespace) -> Any:

@@ -21,7 +21,8 @@ from lightning_gpt.optim.groups import parameter_groups
 from lightning_gpt.optim.registry import get_optimizer
 from lightning_gpt.optim.schedule import warmup_cosine
 
-# Arguments of subclasses. A checkpoint holds them too, and Lightning passes all that it holds to the class that loads.
+# Arguments of subclasses, beside the fields of the model's config. A checkpoint holds them too, and Lightning passes
+# everything in it to the class that loads it.
 _OF_SUBCLASSES = {"model_type", "fused_adam", "offload"}
 
 
@@ -66,12 +67,12 @@ class GPTModule(LightningModule):
         **optimizer_options: Any,
     ) -> None:
         super().__init__()
+        self.implementation = get_implementation(implementation)
         self.optimizer_row = get_optimizer(optimizer)
-        ignored = _OF_SUBCLASSES | model_config.keys()
+        ignored = _OF_SUBCLASSES | self.implementation.complete(model_config).keys()
         optimizer_options = {name: v for name, v in optimizer_options.items() if name not in ignored}
         optimizer_options = self.optimizer_row.complete(optimizer_options)
         self.save_hyperparameters(logger=False)
-        self.implementation = get_implementation(implementation)
         self.model_config = model_config
         self.weight_decay = weight_decay
         self.learning_rate = learning_rate

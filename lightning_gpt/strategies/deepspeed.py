@@ -125,7 +125,7 @@ def require_cpu_adam() -> None:
     compiler = os.environ.get("CXX", "c++")
     if not shutil.which(compiler):
         raise UserError(
-            f"offloading compiles DeepSpeedCPUAdam, which needs a C++ compiler, and there is no {compiler} here;"
+            f"offloading compiles DeepSpeedCPUAdam, which needs a C++ compiler, but there is no {compiler} here;"
             " install g++, or choose a --strategy without offload"
         )
 
@@ -158,7 +158,7 @@ def read_config(path: str, *, precision: str, decided: dict[str, Any]) -> dict[s
         value = config.pop(name, "auto")
         if value != "auto" and value != decided.get(name, value):
             raise UserError(
-                f"--deepspeed_config {path}: {name} is {value}, and train.py's flags make it {decided[name]}"
+                f"--deepspeed_config {path}: {name} is {value}, but train.py's flags make it {decided[name]}; remove it or change the flags"
             )
     for name, kind in (("bf16", "bf16"), ("fp16", "16")):
         section = _section(config, name, path=path)
@@ -168,7 +168,7 @@ def read_config(path: str, *, precision: str, decided: dict[str, Any]) -> dict[s
             raise UserError(f"--deepspeed_config {path}: {name} is enabled, so give --precision {kind} as well")
         if precision.startswith(kind):
             if enabled is False and "enabled" in section:
-                raise UserError(f"--deepspeed_config {path}: {name} is not enabled, and --precision {kind} asks for it")
+                raise UserError(f"--deepspeed_config {path}: {name} is not enabled, but --precision {kind} needs it")
             config[name] = {k: v for k, v in section.items() if v != "auto"} | {"enabled": True}
     config.setdefault("zero_allow_untested_optimizer", True)
     config["train_micro_batch_size_per_gpu"] = decided.get("train_micro_batch_size_per_gpu", 1)
@@ -185,7 +185,7 @@ def read_config(path: str, *, precision: str, decided: dict[str, Any]) -> dict[s
 def _section(config: dict[str, Any], name: str, *, path: str) -> dict[str, Any]:
     section = config.get(name, {})
     if not isinstance(section, dict):
-        raise UserError(f"--deepspeed_config {path}: {name} is {json.dumps(section)}; give an object in its place")
+        raise UserError(f"--deepspeed_config {path}: {name} is {json.dumps(section)}; give an object instead")
     return section
 
 

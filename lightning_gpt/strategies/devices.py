@@ -76,16 +76,16 @@ def find_devices(options: TrainerOptions, *, elsewhere: bool = False) -> Devices
         raise UserError(f"--accelerator {accelerator} is unknown; choose one of {', '.join(accelerators)}")
     if options.gpus is not None:
         if accelerator not in ("auto", "gpu", "cuda") or devices not in ("auto", options.gpus):
-            raise UserError("--gpus N is short for --accelerator gpu --devices N; do not give them differently as well")
+            raise UserError("--gpus N is short for --accelerator gpu --devices N; leave these two out")
         accelerator, devices = "gpu", options.gpus
     if accelerator in ("gpu", "cuda", "auto"):
         found = torch.cuda.device_count() or int(torch.backends.mps.is_available())
         if elsewhere and accelerator != "auto":
             found = options.gpus or (devices if isinstance(devices, int) else 1)
         if accelerator != "auto" and found == 0:
-            raise UserError("a GPU was asked for and none is found here; use --accelerator cpu")
+            raise UserError("no GPU was found, but the options ask for one; use --accelerator cpu")
         if found and isinstance(devices, int) and devices > found:
-            raise UserError(f"{devices} GPUs were asked for and {found} found here; lower --devices or --gpus")
+            raise UserError(f"the options ask for {devices} GPUs, but only {found} were found; lower --devices or --gpus")
         accelerator = "gpu" if found else "cpu"
     precision = PRECISIONS.get(str(options.precision), str(options.precision))
     if precision not in LIGHTNING_PRECISIONS:
@@ -105,7 +105,7 @@ def find_devices(options: TrainerOptions, *, elsewhere: bool = False) -> Devices
     except (ValueError, IndexError):
         sensible = False
     if not sensible:
-        raise UserError(f"--devices {devices} makes no sense; give a number above 0, or a list such as 0,2")
+        raise UserError(f"--devices {devices} is not a number of devices; give a number above 0, or a list such as 0,2")
     return where
 
 

@@ -237,7 +237,8 @@ print("HEAVY", sorted({{"torch", "lightning", "numpy", "tiktoken", "transformers
         (
             "train",
             ["--help"],
-            ["--embd_pdrop", "--learning_rate", "--grad_accum", "--resume", "--n_layer", "mingpt", "--muon"],
+            ["--embd_pdrop", "--learning_rate", "--muon_learning_rate", "--grad_accum", "--resume", "--n_layer"]
+            + ["mingpt"],
         ),
         ("train", ["--implementation=nanogpt", "--help"], ["--bias", "--dropout"]),
         ("evaluate", ["--help"], ["--checkpoint", "--eval_batches"]),

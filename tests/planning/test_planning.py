@@ -1,4 +1,4 @@
-"""The plan of --dry_run against what training allocates. Run as a script, this file is one rank."""
+"""The plan of --dry_run against the memory of real training. As a script, this file is one rank that measures."""
 
 import ctypes
 import dataclasses

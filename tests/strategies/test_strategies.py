@@ -101,6 +101,7 @@ SAMPLE = 0 if dataclasses.is_dataclass(getattr(nanogpt.model, "Cache", None)) el
 ALONE = {**MODELS, "alibi": [*MODELS["nanogpt"], "--position=alibi"]}
 RUNS = {
     **ALONE,
+    "nanogpt": [*MODELS["nanogpt"], f"--sample_tokens={SAMPLE}"],
     **{f"{name} recompute": [*MODELS[name], "--recompute"] for name in RECOMPUTED},
     "dropout": [*MODELS["nanogpt"], "--dropout=0.2"],
     "dropout recompute": [*MODELS["nanogpt"], "--dropout=0.2", "--recompute"],
