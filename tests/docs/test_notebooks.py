@@ -1,6 +1,6 @@
-"""The notebooks run from top to bottom, and what is saved in them is what they say.
+"""Test that the notebooks run from top to bottom, and that their saved output is current and clean.
 
-``HF_HUB_OFFLINE=1 jupyter execute --inplace examples/*.ipynb`` saves them anew.
+To save new output: ``HF_HUB_OFFLINE=1 jupyter execute --inplace examples/*.ipynb``.
 """
 
 import re
@@ -16,7 +16,7 @@ from lightning_gpt.models import GPTModule
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
-# What each must have found, somewhere in its output.
+# What the output of each must contain.
 FOUND = {
     "demo": r"^201012 -> 001122\n[\s\S]*^1[78]\d of 182 sorted$",
     "generate": r"^Training a small model instead\.\n[\s\S]*^def main\(",
@@ -46,13 +46,13 @@ def test_there_are_three():
 def test_saved_as_run_and_clean(path):
     notebook = _read(path)
     counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
-    assert counts == list(range(1, len(counts) + 1)), "run it from top to bottom before it is saved"
+    assert counts == list(range(1, len(counts) + 1)), "run it from top to bottom, then save it"
     assert notebook.metadata.kernelspec.name == "python3"
     assert all(output.output_type == "stream" and output.name == "stdout" for output in _outputs(notebook))
     assert re.search(FOUND[path.stem], _text(notebook), re.MULTILINE)
     raw = path.read_bytes()
     assert raw.isascii() and len(raw) < 20_000
-    assert not re.search(rb"(?<![\w.*])/\w|it/s|Warning", raw), "a path of one machine, a progress bar, or a warning"
+    assert not re.search(rb"(?<![\w.*])/\w|it/s|Warning", raw), "an absolute path, a progress bar, or a warning"
 
 
 @pytest.mark.slow
@@ -62,7 +62,7 @@ def test_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
     for name, place in places.items():
         place.mkdir()
         monkeypatch.setenv(name, str(place))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # half a GB is no test
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # do not download GPT-2
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     before = sorted(EXAMPLES.rglob("*"))
     notebook = _read(path)
@@ -72,12 +72,12 @@ def test_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
     assert re.search(FOUND[path.stem], _text(notebook), re.MULTILINE)
     assert all(output.name == "stdout" for output in _outputs(notebook))
     for line in re.findall(r"^(?:model|steps) .*", _text(notebook), re.MULTILINE):
-        assert line in saved, "saved before it was last changed"
+        assert line in saved, "the saved output is outdated"
     assert sorted(EXAMPLES.rglob("*")) == before
     assert not list(places["TMPDIR"].iterdir())
 
 
-def test_load_gives_what_was_trained(tiny_run):
+def test_load_returns_the_trained_weights(tiny_run):
     module, tokenizer = load(tiny_run)
     trained = torch.load(tiny_run / "checkpoints" / "best.ckpt", weights_only=True)
     assert isinstance(module, GPTModule) and not module.training
@@ -87,9 +87,9 @@ def test_load_gives_what_was_trained(tiny_run):
         load(tiny_run / "no-such-run")
 
 
-def test_without_a_bar_the_validations_are_told(tiny_flags, text_file, tmp_path, capsys):
+def test_validations_are_printed_without_a_progress_bar(tiny_flags, text_file, tmp_path, capsys):
     flags = [*tiny_flags, f"--data={text_file}", f"--out_dir={tmp_path / 'run'}", "--sample_tokens=0"]
     train(parse_train([*flags, "--trainer.enable_progress_bar=false"]))
-    said = capsys.readouterr()
-    assert re.findall(r"^step (\d+): .*val_loss \d\.\d{4}$", said.out, re.MULTILINE) == ["2", "4"]
-    assert "it/s" not in said.out + said.err
+    printed = capsys.readouterr()
+    assert re.findall(r"^step (\d+): .*val_loss \d\.\d{4}$", printed.out, re.MULTILINE) == ["2", "4"]
+    assert "it/s" not in printed.out + printed.err
