@@ -1,4 +1,4 @@
-"""Writing text with a trained model, as soon as each piece of it is certain."""
+"""Write text with a trained model, streaming each piece as soon as no later token can change it."""
 
 import contextlib
 import itertools
@@ -19,14 +19,14 @@ from lightning_gpt.models import GPTModule
 from lightning_gpt.strategies import find_devices
 from lightning_gpt.tokenizers import Tokenizer
 
-CUT_OFF = "\ufffd"  # what decoders make of bytes that are no character, such as the first ones of one
+REPLACEMENT = "\ufffd"  # the replacement character, which stands for incomplete UTF-8
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> np.ndarray:
-    """The tokens of a prompt, int64 of shape (T,).
+    """Return the tokens of a prompt, int64 of shape (T,).
 
     Raises:
-        UserError: The prompt is empty, or holds a character that the tokenizer does not know.
+        UserError: The prompt is empty, or holds a character that the tokenizer lacks.
     """
     try:
         ids = tokenizer.encode(prompt)
@@ -38,13 +38,13 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> np.ndarray:
 
 
 class GrowingText:
-    """The text of tokens that come one by one, given out only where no later token can change it.
+    """Decode tokens one by one, releasing text only once no later token can change it.
 
-    What is given out adds up to the text of all tokens, cut before the first stop string.
+    The released pieces add up to the text of all tokens, cut before the first stop string.
 
     Args:
-        tokenizer: Its texts of two token lists joined must be that of the joined list, wherever the first ends with a
-            whole character.
+        tokenizer: Decoding must be concatenative: two token lists decode to the text of the joined list, provided that
+            the first one ends with a complete character.
         stop: Strings that end the text.
     """
 
@@ -52,16 +52,16 @@ class GrowingText:
         self.tokenizer = tokenizer
         self.stop = stop
         self.is_over = False
-        self._pending: list[int] = []  # tokens since the last one that ended with a whole character
-        self._decoded = 0  # how many characters of them are in the text below
-        self._text = ""  # decoded and not given out
+        self._pending: list[int] = []  # tokens since the last complete character
+        self._decoded = 0  # number of their characters that are already in _text
+        self._text = ""  # decoded but not released
 
     def add(self, token: int) -> bool:
-        """Adds a token; returns whether the text has come to a stop string."""
+        """Add a token; return whether the text has reached a stop string."""
         self._pending.append(token)
         text = self.tokenizer.decode(self._pending)
-        # At most the last character is made of bytes that may belong to a character whose other bytes are to come.
-        certain = text.removesuffix(CUT_OFF)
+        # Only the last character can be incomplete.
+        certain = text.removesuffix(REPLACEMENT)
         self._text += certain[self._decoded :]
         self._decoded = len(certain)
         if certain == text:
@@ -69,13 +69,13 @@ class GrowingText:
         return self._find_stop()
 
     def take(self) -> str:
-        """What is certain since the last call."""
-        held = 0 if self.is_over else self._begun_stop()
+        """Return the text that became certain since the last call."""
+        held = 0 if self.is_over else self._partial_stop()
         piece, self._text = self._text[: len(self._text) - held], self._text[len(self._text) - held :]
         return piece
 
     def end(self) -> str:
-        """The rest, where no further token comes; half a character becomes U+FFFD."""
+        """Return the rest after the last token; an incomplete character becomes U+FFFD."""
         if not self.is_over and self._pending:
             self._text += self.tokenizer.decode(self._pending)[self._decoded :]
             self._pending = []
@@ -90,10 +90,10 @@ class GrowingText:
             self.is_over = True
         return self.is_over
 
-    def _begun_stop(self) -> int:
-        """How many characters at the end may be the beginning of a stop string."""
-        begun = (n for stop in self.stop for n in range(len(stop) - 1, 0, -1) if self._text.endswith(stop[:n]))
-        return max(begun, default=0)
+    def _partial_stop(self) -> int:
+        """Return the length of the longest ending that may be the beginning of a stop string."""
+        lengths = (n for stop in self.stop for n in range(len(stop) - 1, 0, -1) if self._text.endswith(stop[:n]))
+        return max(lengths, default=0)
 
 
 def stream_text(
@@ -104,20 +104,20 @@ def stream_text(
     *,
     stop: Sequence[str] = (),
 ) -> Iterator[tuple[int, str, int]]:
-    """Continues prompts, and gives the new text out in pieces; joined, a row's pieces are its whole new text.
+    """Continue prompts and yield the new text in pieces.
 
     Args:
         module: The model, in eval mode.
-        tokenizer: The model's.
+        tokenizer: The model's tokenizer.
         prompts: Token ids of each row.
         settings: How tokens are chosen.
-        stop: Strings that end a row's text before them, also where they cross the borders of tokens.
+        stop: Strings that end a row; its text stops before them. They may span several tokens.
 
     Yields:
-        A row, a piece of its text, and how many tokens it took; at the end of a row, the last piece with -1 tokens.
+        (row, piece of text, number of new tokens); the last piece of a row comes with -1.
     """
     texts = [GrowingText(tokenizer, stop=stop) for _ in prompts]
-    live = range(len(prompts))
+    live = list(range(len(prompts)))
     for step in module.stream_tokens(prompts, settings, is_over=lambda row, token: texts[row].add(token)):
         for row, _ in step:
             yield row, texts[row].take(), 1
@@ -137,7 +137,7 @@ def complete(
     seed: int,
     top_k: int | None = None,
 ) -> str:
-    """The prompt and its continuation; the global random state is left as it was.
+    """Return the prompt with its continuation, without changing the global random state.
 
     Raises:
         UserError: The prompt is empty, or holds a character that the tokenizer does not know.
@@ -152,18 +152,18 @@ def complete(
 
 
 class _Writer:
-    """Writes the rows of a batch one below the other, the first unfinished one as it grows."""
+    """Write the rows of a batch one below the other, the first unfinished one as it grows."""
 
     def __init__(self, out: TextIO, prompt: str, rows: int, *, stream: bool) -> None:
         self.out = out
         self.stream = stream
         self.texts = [prompt] * rows
         self.ended = [False] * rows
-        self.row = 0  # the first that is not written to its end
+        self.row = 0  # the first row that is not completely written
         self._flush()
 
     def add(self, row: int, piece: str, *, is_last: bool) -> None:
-        """Takes a piece of a row's text."""
+        """Add a piece of a row's text."""
         self.texts[row] += piece
         self.ended[row] = is_last
         self._flush()
@@ -171,8 +171,8 @@ class _Writer:
     def _flush(self) -> None:
         try:
             self._write()
-        except BrokenPipeError:  # who reads has enough, as head does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.out.fileno())  # else it fails once more when it is closed
+        except BrokenPipeError:  # the reader has closed the pipe, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.out.fileno())  # closing stdout must not fail again
             sys.exit(0)
 
     def _write(self) -> None:
@@ -187,17 +187,17 @@ class _Writer:
 
 
 def write_samples(options: SampleOptions, *, out: TextIO) -> None:
-    """Writes what ``sample.py`` is asked for, each text with its prompt and a line break; the speed goes to stderr.
+    """Write what ``sample.py`` is asked for: each text with its prompt and a line break; the speed goes to stderr.
 
     Raises:
-        UserError: There is no such checkpoint, it does not know its tokenizer, or a prompt cannot be had or encoded.
+        UserError: The checkpoint does not exist or has no tokenizer, or a prompt cannot be read or encoded.
     """
     prompts = _prompts(options)
     path = find_checkpoint(options.checkpoint or "latest", which=options.which)
     checkpoint = ensure_canonical(path, trust=options.trust_checkpoint)
     tokenizer = checkpoint.tokenizer
     if tokenizer is None:
-        raise UserError(f"{path} does not know its tokenizer")
+        raise UserError(f"{path} has no tokenizer")
     where = find_devices(TrainerOptions(accelerator=options.accelerator, precision=options.precision))
     checkpoint.compute_on(where.device_type, where.dtype)
     module = checkpoint.module().to(where.device_type, where.dtype).eval()
@@ -236,7 +236,7 @@ def write_samples(options: SampleOptions, *, out: TextIO) -> None:
 
 
 def _compile(module: GPTModule, prompts: Sequence[Sequence[int]], settings: GenerationSettings) -> None:
-    """Begins to write: what reads the third token of a text is compiled, however short the prompts are."""
+    """Trigger compilation by generating three tokens; the step that reads the second of a text is never compiled."""
     began = time.perf_counter()
     for _ in itertools.islice(module.stream_tokens(prompts, settings), 3):
         pass
@@ -244,17 +244,17 @@ def _compile(module: GPTModule, prompts: Sequence[Sequence[int]], settings: Gene
 
 
 def _require_known(ids: Sequence[int], module: GPTModule) -> None:
-    """Refuses tokens that the model has no embedding of, where its tokenizer has more than it."""
+    """Refuse tokens beyond the model's vocabulary, which may be smaller than its tokenizer's."""
     rows = module.model_config["vocab_size"]
     if max(ids) >= rows:
-        raise UserError(f"--prompt holds token {max(ids)}, and the model knows {rows}: it has another's tokenizer")
+        raise UserError(f"--prompt holds token {max(ids)}, but the model has {rows}: the tokenizer is another model's")
 
 
 def _prompts(options: SampleOptions) -> Iterator[str]:
-    """What is to be continued: one text, or line by line what is typed.
+    """Yield the prompts: one text, or each line that is typed.
 
     Raises:
-        UserError: More than one place is named, or the file cannot be read.
+        UserError: More than one source is named, or the file cannot be read.
     """
     names = ("prompt", "prompt_file", "interactive")
     given = [name for name in names if getattr(options, name) != getattr(SampleOptions, name)]
@@ -270,45 +270,45 @@ def _prompts(options: SampleOptions) -> Iterator[str]:
         try:
             return iter([Path(options.prompt_file).read_bytes().decode()])
         except UnicodeDecodeError as error:
-            raise UserError(f"--prompt_file {options.prompt_file} is not UTF-8 text; convert it") from error
+            raise UserError(f"--prompt_file {options.prompt_file} is not UTF-8; convert it") from error
         except OSError as error:
             raise UserError(f"--prompt_file {options.prompt_file}: {error.strerror}; name a text file") from error
     return iter([_piped(asked_for=options.prompt_file == "-")])
 
 
 def _piped(*, asked_for: bool) -> str:
-    """The text in stdin; a line break where none was meant to be there."""
+    """Return the text in stdin, or the default prompt if stdin is a terminal or empty."""
     try:
         is_there = sys.stdin is not None and (asked_for or not sys.stdin.isatty())
         if is_there:
-            _say_if_waiting()
+            _warn_if_waiting()
         text = sys.stdin.read() if is_there else ""
     except UnicodeDecodeError as error:
-        raise UserError("the prompt in stdin is not UTF-8 text; convert it") from error
+        raise UserError("the prompt in stdin is not UTF-8; convert it") from error
     except OSError:  # stdin is closed
         text = ""
     return text or ("" if asked_for else SampleOptions.prompt)
 
 
-def _say_if_waiting() -> None:
-    """Tells whoever left stdin open, and meant no prompt by it, what the program does."""
-    with contextlib.suppress(OSError, ValueError):  # it is no file, or the system cannot ask a pipe
+def _warn_if_waiting() -> None:
+    """Warn that the program waits for stdin."""
+    with contextlib.suppress(OSError, ValueError):  # stdin is not a file, or the system cannot poll pipes
         if not select.select([sys.stdin], [], [], 0)[0]:
-            print("waiting for the prompt in stdin; --prompt says it at once", file=sys.stderr, flush=True)
+            print("waiting for the prompt in stdin; give --prompt to skip this", file=sys.stderr, flush=True)
 
 
 def _typed() -> Iterator[str]:
-    """The lines of stdin; what asks for them goes to stderr, since stdout is for the text.
+    """Yield the lines of stdin; the input prompt goes to stderr, since stdout is for the text.
 
     Raises:
-        UserError: It is closed, as under nohup, or no UTF-8 text.
+        UserError: stdin is closed, as under nohup, or not UTF-8.
     """
     while True:
         print("> ", end="", file=sys.stderr, flush=True)
         try:
             line = sys.stdin.readline()
         except UnicodeDecodeError as error:
-            raise UserError("what is typed in stdin is not UTF-8 text; convert it") from error
+            raise UserError("the text typed in stdin is not UTF-8; convert it") from error
         except (AttributeError, OSError) as error:
             raise UserError("--interactive reads stdin, which is closed; give --prompt") from error
         if not line:

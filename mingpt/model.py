@@ -79,7 +79,7 @@ def _resolve(config: GPTConfig) -> GPTConfig:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if not 0 <= config.vocab_padding < sizes["vocab_size"]:
         raise ValueError(f"vocab_padding must be from 0 to below vocab_size, got {config.vocab_padding}")
-    return replace(config, **sizes)
+    return replace(config, **sizes)  # type: ignore[arg-type]
 
 
 class CausalSelfAttention(nn.Module):
@@ -241,6 +241,7 @@ class GPT(nn.Module):
         assert config.n_layer is not None and config.n_embd is not None
         assert config.vocab_size is not None and config.block_size is not None
         self.block_size = config.block_size
+        self.sampled_tokens = config.vocab_size - config.vocab_padding
         self.residual_std = 0.02 / math.sqrt(2 * config.n_layer)
         self.transformer = Transformer(
             {
@@ -334,7 +335,7 @@ class GPT(nn.Module):
             raise ValueError(f"top_k must be at least 1, got {top_k}")
         for _ in range(max_new_tokens):
             logits = self(idx[:, -self.block_size :])[0][:, -1]  # (B, vocab_size)
-            logits = logits[:, : self.config.vocab_size - self.config.vocab_padding]
+            logits = logits[:, : self.sampled_tokens]
             if do_sample:
                 logits = logits / temperature
                 if top_k is not None:

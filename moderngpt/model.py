@@ -89,13 +89,13 @@ def window_mask(positions: torch.Tensor, S: int, window: int) -> torch.Tensor:
 
 
 class CausalSelfAttention(nn.Module):
-    """Self-attention whose queries and keys are rotated and normed; heads may share keys and values."""
+    """Causal self-attention with rotary positions and normed queries and keys; heads may share keys and values."""
 
     def __init__(self, config: GPTConfig) -> None:
         """Build the projections."""
         super().__init__()
         self.head_size = config.n_embd // config.n_head
-        kv_size = self.head_size * config.n_kv_head
+        kv_size = self.head_size * (config.n_kv_head or config.n_head)
         self.c_q = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.c_k = nn.Linear(config.n_embd, kv_size, bias=False)
         self.c_v = nn.Linear(config.n_embd, kv_size, bias=False)
@@ -144,7 +144,7 @@ class MLP(nn.Module):
         self.c_proj.is_output = True  # type: ignore[assignment]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map (B, T, C) to (B, T, C), each position on its own."""
+        """Map (B, T, C) to (B, T, C)."""
         return self.c_proj(F.relu(self.c_fc(x)).square())
 
 
@@ -152,7 +152,7 @@ class Block(nn.Module):
     """Pre-norm transformer block: attention then MLP, each added to its input."""
 
     def __init__(self, config: GPTConfig) -> None:
-        """Build one block."""
+        """Build the attention and the MLP."""
         super().__init__()
         self.attn = CausalSelfAttention(config)
         self.mlp = MLP(config)
@@ -167,29 +167,31 @@ class Block(nn.Module):
 
 
 class Transformer(nn.ModuleDict):
-    """Everything below the output head, with the types of its entries."""
+    """All layers below the output head; a ModuleDict with typed entries."""
 
     wte: nn.Embedding
+    bigram: nn.Embedding  # only with `bigram`
+    smear: nn.Linear  # only with `smear`
     drop: nn.Dropout
     h: nn.ModuleList
 
 
 class GPT(nn.Module):
-    """Decoder-only transformer with an output head of its own."""
+    """Decoder-only transformer with an untied output head."""
 
-    # `apply(_init_weights)` sets every parameter, so the model can be built without memory and initialised later.
+    # `apply(_init_weights)` sets every parameter, so the model can be built on the meta device and initialised later.
     initialises_by_apply = True
-    # No weight belongs to a position.
+    # Rotary positions extend beyond block_size.
     extends_context = True
 
     def __init__(self, config: GPTConfig) -> None:
-        """Build and initialise the model; it keeps a copy of `config`.
+        """Build and initialise the model, which keeps a copy of `config`.
 
         Args:
             config: Sizes and options of the model.
 
         Raises:
-            ValueError: If a size is invalid.
+            ValueError: A size or option is invalid.
         """
         super().__init__()
         config = self.config = replace(config, n_kv_head=config.n_kv_head or config.n_head)
@@ -201,9 +203,10 @@ class GPT(nn.Module):
                 raise ValueError(f"{name} must not be negative, got {getattr(config, name)}")
         if config.n_embd % (2 * config.n_head) != 0:
             raise ValueError(
-                f"n_embd={config.n_embd} is not divisible by twice n_head={config.n_head}; rotary positions turn pairs"
-                " of a head's entries, so choose a width that is an even multiple of the number of heads"
+                f"n_embd={config.n_embd} is not divisible by twice n_head={config.n_head}; rotary positions need an"
+                " even head size, so choose a width that is an even multiple of the number of heads"
             )
+        assert config.n_kv_head is not None
         if config.n_head % config.n_kv_head != 0:
             raise ValueError(f"n_head={config.n_head} is not divisible by n_kv_head={config.n_kv_head}")
         if config.softcap <= 0:
@@ -227,11 +230,11 @@ class GPT(nn.Module):
         self.apply(self._init_weights)
 
     def _init_weights(self, module: nn.Module) -> None:
-        # Each call touches only the module's own parameters, so it also works where those are gathered one by one.
+        # Each call sets only the module's own parameters, so it also works under ZeRO-3, which gathers them one by one.
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
         elif isinstance(module, nn.Linear) and hasattr(module, "is_output"):
-            nn.init.zeros_(module.weight)  # at first each block passes on its input, and every token is as likely
+            nn.init.zeros_(module.weight)  # blocks start as the identity, logits as uniform
         elif isinstance(module, nn.Linear):
             bound = math.sqrt(3 / module.in_features)  # unit variance in, unit variance out
             nn.init.uniform_(module.weight, -bound, bound)

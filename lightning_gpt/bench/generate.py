@@ -1,4 +1,4 @@
-"""How fast text is written on a CPU: beside the originals' loop, beside Hugging Face, and beside what memory allows."""
+"""Measure generation on a CPU against the originals' loop, Hugging Face and the memory bandwidth."""
 
 import contextlib
 import copy
@@ -21,17 +21,17 @@ from lightning_gpt.implementations.registry import Implementation, get_implement
 from lightning_gpt.models import GPTModule
 
 CACHED, COMPILED, RECOMPUTE, TRANSFORMERS = "cached", "compiled", "recompute", "transformers"
-READ_BYTES = 2**29  # more than the caches of a processor hold
+READ_BYTES = 2**29  # exceeds the processor's caches
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model and a task for it.
+    """A model size and a number of tokens.
 
     Attributes:
         sizes: The fields of the model's config.
-        prompt: Tokens that are there.
-        new: Tokens that are to come.
+        prompt: Tokens per prompt.
+        new: New tokens per text.
     """
 
     sizes: dict[str, int]
@@ -47,17 +47,17 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Case:
-    """One shape and batch size.
+    """Results for one shape and batch size.
 
     Attributes:
         shape: A key of SHAPES.
-        batch_size: Texts written together.
-        seconds: Of each way the rounds' times for all new tokens, prompt included.
-        step_seconds: Of our ways the rounds' mean times of a step after the first, which reads the prompt.
-        compile_seconds: What compiling took; None where it was not asked for.
-        gigabytes_per_second: What the machine's memory gave in each round.
-        floor_seconds: The least time of a step: weights and cache read once, at the most that memory gave.
-        same_tokens: Whether all with a cache took the same tokens; None where there is but one.
+        batch_size: Texts generated together.
+        seconds: For each method, each round's time for all new tokens, including the prompt.
+        step_seconds: For each of our methods, each round's mean time of a step, without the prompt's.
+        compile_seconds: Compilation time; None if not compiled.
+        gigabytes_per_second: Memory bandwidth measured in each round.
+        floor_seconds: Lower bound of a step: the time to read weights and cache once, at the highest bandwidth.
+        same_tokens: Whether all methods with a cache generated the same tokens; None if there is only one.
     """
 
     shape: str
@@ -69,29 +69,29 @@ class Case:
     floor_seconds: float
     same_tokens: bool | None
 
-    def floor_fraction(self, way: str) -> float:
-        """The floor over the median step: 1 is the machine's limit."""
-        return self.floor_seconds / statistics.median(self.step_seconds[way])
+    def bandwidth_fraction(self, method: str) -> float:
+        """Return the fraction of the memory bandwidth that the median step reaches."""
+        return self.floor_seconds / statistics.median(self.step_seconds[method])
 
     def speeds(self, way: str) -> list[float]:
-        """New tokens per second over all texts, round by round."""
+        """Return the new tokens per second of all texts together, for each round."""
         return [self.batch_size * SHAPES[self.shape].new / seconds for seconds in self.seconds[way]]
 
     def gain(self, way: str, *, ours: str) -> float:
-        """How many times faster one of our ways is than another: the median of the rounds' ratios."""
+        """Return how many times faster our method is than another: the median of the rounds' ratios."""
         pairs = zip(self.seconds[way], self.seconds[ours], strict=True)
         return statistics.median(other / own for other, own in pairs)
 
 
 @dataclass(frozen=True)
 class Speeds:
-    """All that was measured.
+    """Results of all cases.
 
     Attributes:
-        implementation: The model.
-        rounds: How often each way was measured.
-        recompute_steps: Timed steps of the plain loop; 0 for all.
-        cases: The shapes and batch sizes.
+        implementation: Name of the model.
+        rounds: Number of measurements of each method.
+        recompute_steps: Number of steps of the plain loop that were timed; 0: all.
+        cases: One per shape and batch size.
         machine: Hardware and versions.
     """
 
@@ -102,17 +102,17 @@ class Speeds:
     machine: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, in plain types."""
+        """Return the results in plain types, for JSON."""
         cases = [
             asdict(case)
-            | {"floor_fraction": {way: case.floor_fraction(way) for way in case.step_seconds}}
+            | {"floor_fraction": {way: case.bandwidth_fraction(way) for way in case.step_seconds}}
             | {"gain": {o: {way: case.gain(way, ours=o) for way in case.seconds} for o in case.step_seconds}}
             for case in self.cases
         ]
         return {"benchmark": "generate"} | asdict(self) | {"cases": cases}
 
     def table(self) -> str:
-        """The same for people."""
+        """Return the results as a table."""
         ours = list(self.cases[0].step_seconds)
         heads = "".join(f"{way + ' is':>14}" for way in ours)
         rows = [f"{'shape':7}{'batch':>6}  {'way':14}{'new tokens/s':>13}{'min':>9}{'max':>9}{heads}"]
@@ -130,7 +130,7 @@ class Speeds:
             )
             for way, seconds in case.step_seconds.items():
                 step = f"; a {way} step {statistics.median(seconds) * 1e3:.2f} ms"
-                rows[-1] += f"{step}: {case.floor_fraction(way):.0%} of that speed"
+                rows[-1] += f"{step}: {case.bandwidth_fraction(way):.0%} of that speed"
             if case.compile_seconds is not None:
                 rows[-1] += f"; compiled in {case.compile_seconds:.0f} s"
             if case.same_tokens is False:
@@ -158,36 +158,36 @@ def measure_generation(
     threads: int | None = None,
     json: str | None = None,
 ) -> Speeds:
-    """Times greedy generation with the cache, by the originals' loop, and by Hugging Face where it is installed.
+    """Time greedy generation with the cache, with the originals' loop, and with Hugging Face if it is installed.
 
-    All have the same random weights and prompts, and take turns; the ratios are taken round by round. The originals'
-    loop is a full forward of the last ``block_size`` tokens for each new one.
+    All methods use the same random weights and prompts and take turns; ratios are computed within a round. The
+    originals' loop reads the last ``block_size`` tokens in full for each new one.
 
     Args:
         shapes: Keys of SHAPES, separated by commas.
         batch_sizes: Numbers, separated by commas.
-        implementation: A model with GPT-2's layout.
-        rounds: How often each way is measured.
-        recompute_steps: Timed steps of the originals' loop, whose mean stands for all steps; 0 for all of them.
-        compile: Whether, or with which backend or mode, it is measured compiled, too; compiling is timed apart.
-        threads: Threads that torch computes with; None for torch's own choice.
-        json: Where the result is written as JSON as well.
+        implementation: Name of a built-in model.
+        rounds: Number of measurements of each method.
+        recompute_steps: Number of timed steps of the originals' loop, from which its time is extrapolated; 0: all.
+        compile: Whether, or with which backend or mode, to measure the compiled step as well.
+        threads: Number of torch's threads; None for torch's default.
+        json: File for the results as JSON.
 
     Raises:
-        UserError: A setting makes no sense, or the file cannot be written.
+        UserError: An option is invalid, or the file cannot be written.
     """
     for name in shapes.split(","):
         if name not in SHAPES:
             raise UserError(f"--shapes {name} is unknown; choose of {', '.join(SHAPES)}")
     if not all(size.isdecimal() and int(size) for size in batch_sizes.split(",")):
-        raise UserError(f"--batch_sizes {batch_sizes} is not a list of numbers above 0, separated by commas")
+        raise UserError(f"--batch_sizes {batch_sizes} is not a list of positive numbers; separate them by commas")
     for name, value, least in (("rounds", rounds, 1), ("threads", threads, 1), ("recompute_steps", recompute_steps, 0)):
         if value is not None and value < least:
-            raise UserError(f"--{name} {value} makes no sense; give {least} or more")
+            raise UserError(f"--{name} {value} is too small; give {least} or more")
     require_writable(json)
     row = get_implementation(implementation)
     if not row.builtin:
-        raise UserError(f"--implementation {row.name} may not have the sizes of the shapes; choose a built-in one")
+        raise UserError(f"--implementation {row.name} may lack the sizes that shapes set; choose a built-in one")
     before = torch.get_num_threads()
     cases = []
     try:
@@ -220,7 +220,7 @@ def _measure(row: Implementation, name: str, batch_size: int, *, rounds: int, ti
         return total
 
     ways: dict[str, Callable[[], float]] = {CACHED: partial(ours, CACHED, module)}
-    twin = copy.copy(module)  # the same weights
+    twin = copy.copy(module)  # shares the weights
     if twin.compile_generation(compile):
         ways[COMPILED] = partial(ours, COMPILED, twin)
     ways[RECOMPUTE] = partial(_recompute, module.model, idx, shape, timed or shape.new)
@@ -238,7 +238,7 @@ def _measure(row: Implementation, name: str, batch_size: int, *, rounds: int, ti
         ways[TRANSFORMERS] = transformers
     rates = []
     with torch.no_grad():
-        _cached(module, idx[:, :1], 2)  # what is slow the first time only
+        _cached(module, idx[:, :1], 2)  # warm up
         compile_seconds = None
         if COMPILED in ways:
             compile_seconds = ways[COMPILED]()
@@ -260,7 +260,7 @@ def _measure(row: Implementation, name: str, batch_size: int, *, rounds: int, ti
 
 
 def _cached(module: GPTModule, idx: Tensor, new: int) -> tuple[Tensor, float, float]:
-    """New tokens (B, new), seconds until the first of them, and until the last."""
+    """Return the new tokens (B, new), and the seconds until the first and until the last of them."""
     begun, first, taken = time.perf_counter(), 0.0, []
     for step in module.stream_tokens(idx.tolist(), GenerationSettings(max_new_tokens=new, greedy=True)):
         first = first or time.perf_counter() - begun
@@ -269,7 +269,7 @@ def _cached(module: GPTModule, idx: Tensor, new: int) -> tuple[Tensor, float, fl
 
 
 def _recompute(model: nn.Module, idx: Tensor, shape: Shape, timed: int) -> float:
-    """Seconds of the originals' loop; where not every step is timed, those in the middle of equal stretches of it."""
+    """Return the seconds of the originals' loop, extrapolated from `timed` steps at evenly spaced lengths."""
     block_size, timed = shape.sizes["block_size"], min(timed, shape.new)
     text = torch.cat((idx, torch.zeros(len(idx), shape.new, dtype=idx.dtype)), dim=1)
     begun = time.perf_counter()
@@ -281,7 +281,7 @@ def _recompute(model: nn.Module, idx: Tensor, shape: Shape, timed: int) -> float
 
 
 def _memory_rate() -> float:
-    """GB/s at which a matrix is read that is multiplied with a vector; the best of three."""
+    """Return the memory bandwidth in GB/s, measured by a matrix-vector product; the best of three."""
     matrix, vector = torch.ones(READ_BYTES // 4 // 1024, 1024), torch.ones(1024)
     best = float("inf")
     for _ in range(3):
@@ -292,7 +292,7 @@ def _memory_rate() -> float:
 
 
 def _bytes_per_step(model: nn.Module, shape: Shape, batch_size: int) -> int:
-    """What a step has to read: all weights but the rows of embeddings that it looks up, and keys and values so far."""
+    """Return the bytes that a step must read: the weights without embeddings, and all keys and values so far."""
     read = {p for m in model.modules() if not isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
     mean_length = shape.prompt + (shape.new + 1) / 2
     per_position = 2 * shape.sizes["n_layer"] * shape.sizes["n_embd"]
@@ -308,7 +308,7 @@ def _transformers_version() -> str | None:
 
 
 def _transformers_model(row: Implementation, module: GPTModule) -> Any:
-    """Hugging Face's model of the same architecture, with the module's weights."""
+    """Return Hugging Face's model of the same architecture, with the module's weights."""
     import transformers
 
     with contextlib.suppress(AttributeError):

@@ -1,13 +1,13 @@
-"""The one place that says what torch.compile and recomputation are applied to, and how.
+"""Apply torch.compile and activation recomputation to a model.
 
-The order of everything that is applied to a model from outside: recomputation, compilation, sharding.
+Models are changed from outside in this order: recomputation, compilation, sharding.
 """
 
 import functools
 import os
 import shutil
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
@@ -16,43 +16,50 @@ from torch.utils.checkpoint import checkpoint
 from lightning_gpt.config import UserError
 from lightning_gpt.implementations.cache import accepts_cache
 
-# On an x86 CPU: the weights as constants, and each product by a kernel made for its shape; no other is tried beside it.
+# Inductor options on x86 CPUs: weights become constants, and each product gets a C++ kernel generated for its shape.
 FROZEN = {"freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP"}
 
 
-def compile_model(model: nn.Module, *, block_class: type[nn.Module] | None, setting: bool | str) -> None:
-    """Compiles every block in place, or the whole model where its unit is not known.
+class CompileArguments(TypedDict):
+    """Keyword arguments of ``torch.compile``."""
 
-    In place (``module.compile()``) keeps the keys of the state dict as they are, and one block's code serves all of
-    them, so that compiling takes as long for 48 layers as for one.
+    backend: str
+    mode: str | None
+
+
+def compile_model(model: nn.Module, *, block_class: type[nn.Module] | None, setting: bool | str) -> None:
+    """Compile every block in place, or the whole model if it has no block class.
+
+    Compiling in place (``module.compile()``) keeps the state-dict keys. All blocks share the compiled code of one, so
+    compiling takes as long for 48 layers as for one.
 
     Args:
         model: The plain model.
-        block_class: The unit to compile.
-        setting: As for ``compile_arguments``.
+        block_class: The class of the modules to compile.
+        setting: See ``compile_arguments``.
 
     Raises:
-        UserError: As for ``compile_arguments``.
+        UserError: See ``compile_arguments``.
     """
     arguments = compile_arguments(setting)
     if arguments is not None:
         for unit in _units(model, block_class):
-            if isinstance(unit.forward, functools.partial):
-                # Recomputed. A hook of FSDP's would break the graph, and nothing inside of `checkpoint` be compiled.
+            if isinstance(unit.forward, functools.partial):  # recomputed
+                # Compile inside of `checkpoint`: FSDP's hooks break the graph, and then `checkpoint` runs uncompiled.
                 unit.forward = _recomputed(torch.compile(unit.forward.args[0], **arguments))
             else:
                 unit.compile(**arguments)
 
 
-def compile_arguments(setting: bool | str) -> dict[str, str | None] | None:
-    """The arguments of ``torch.compile`` that a setting means; None for not at all.
+def compile_arguments(setting: bool | str) -> CompileArguments | None:
+    """Return the arguments of ``torch.compile`` for a setting, or None for no compilation.
 
     Args:
-        setting: False or "false" for not at all; True, "dynamo" or "inductor" for the default backend; one of its
-            modes, such as "max-autotune"; otherwise the name of a backend that torch knows.
+        setting: False or "false" for none; True, "dynamo" or "inductor" for the default backend; one of its modes,
+            such as "max-autotune"; otherwise the name of a torch backend.
 
     Raises:
-        UserError: The backend is unknown, or there is no C++ compiler for the default one on a CPU.
+        UserError: The backend is unknown, or the default one finds no C++ compiler on a CPU.
     """
     name = str(setting).lower()
     if name in ("false", "none", "no", "off"):
@@ -65,25 +72,25 @@ def compile_arguments(setting: bool | str) -> dict[str, str | None] | None:
         raise UserError(f"--compile {setting} is unknown; choose dynamo, or a mode or backend of torch's: {choices}")
     compiler = os.environ.get("CXX", "c++")  # on a GPU, Triton compiles its launchers
     if backend == "inductor" and not shutil.which(compiler):
-        raise UserError(f"--compile needs a C++ compiler, and there is no {compiler} here; install g++ or leave it")
-    return {"backend": backend, "mode": mode}
+        raise UserError(f"--compile needs a C++ compiler, and there is no {compiler} here; install g++ or leave it out")
+    return CompileArguments(backend=backend, mode=mode)
 
 
 def compile_step(model: nn.Module, *, setting: bool | str) -> Callable[..., Any] | None:
-    """The model's forward, compiled to read one token of each row after a cache, without gradients.
+    """Return the model's forward, compiled for reading one token per row with a cache, without gradients.
 
-    It is compiled once for texts of all lengths. The weights must not change after the first call: on an x86 CPU,
-    matrices are part of the code, kept once more in the order in which they are read (inductor's ``freezing``).
+    It is compiled once for all text lengths. The weights must not change after the first call: on x86 CPUs, inductor
+    (``freezing``) stores a copy of the matrices in the compiled code, in the order in which they are read.
 
     Args:
         model: The plain model.
-        setting: As for ``compile_arguments``.
+        setting: See ``compile_arguments``.
 
     Returns:
-        What is called as the model is; None where the setting means not at all.
+        A callable with the model's signature, or None if the setting means no compilation.
 
     Raises:
-        UserError: As for ``compile_arguments``; or the model has no cache.
+        UserError: See ``compile_arguments``; or the model does not accept a cache.
     """
     arguments = compile_arguments(setting)
     if arguments is None:
@@ -99,16 +106,17 @@ def compile_step(model: nn.Module, *, setting: bool | str) -> Callable[..., Any]
         return compiled
 
     def step(*args: Any, **kwargs: Any) -> Any:
-        with torch._inductor.config.patch(FROZEN):  # also Dynamo reads it, to which options of torch.compile do not get
+        # Patched globally, because Dynamo reads these, too, and ignores torch.compile(options=...).
+        with torch._inductor.config.patch(FROZEN):
             return compiled(*args, **kwargs)
 
     return step
 
 
 def recompute_blocks(model: nn.Module, *, block_class: type[nn.Module] | None) -> None:
-    """Makes every block keep its input alone, and compute the rest again in the backward pass, in place.
+    """Make every block keep only its input and recompute its activations in the backward pass, in place.
 
-    Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost". Dropout draws the same again.
+    Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost". Dropout repeats its random draws.
     """
     for unit in _units(model, block_class):
         unit.forward = _recomputed(unit.forward)

@@ -1,12 +1,18 @@
-"""A model of the user's own, from a file outside this repository, trained and scored from the command line."""
+"""A user's own model, from a file outside this repository, trained and scored from the command line."""
 
 import csv
+import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import evaluate
+import sample
+import train
+from lightning_gpt.checkpoint import find_checkpoint, open_checkpoint
 
 REPO = Path(__file__).parents[2]
 
@@ -41,67 +47,85 @@ class MyGPT(nn.Module):
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
         return logits, loss
 '''
-# Not the tiny model's flags: this one has other sizes.
+# Not the tiny model's flags: this model has other sizes.
 FLAGS = (
-    "--implementation my_model:MyGPT --width 12 --scaled --block_size 16 --batch_size 8 --max_steps 40"
-    " --eval_interval 20 --log_every_n_steps 5 --warmup_steps 0 --learning_rate 3e-2 --logger csv --accelerator cpu"
-    " --out_dir out"
+    "--width 12 --scaled --block_size 16 --batch_size 8 --max_steps 40 --eval_interval 20 --log_every_n_steps 5"
+    " --warmup_steps 0 --learning_rate 3e-2 --logger csv --accelerator cpu --out_dir out"
 ).split()
 
 
-def _run(folder, script, *flags):
-    return subprocess.run(
-        [sys.executable, str(REPO / script), *flags],
-        cwd=folder,
-        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
-        capture_output=True,
-        text=True,
-    )
-
-
-@pytest.fixture(scope="module", params=["", "from __future__ import annotations"], ids=["plain", "annotations"])
-def folder(request, tmp_path_factory):
-    """Where the user's file lies; annotations are texts in one of the two."""
-    folder = tmp_path_factory.mktemp("mine")
-    (folder / "my_model.py").write_text(MODEL.format(first_line=request.param).lstrip())
-    return folder
+@pytest.fixture(
+    scope="module",
+    params=[("plain_model", ""), ("annotated_model", "from __future__ import annotations")],  # with annotations as text
+    ids=lambda param: param[0],
+)
+def name(request, tmp_path_factory):
+    """The model's name, package.module:Class; its file lies in the working directory."""
+    folder, (module, first_line) = tmp_path_factory.mktemp("mine"), request.param
+    (folder / f"{module}.py").write_text(MODEL.format(first_line=first_line).lstrip())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.syspath_prepend(folder)
+        importlib.invalidate_caches()
+        yield f"{module}:MyGPT"
+        sys.modules.pop(module, None)
 
 
 @pytest.fixture(scope="module")
-def trained(folder, text_file):
-    """The process that trained it there."""
-    done = _run(folder, "train.py", *FLAGS, "--data", str(text_file))
+def trained(name, text_file):
+    """The model trained by a process of its own, which finds the file as a user's would."""
+    command = [sys.executable, str(REPO / "train.py"), "--implementation", name, *FLAGS, "--data", str(text_file)]
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done
 
 
-def test_help_lists_its_fields(folder):
-    done = _run(folder, "train.py", "--implementation", "my_model:MyGPT", "--help")
-    assert done.returncode == 0, done.stderr
-    assert "--width" in done.stdout and "how wide the embedding of my model is" in " ".join(done.stdout.split())
-    assert "--n_layer" not in done.stdout and "--vocab_size" not in done.stdout
+def losses(column):
+    """The values of a column of the newest log."""
+    newest = max(Path("out/logs").glob("*/metrics.csv"), key=os.path.getmtime)
+    with open(newest) as file:
+        return [float(row[column]) for row in csv.DictReader(file) if row[column]]
 
 
-def test_loss_falls_and_there_is_a_sample(folder, trained):
-    with open(next((folder / "out" / "logs").glob("*/metrics.csv"))) as file:
-        losses = [float(row["train_loss"]) for row in csv.DictReader(file) if row["train_loss"]]
-    assert len(losses) == 8 and losses[-1] < losses[0] - 0.5
+def test_help_lists_its_fields(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--implementation", name, "--help"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert "--width" in out and "how wide the embedding of my model is" in " ".join(out.split())
+    assert "--n_layer" not in out and "--vocab_size" not in out
+
+
+def test_loss_falls_and_there_is_a_sample(trained):
+    found = losses("train_loss")
+    assert len(found) == 8 and found[-1] < found[0] - 0.5
     assert "--- sample ---" in trained.stdout
 
 
-def test_it_is_scored(folder, trained):
-    done = _run(folder, "evaluate.py", "--checkpoint", "out", "--accelerator", "cpu")
-    assert done.returncode == 0, done.stderr
-    scores = dict(line.split(maxsplit=1) for line in done.stdout.splitlines() if len(line.split()) == 2)
-    assert 0 < float(scores["loss"]) < 2.9 and int(scores["step"]) <= 40
+@pytest.mark.usefixtures("trained")
+def test_evaluate_reports_the_loss_of_the_best_validation(capsys):
+    validations = losses("val_loss")
+    evaluate.main(["--checkpoint", "out", "--accelerator", "cpu"])
+    scores = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if len(line.split()) == 2)
+    assert len(validations) == 2 and validations[1] < validations[0] < 3.5
+    assert float(scores["loss"]) == pytest.approx(validations[1], abs=1e-4) and scores["step"] == "40"
 
 
-def test_it_writes_text_without_a_generate_of_its_own(folder, trained):
-    done = _run(folder, "sample.py", "--checkpoint=out", "--accelerator=cpu", "--prompt=the", "--max_new_tokens=30")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("the") and len(done.stdout) == 3 + 30 + 1
+@pytest.mark.usefixtures("trained")
+def test_sample_works_without_a_generate_of_its_own(capsys):
+    sample.main(["--checkpoint=out", "--accelerator=cpu", "--prompt=the", "--max_new_tokens=30"])
+    out = capsys.readouterr().out
+    assert out.startswith("the") and len(out) == 3 + 30 + 1
 
 
-def test_it_goes_on(folder, trained):
-    done = _run(folder, "train.py", "--resume", "out", "--max_steps", "45")
-    assert done.returncode == 0, done.stderr
+@pytest.mark.usefixtures("trained")
+def test_resume_continues_from_the_last_step(capsys):
+    before = open_checkpoint(find_checkpoint("out", which="last"), trust=True)
+    first_run = before.step, losses("val_loss")[-1]
+    train.main(["--resume", "out", "--max_steps", "60"])
+    resumed = open_checkpoint(find_checkpoint("out", which="last"), trust=True)
+    assert (first_run[0], resumed.step) == (40, 60)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert [line.partition(":")[0] for line in lines] == ["step 60"]  # steps 20 and 40 are not repeated
+    assert float(lines[0].partition("val_loss ")[2].split()[0]) < first_run[1] + 0.02  # a fresh start is far above

@@ -50,15 +50,6 @@ def tokens(T=S, B=3) -> torch.Tensor:
     return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(1))
 
 
-def refused(capsys, main, *flags) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main([*map(str, flags)])
-    out, err = capsys.readouterr()
-    assert stop.value.code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1, out + err
-    return err
-
-
 # ALiBi
 
 
@@ -187,15 +178,15 @@ def test_alibi_is_scored_beyond_its_context(saved_model, tmp_path):
     assert found != pytest.approx(score(parse_evaluate(flags)).scores[0].loss, rel=1e-4)
 
 
-def test_learned_positions_end(saved_model, capsys):
-    err = refused(capsys, evaluate.main, f"--checkpoint={saved_model('nanogpt')}", "--block_size=13")
+def test_learned_positions_end(saved_model, refused):
+    err = refused(evaluate.main, f"--checkpoint={saved_model('nanogpt')}", "--block_size=13")
     assert "--block_size 13" in err and "end at the 12" in err
 
 
 @pytest.mark.parametrize("form", ["hf", "nanogpt"])
-def test_alibi_is_no_gpt2(saved_model, tmp_path, capsys, form):
+def test_alibi_is_no_gpt2(saved_model, tmp_path, form, refused):
     path = saved_model("nanogpt", position="alibi")
-    err = refused(capsys, evaluate.main, f"--checkpoint={path}", f"--export={form}", f"--out={tmp_path / 'out'}")
+    err = refused(evaluate.main, f"--checkpoint={path}", f"--export={form}", f"--out={tmp_path / 'out'}")
     assert "--position alibi" in err and "--export safetensors or pt" in err and not (tmp_path / "out").exists()
 
 
@@ -213,21 +204,21 @@ def test_alibi_is_exported_as_it_is(saved_model, export):
 TINY = "--max_steps=2 --eval_interval=2 --batch_size=4 --logger=none --accelerator=cpu --sample_tokens=0".split()
 
 
-def test_a_run_starts_from_weights_of_its_own_positions_alone(saved_model, tmp_path, capsys):
+def test_a_run_starts_from_weights_of_its_own_positions_alone(saved_model, tmp_path, capsys, refused):
     data = tmp_path / "letters.txt"
     data.write_text("abc\n " * 200)
     flags = [*TINY, f"--data={data}", f"--out_dir={tmp_path / 'run'}"]
     source = [f"--init_from={saved_model('nanogpt')}", "--position=alibi"]
-    assert "trained with --position learned, and --position alibi" in refused(capsys, train.main, *flags, *source)
+    assert "trained with --position learned, and --position alibi" in refused(train.main, *flags, *source)
     source = [f"--init_from={saved_model('nanogpt', position='alibi')}"]
-    assert "--position learned is another" in refused(capsys, train.main, *flags, *source, "--position=learned")
-    assert "is no GPT-2" in refused(capsys, train.main, *flags, *source, "--implementation=mingpt")
+    assert "--position learned is another" in refused(train.main, *flags, *source, "--position=learned")
+    assert "is no GPT-2" in refused(train.main, *flags, *source, "--implementation=mingpt")
     assert not (tmp_path / "run").exists()
     for block, word in ((6, "cropped"), (30, "extended")):
         train.main([*flags, *source, f"--block_size={block}", f"--out_dir={tmp_path / str(block)}"])
         assert f"block 12 {word} to {block}" in capsys.readouterr().out
     for wrong, have in (("--position learned", "position is alibi"), ("--block_size 8", "block_size is 6")):
-        err = refused(capsys, train.main, f"--resume={tmp_path / '6'}", "--max_steps=4", *wrong.split())
+        err = refused(train.main, f"--resume={tmp_path / '6'}", "--max_steps=4", *wrong.split())
         assert f"{wrong} contradicts" in err and f"whose {have}" in err
 
 
@@ -309,7 +300,7 @@ def test_a_longer_context_costs_nothing_with_alibi(tmp_path, capsys):
 # Flash
 
 
-def test_flash_is_refused_where_it_cannot_be_had(tiny_flags, text_file, tmp_path, capsys):
+def test_flash_is_refused_where_it_cannot_be_had(tiny_flags, text_file, tmp_path, refused):
     flags = [*tiny_flags, *NANO, "--attention=flash", f"--data={text_file}", f"--out_dir={tmp_path / 'run'}"]
     for more, words in (
         (["--precision=bf16"], "not bfloat16 on cpu; use --attention sdpa"),
@@ -317,13 +308,13 @@ def test_flash_is_refused_where_it_cannot_be_had(tiny_flags, text_file, tmp_path
         (["--position=alibi"], "attention=flash is not available with position=alibi"),
         (["--n_embd=512"], "heads of up to 256"),
     ):
-        assert words in refused(capsys, train.main, *flags, *more)
+        assert words in refused(train.main, *flags, *more)
     assert not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match="needs a GPU .* not float32 on cpu"):
         model_of(attention="flash")(tokens())
 
 
-def test_what_flash_trained_is_scored_and_sampled_anywhere(saved_model, tmp_path, capsys):
+def test_what_flash_trained_is_scored_and_sampled_anywhere(saved_model, tmp_path, capsys, refused):
     data = tmp_path / "letters.txt"
     data.write_text("abc\n " * 200)
     flash, plain = saved_model("nanogpt", attention="flash").rename(tmp_path / "flash.ckpt"), saved_model("nanogpt")
@@ -339,7 +330,7 @@ def test_what_flash_trained_is_scored_and_sampled_anywhere(saved_model, tmp_path
         texts.append(out)
         assert ("computed with --attention sdpa" in err) == (path == flash)
     assert texts[0] == texts[1]
-    err = refused(capsys, train.main, *TINY, f"--init_from={flash}", *options, f"--out_dir={tmp_path / 'run'}")
+    err = refused(train.main, *TINY, f"--init_from={flash}", *options, f"--out_dir={tmp_path / 'run'}")
     assert "use --attention sdpa" in err
     train.main([*TINY, f"--init_from={flash}", *options, f"--out_dir={tmp_path / 'run'}", "--attention=sdpa"])
 
