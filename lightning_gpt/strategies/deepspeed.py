@@ -158,7 +158,7 @@ def read_config(path: str, *, precision: str, decided: dict[str, Any]) -> dict[s
         value = config.pop(name, "auto")
         if value != "auto" and value != decided.get(name, value):
             raise UserError(
-                f"--deepspeed_config {path}: {name} is {value}, but train.py's flags make it {decided[name]}; remove it or change the flags"
+                f"--deepspeed_config {path}: {name} is {value}, but train.py's flags make it {decided[name]}; remove it"
             )
     for name, kind in (("bf16", "bf16"), ("fp16", "16")):
         section = _section(config, name, path=path)

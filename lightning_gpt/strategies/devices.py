@@ -85,7 +85,7 @@ def find_devices(options: TrainerOptions, *, elsewhere: bool = False) -> Devices
         if accelerator != "auto" and found == 0:
             raise UserError("no GPU was found, but the options ask for one; use --accelerator cpu")
         if found and isinstance(devices, int) and devices > found:
-            raise UserError(f"the options ask for {devices} GPUs, but only {found} were found; lower --devices or --gpus")
+            raise UserError(f"{devices} GPUs are needed, but only {found} were found; lower --devices or --gpus")
         accelerator = "gpu" if found else "cpu"
     precision = PRECISIONS.get(str(options.precision), str(options.precision))
     if precision not in LIGHTNING_PRECISIONS:
