@@ -309,4 +309,4 @@ class Checkpoint(ABC):
 
 def raw_bytes(tensor: Tensor) -> memoryview:
     """Return the bytes of a CPU tensor in row-major order, without a copy if it is contiguous."""
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
