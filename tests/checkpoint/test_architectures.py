@@ -183,6 +183,11 @@ def test_what_moderngpt_cannot_express_is_refused(tmp_path, refused, changed):
     )
 
 
+def test_moderngpt_is_not_exported_for_nanogpt(saved_model, evaluation_refused, tmp_path):
+    flags = [f"--checkpoint={saved_model('moderngpt')}", "--export=nanogpt", f"--out={tmp_path / 'out'}"]
+    evaluation_refused(*flags, mentions=["moderngpt is no GPT-2", "use --export safetensors or pt"])
+
+
 def test_a_nanochat_without_its_head_is_refused(tmp_path, refused):
     nanochat(tmp_path / "hf").model.save_pretrained(tmp_path / "headless")
     (tmp_path / "hf" / "tokenizer.json").rename(tmp_path / "headless" / "tokenizer.json")

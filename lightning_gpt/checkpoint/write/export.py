@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gpt.checkpoint.architectures import architecture_of
-from lightning_gpt.checkpoint.architectures.gpt2 import GPT2
+from lightning_gpt.checkpoint.architectures import ARCHITECTURES, Architecture, architecture_of
 from lightning_gpt.checkpoint.base import Checkpoint, empty_model, meta
 from lightning_gpt.checkpoint.read.canonical import CONFIG, STATE_DICT, TOKENIZER, WEIGHTS
 from lightning_gpt.checkpoint.write.canonical import (
@@ -33,7 +32,6 @@ from lightning_gpt.implementations.registry import get_implementation
 from lightning_gpt.tokenizers import CharTokenizer, Tokenizer
 
 MANIFEST = "lightning_gpt_export.txt"
-_GPT2 = GPT2()
 
 Files = dict[str, Callable[[Path], object]]
 
@@ -129,16 +127,32 @@ def _pt(checkpoint: Checkpoint, folder: Path) -> Files:
     return {CONFIG: _json(describe(checkpoint)), STATE_DICT: lambda path: torch.save(checkpoint.state_dict(), path)}
 
 
-def _hf(checkpoint: Checkpoint, folder: Path) -> Files:
-    """Write a folder that ``AutoModelForCausalLM`` opens as the same model and ``AutoTokenizer`` with its tokens."""
+def _architecture(
+    checkpoint: Checkpoint, *, form: str, model_type: str | None = None
+) -> tuple[Architecture, dict[str, Any]]:
+    """Return the architecture of a checkpoint, `model_type` if one is given, and its settings.
+
+    Raises:
+        UserError: Hugging Face has no such model, or it is of another architecture.
+    """
     row = get_implementation(checkpoint.implementation)
     try:
         architecture = architecture_of(row)
-        hf_config = architecture.hf_config(architecture.settings(row, checkpoint.model_config))
+        if model_type is not None and model_type != architecture.model_type:
+            raise ValueError(f"--implementation {row.name} is no {ARCHITECTURES[model_type].name}")
+        settings = architecture.settings(row, checkpoint.model_config)
+        architecture.hf_config(settings)
     except ValueError as error:
         raise UserError(
-            f"--export hf cannot express {checkpoint.path}: {error}; use --export safetensors or pt"
+            f"--export {form} cannot express {checkpoint.path}: {error}; use --export safetensors or pt"
         ) from error
+    return architecture, settings
+
+
+def _hf(checkpoint: Checkpoint, folder: Path) -> Files:
+    """Write a folder that ``AutoModelForCausalLM`` opens as the same model and ``AutoTokenizer`` with its tokens."""
+    architecture, settings = _architecture(checkpoint, form="hf")
+    hf_config = architecture.hf_config(settings)
     layout, read = architecture.exported(checkpoint.layout(), checkpoint.weight)
     tokenizer = checkpoint.tokenizer
     # Written even if there is none, because Hugging Face's defaults are token ids.
@@ -156,20 +170,14 @@ def _hf(checkpoint: Checkpoint, folder: Path) -> Files:
 
 def _nanogpt(checkpoint: Checkpoint, folder: Path) -> Files:
     """Write a ``ckpt.pt`` that the original's sample.py reads, and if it has AdamW's state also its train.py."""
-    row = get_implementation(checkpoint.implementation)
-    try:
-        if architecture_of(row).model_type != GPT2.model_type:
-            raise ValueError(f"--implementation {row.name} does not have GPT-2's layout")
-        settings = _GPT2.settings(row, checkpoint.model_config)
-        _GPT2.hf_config(settings)  # refuses what is no GPT-2
-        lacks = ["the tanh GELU"] if settings["gelu"] != "exact" else []
-        lacks += [] if settings["tied_head"] else ["a head of its own"]
-        if lacks:
-            raise ValueError(f"nanoGPT does not have {' or '.join(lacks)}, as this model of {row.name} has")
-    except ValueError as error:
+    _, settings = _architecture(checkpoint, form="nanogpt", model_type="gpt2")
+    lacks = ["the tanh GELU"] if settings["gelu"] != "exact" else []
+    lacks += [] if settings["tied_head"] else ["a head of its own"]
+    if lacks:
         raise UserError(
-            f"--export nanogpt cannot express {checkpoint.path}: {error}; use --export hf, safetensors or pt"
-        ) from error
+            f"--export nanogpt cannot express {checkpoint.path}: nanoGPT does not have {' or '.join(lacks)}, as this"
+            f" model of --implementation {checkpoint.implementation} has; use --export hf"
+        )
     tokenizer = checkpoint.tokenizer
     if tokenizer is not None and tokenizer.name not in NANOGPT_TOKENIZERS:
         raise UserError(
