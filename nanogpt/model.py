@@ -284,7 +284,7 @@ class GPT(nn.Module):
             (B, 1, vocab_size) of each row's last token and None.
 
         Raises:
-            ValueError: T exceeds block_size, or the model `refuses` the device or dtype.
+            ValueError: T exceeds block_size, or the model does not run on the device or dtype (see `refuses`).
         """
         T, config = idx.size(1), self.config
         if T > config.block_size:

@@ -166,6 +166,6 @@ class AdaptedCheckpoint(Checkpoint):
 
 
 def with_rows(tensor: Tensor, rows: int) -> Tensor:
-    """Pad a tensor to `rows` rows, each new one the mean of the others; see ``AdaptedCheckpoint``."""
+    """Pad a tensor (n, ...) to (rows, ...); each new row is the mean of the others. See ``AdaptedCheckpoint``."""
     mean = tensor.float().mean(0, keepdim=True).to(tensor.dtype)
     return torch.cat([tensor, mean.expand(rows - len(tensor), *mean.shape[1:])])

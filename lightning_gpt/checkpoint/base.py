@@ -31,7 +31,7 @@ def empty_model(implementation: str, *, model_config: dict[str, Any]) -> nn.Modu
     """Build the plain model, on the meta device if possible, without changing the random state.
 
     Raises:
-        UserError: The implementation cannot be imported, or refuses its config.
+        UserError: The implementation cannot be imported, or rejects its config.
     """
     row = get_implementation(implementation)
     with torch.random.fork_rng(devices=[]):

@@ -196,7 +196,7 @@ class Implementation:
             meta: Whether to build it on the meta device, without memory.
 
         Raises:
-            UserError: A field is unknown or missing, or the model refuses a value, with its own message.
+            UserError: A field is unknown or missing, or the model rejects a value; its own message is passed on.
         """
         config_class = self.load(self.config)
         known = {f.name for f in dataclasses.fields(config_class)}

@@ -45,7 +45,7 @@ class GPTModule(LightningModule):
         optimizer_options: The optimizer's own options, such as ``muon_learning_rate`` (see ``optim/registry.py``).
 
     Raises:
-        UserError: The implementation or the optimizer is unknown, the config refuses the fields, or the model has no
+        UserError: The implementation or the optimizer is unknown, the model rejects a field, or it has no
             matrices for the optimizer.
     """
 

@@ -22,7 +22,7 @@ class StrategyRow:
     Attributes:
         name: Value of ``--strategy``.
         build: Builds the Lightning strategy for the given devices.
-        memory: Its memory per rank.
+        memory: Rules for its memory per rank.
         form: The form of GPTModule that it trains, a key of ``lightning_gpt.models.FORMS``.
         form_options: Further arguments of that form.
         precisions: Lightning's names of the precisions that it supports.

@@ -190,7 +190,7 @@ def _section(config: dict[str, Any], name: str, *, path: str) -> dict[str, Any]:
 
 
 def zero_rules(config: dict[str, Any]) -> Zero:
-    """Return the memory rules of a DeepSpeed configuration, with DeepSpeed's defaults for missing settings."""
+    """Return the memory rules of a DeepSpeed configuration; UserError if a size in it is not a number."""
     zero = config["zero_optimization"]
     stage, overlaps = zero["stage"], zero.get("overlap_comm", zero["stage"] == 3)
     named = {

@@ -291,7 +291,7 @@ class Zero(MemoryRules):
     def _stage_3(self, trace: StepTrace, ranks: int) -> Memory:
         """Return the memory of stage 3 (``deepspeed/runtime/zero/stage3.py``)."""
         element = trace.compute_bytes
-        small = sum(p for p in trace.parameters if p < self.persistent)
+        small = sum(p for p in trace.parameters if p < self.persistent)  # elements that are never sharded
         divided = trace.total - small
         part = _share(trace.total, ranks)
         shards, moments = part * element, MOMENTS * part * MASTER
@@ -304,7 +304,7 @@ class Zero(MemoryRules):
         ahead = min(divided, max(self.prefetch, max(trace.parameters))) * element
         # Gathered weights take memory twice: in a flat tensor and, rearranged, in the parameters.
         forward = live + ahead + max(m.activations for m in trace.forward)
-        again = ahead if divided > self.live else 0
+        again = ahead if divided > self.live else 0  # not all weights stay gathered for the backward pass
         backward = live + again + max(m.activations for m in trace.backward)
         device, host = bucket + whole, shards + master + moments + gradients
         device, host = (device, host + float32_gradients) if self.offload else (device + host, 0)

@@ -36,7 +36,7 @@ class _IndexUnpickler(pickle.Unpickler):
         self._path = path
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return an allowed class; refuse any other."""
+        """Return a class if it is allowed; raise a UserError otherwise."""
         if module.startswith("pathlib") and name.endswith("Path"):
             return PurePosixPath  # the path at which the checkpoint was saved; never opened
         if (module, name) in _ALLOWED or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
@@ -64,7 +64,7 @@ class DcpCheckpoint(Checkpoint):
         trust: Whether its index and header may hold Python objects.
 
     Raises:
-        UserError: It is not a checkpoint of ours, is damaged, or holds Python objects and is not trusted.
+        UserError: It is not one of our checkpoints, is damaged, or holds Python objects and is not trusted.
     """
 
     kind = "FSDP"

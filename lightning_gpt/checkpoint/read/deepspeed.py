@@ -89,7 +89,7 @@ class DeepSpeedCheckpoint(Checkpoint):
         trust: Whether its files may hold Python objects.
 
     Raises:
-        UserError: It is not a checkpoint of ours, is damaged or incomplete, or holds Python objects and is not trusted.
+        UserError: It is not one of our checkpoints, is damaged or incomplete, or holds untrusted Python objects.
     """
 
     kind = "DeepSpeed"

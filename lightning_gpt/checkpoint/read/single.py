@@ -16,7 +16,7 @@ class SingleFileCheckpoint(Checkpoint):
         file: The opened file.
 
     Raises:
-        UserError: It is not a checkpoint of ours.
+        UserError: It is not one of our checkpoints.
     """
 
     kind = "lightning"

@@ -149,9 +149,9 @@ def _hf(checkpoint: Checkpoint, folder: Path) -> Files:
         print(f"{checkpoint.path} does not know its tokenizer: AutoTokenizer cannot open the export", file=sys.stderr)
         return files
     text = tokenizer_json(tokenizer)
-    beside = tokenizer_config(tokenizer, text, block_size=checkpoint.model_config["block_size"])
+    hf_tokenizer_config = tokenizer_config(tokenizer, text, block_size=checkpoint.model_config["block_size"])
     files["tokenizer.json"] = lambda path: path.write_text(text, encoding="utf-8")
-    return files | {"tokenizer_config.json": _json(beside)}
+    return files | {"tokenizer_config.json": _json(hf_tokenizer_config)}
 
 
 def _nanogpt(checkpoint: Checkpoint, folder: Path) -> Files:

@@ -96,11 +96,11 @@ def pieces(spans: Iterable[Span], *, tokenizer: Tokenizer, start: Position) -> I
         tokenizer: The tokenizer that will encode it, which decides where it may be cut.
         start: Position of the first span.
     """
-    document, document_start = start.document, -start.offset  # document_start counts like `taken`
+    document, document_start = start.document, -start.offset  # in bytes since `start`, like `taken`
     taken = read = 0  # bytes in pieces, bytes in spans
     buffer = bytearray()
-    ends: deque[int] = deque()
-    look = UNIT_BYTES + _AHEAD_BYTES
+    ends: deque[int] = deque()  # ends of documents, in bytes since `start`
+    look = UNIT_BYTES + _AHEAD_BYTES  # bytes to search for a cut
     where, offset = "", 0
     for span in spans:
         if not buffer:
