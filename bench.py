@@ -13,7 +13,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, run one benchmark, and print its table.
 
     Args:
-        argv: The benchmark's name and its flags; None for those of the process.
+        argv: The benchmark's name and its flags (default: this process's arguments).
     """
     name, *flags = (sys.argv[1:] if argv is None else argv) or [""]
     if name in ("-h", "--help"):

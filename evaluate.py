@@ -11,7 +11,7 @@ from lightning_gpt.cli import parse_evaluate, reporting_errors
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, score, and print the scores."""
     options = parse_evaluate(argv)
-    from lightning_gpt.evaluation.evaluate import evaluate, rewrite  # imports torch: not for --help
+    from lightning_gpt.evaluation.evaluate import evaluate, rewrite  # imports torch, which --help must not
 
     rewrites = options.convert_only or options.export is not None or options.out is not None
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the scores; libraries print too

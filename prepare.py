@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(extract_embeddings(embeddings))
         return
     options = parse_prepare(words)
-    from lightning_gpt.data.tokens.preparation import prepare_folder  # imports torch: not for --help
+    from lightning_gpt.data.tokens.preparation import prepare_folder  # imports torch, which --help must not
 
     print(prepare_folder(options))
 

@@ -1,6 +1,6 @@
 """Replace files and folders so that a crash loses nothing: write beside the target, flush to disk, rename.
 
-Whatever is unfinished has a name that ends in `.part`, and nothing reads it.
+Names of unfinished files and folders end in `.part`; nothing reads them.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ def atomic_file(path: Path, *, mode: str = "wb") -> Iterator[IO[Any]]:
 
     Several processes may write the same path: each writes a hidden file of its own, and the last to finish wins. A
     killed process leaves that hidden file, which a later call deletes once it is a day old. For a large file with a
-    single writer, write `NAME.part` and `swap_in` it: the next save then overwrites what a kill left.
+    single writer, write `NAME.part` and `swap_in` it: the next save then overwrites an unfinished one.
 
     Args:
         path: The file to create or replace, in an existing folder. A symbolic link is followed; a device or pipe is
@@ -70,10 +70,10 @@ def swap_in(part: Path, path: Path, *, old: Path | None = None) -> None:
     them `part` and `old` are both complete: readers take `old` where `path` is missing, and the next swap continues.
 
     Args:
-        part: What was written, on the same file system as `path`.
+        part: The finished file or folder, on the same file system as `path`.
         path: The file or folder to create or replace.
-        old: Where the replaced folder waits, `path` + ".old" by default. Anything of this name is deleted, so choose a
-            name that no user would.
+        old: Temporary name of the replaced folder (default: `path` + ".old"). An existing file or folder of this name
+            is deleted, so it must not be a user's.
 
     Raises:
         OSError: The disk failed; `path` or `old` is complete.
@@ -91,7 +91,7 @@ def swap_in(part: Path, path: Path, *, old: Path | None = None) -> None:
 def remove(path: Path) -> None:
     """Delete a file or a folder with its content, if it exists.
 
-    A folder is renamed first, so that a kill does not leave half of it under its own name.
+    A folder is renamed first, so that a kill never leaves a half-deleted folder under its own name.
     """
     if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)
@@ -111,7 +111,7 @@ def sync(file: IO[Any]) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush the names in a folder to disk, where the system can."""
+    """Flush the entries of a folder to disk, if the system supports it."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:  # Windows cannot open a folder
@@ -150,7 +150,7 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     """Hold the lock file `path` against other processes and threads; the system releases it after a crash.
 
     Args:
-        path: The lock file, created if needed and left in place. Where it cannot be created, or the file system has no
+        path: The lock file, created if needed and left in place. If it cannot be created, or the file system has no
             locks, the block runs unlocked.
         wait: Whether to wait for the holder.
 

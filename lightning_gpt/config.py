@@ -1,7 +1,7 @@
 """Every option of the command line, declared once.
 
-``options.py`` says how fields become flags. Options of single optimizers, benchmarks and tasks are declared beside
-them. Nothing here imports more than the standard library, so ``--help`` does not wait for torch.
+``options.py`` turns fields into flags. Options of a single optimizer, benchmark or task are declared beside its code.
+This file imports only the standard library, so that ``--help`` does not wait for torch.
 """
 
 import dataclasses
@@ -23,11 +23,11 @@ from lightning_gpt.options import (
 
 
 class UserError(ValueError):
-    """A mistake that the user can correct: printed as one line, without a traceback, with exit code 2."""
+    """An error that the user can correct: printed as one line without a traceback; the exit code is 2."""
 
 
 def cache_root() -> Path:
-    """Return the folder of reproducible files: LIGHTNING_GPT_CACHE, or lightning_gpt in the user's cache folder."""
+    """Return the cache folder: LIGHTNING_GPT_CACHE, or lightning_gpt in the user's cache folder."""
     if own := os.environ.get("LIGHTNING_GPT_CACHE"):
         return Path(own).expanduser()
     if shared := os.environ.get("XDG_CACHE_HOME"):
@@ -303,16 +303,11 @@ class PrepareOptions:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One resolved training run.
+    """One resolved training run: the groups of options above, and fields that are declared elsewhere.
 
     Attributes:
-        model: Options of the group.
-        data: Options of the group.
-        optim: Options of the group.
-        trainer: Options of the group.
-        run: Options of the group.
         model_fields: Fields of the model's own config.
-        optimizer_fields: Own options of all optimizers; None for those not given.
+        optimizer_fields: Options of single optimizers; None for those not given.
         task_fields: Fields of the task.
     """
 
@@ -332,7 +327,7 @@ class TrainConfig:
         return flat | self.optimizer_fields | self.model_fields | self.task_fields
 
 
-# Options that fix the same thing, of which one may be given; it replaces the one of an earlier layer.
+# Groups of mutually exclusive options. The one that is given replaces another from a saved run or a YAML file.
 EXCLUSIVE = (("max_steps", "max_tokens", "max_epochs"), ("accumulate_grad_batches", "global_batch_tokens"))
-# Sizes that determine the shapes of the weights. When a run is resumed the checkpoint decides them.
+# The sizes that a preset (--model_type) sets.
 SIZES = ("n_layer", "n_head", "n_embd")

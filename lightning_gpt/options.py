@@ -1,7 +1,7 @@
-"""How options are declared, as fields of a dataclass, and how a declaration is read.
+"""Declare command-line options as fields of a dataclass, and read such declarations.
 
 A field's annotation is the flag's type, its default is the flag's default, and the string below it is the flag's help.
-Numbers with a limit are annotated with one of the types below, such as ``PositiveInt``.
+Numbers with a limited range are annotated with one of the types below, such as ``PositiveInt``.
 """
 
 import ast
@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 @dataclass(frozen=True)
 class Limit:
-    """The values that an option may have, and a description of them for the error message."""
+    """A condition on an option's value, and a description of the allowed values for the error message."""
 
     allows: Callable[[float], bool]
     expected: str
@@ -41,8 +41,8 @@ class Option:
         type: The annotation, without its limit.
         default: The field's default.
         help: The help line.
-        positional: Whether values are given without a flag, any number of them; the field's metadata says so.
-        limit: Which numbers are allowed; None allows all.
+        positional: Whether any number of values is given without a flag; set in the field's metadata.
+        limit: Limit on the number; None allows all.
     """
 
     name: str
@@ -58,8 +58,8 @@ def options_of(cls: type, source: str | None = None) -> list[Option]:
 
     Args:
         cls: The dataclass.
-        source: Its source text, whose strings below the fields are the help lines. Python does not keep them, so it is
-            looked up by default; without a source (in a notebook) help lines are empty.
+        source: Source text of the dataclass, which holds the help lines; Python does not keep them at run time. None
+            looks it up; if there is none, as in a notebook, the help lines are empty.
     """
     if source is None:
         try:

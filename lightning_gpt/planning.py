@@ -1,9 +1,9 @@
 """Plan a run before anything is built: parameters, FLOPs, and memory per device and on the host.
 
-The model runs once on FakeTensors, which have shapes and no memory, and every storage that a real run would allocate is
-counted while it lives. So the activations that autograd saves are counted, not estimated, for any model, under autocast
-and with recomputation (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"; for GPTs compare Korthikanti
-et al. 2022, arXiv:2205.05198). ``strategies/memory.py`` divides them among the ranks of a strategy.
+The model runs once on FakeTensors, which have shapes but no memory, and every storage that a real run would allocate is
+counted until it is freed. So activations are counted, not estimated, for any model, under autocast and with
+recomputation (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"; for GPTs compare Korthikanti et al.
+2022, arXiv:2205.05198). ``strategies/memory.py`` divides them among the ranks of a strategy.
 """
 
 import weakref
@@ -32,15 +32,15 @@ SOURCES = (
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run needs. Memory is in bytes of one device, except ``host``, in bytes of one node.
+    """What a run needs. Memory is in bytes per device; ``host`` is in bytes per node.
 
     Attributes:
         parameters: Number of parameters; tied ones count once.
         tokens_per_step: Tokens per optimizer step over all devices.
         flops_per_step: The model's FLOPs per optimizer step over all devices, without recomputation.
         steps: Optimizer steps.
-        memory: Memory of one device, and its share of the host's.
-        host: Peak host memory for offloading, of all devices of a node.
+        memory: Memory of one device, and its share of host memory.
+        host: Peak host memory for offloading, for all devices of a node.
     """
 
     parameters: int
@@ -81,7 +81,7 @@ def flops_per_token(model: nn.Module, *, block_size: int) -> float:
     n_embd, the attention term is left out.
 
     Args:
-        model: The unsharded model, on any device, also meta or fake.
+        model: The unsharded model, on any device, including meta and fake ones.
         block_size: Tokens per sequence (T).
     """
     config = getattr(model, "config", None)
@@ -104,20 +104,20 @@ def plan(
     recompute: bool,
     device_type: str,
 ) -> Plan:
-    """Return what a run needs, without building it.
+    """Compute what a run needs, without allocating it.
 
     Args:
-        module: The module, whose model may be without memory; its implementation, config and optimizer are used.
+        module: The module; its model may be on the meta device, since only implementation, config and optimizer count.
         rules: The strategy's memory rules.
-        world_size: Devices of all nodes.
-        devices_per_node: Devices of one node.
+        world_size: Number of devices of all nodes.
+        devices_per_node: Number of devices of one node.
         batch_size: Sequences per device and micro-batch.
         block_size: Tokens per sequence.
         accumulate: Micro-batches per optimizer step.
         steps: Optimizer steps.
         precision: Lightning's name of the precision.
         recompute: Whether blocks recompute their activations.
-        device_type: "cpu" or "cuda", whose attention kernels keep different activations under dropout.
+        device_type: "cpu" or "cuda"; with dropout, their attention kernels keep different activations.
 
     Raises:
         UserError: The model cannot be run on FakeTensors.
@@ -126,7 +126,7 @@ def plan(
     try:
         with FakeTensorMode():
             dtype = _dtypes(rules, precision)[1]
-            # Counted on the CPU, so a kernel for GPUs is replaced by one that keeps as much memory.
+            # FakeTensors run on the CPU, so a GPU-only kernel is replaced by one that keeps as much memory.
             fields = module.model_config | refused_by(module.model, device_type="cpu", dtype=dtype)[1]
             model = _build(implementation, fields, dtype=dtype)
             flops = flops_per_token(model, block_size=block_size)
@@ -143,7 +143,7 @@ def plan(
             )
     except UserError:
         raise
-    except Exception as error:  # a user's model may do anything, such as read a value
+    except Exception as error:  # a user's model may do anything, such as reading a value
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
             f"--dry_run cannot run --implementation {implementation.name} without memory:"
@@ -179,8 +179,8 @@ def trace_step(
 
     Args:
         model: The model, made of FakeTensors in the dtype that it computes in.
-        optimizer: Result of ``optimizer_bytes``.
-        block_class: The unit that is gathered and recomputed; None if there is none.
+        optimizer: Bytes of state and of temporaries, from ``optimizer_bytes``.
+        block_class: Class of the blocks, which are gathered and recomputed one at a time; None if there are none.
         rules: The strategy's memory rules, which determine the dtypes.
         shape: (B, T) of a micro-batch.
         accumulate: Micro-batches per optimizer step.
@@ -207,7 +207,7 @@ def trace_step(
             if not missing[unit]:
                 live.open -= sizes[unit]
                 live.closed = sizes[unit]
-        parameter.grad = None  # from here on counted as made, not as live
+        parameter.grad = None  # freed, because it is counted in `made` from now on
 
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(made)
@@ -261,14 +261,14 @@ def _half(precision: str) -> torch.dtype:
 
 
 def _dtypes(rules: MemoryRules, precision: str) -> tuple[torch.dtype, torch.dtype]:
-    """Return the dtype of the stored weights, and of the weights that are computed with."""
+    """Return the dtypes of the stored weights, and of the weights used in computation."""
     wide = torch.float64 if precision.startswith("64") else torch.float32
     kept = _half(precision) if rules.keeps_half(precision) else wide
     return kept, _half(precision) if rules.computes_in_half(precision) else wide
 
 
 def _build(implementation: Implementation, fields: dict[str, Any], *, dtype: torch.dtype) -> nn.Module:
-    """Build a model in a dtype. Parameters that are FakeTensors cannot be converted later."""
+    """Build a model in a dtype; FakeTensor parameters cannot be converted later."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -278,7 +278,7 @@ def _build(implementation: Implementation, fields: dict[str, Any], *, dtype: tor
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that operations allocate, from the operation until they are freed."""
+    """Count the bytes of all storages that operations allocate, until they are freed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -290,7 +290,7 @@ class _LiveBytes(TorchDispatchMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        # A view or in-place result shares its input's storage, which is counted already or belongs to a parameter.
+        # Views and in-place results share their input's storage, which is already counted or belongs to a parameter.
         given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for tensor in tree_leaves(out):
             if not isinstance(tensor, Tensor):
@@ -309,9 +309,9 @@ class _LiveBytes(TorchDispatchMode):
 
 @contextmanager
 def _attention_as_on_gpu() -> Iterator[None]:
-    """Leave out attention dropout: only the CPU's kernel stores the dropped-out probabilities (B, n_head, T, T).
+    """Disable attention dropout, because only the CPU's kernel stores the dropped-out probabilities (B, nh, T, T).
 
-    The function itself is replaced, because a TorchFunctionMode does not reach recomputation in the backward pass.
+    Replaces the function itself, because a TorchFunctionMode does not reach recomputation in the backward pass.
     """
     attend = nn.functional.scaled_dot_product_attention
 

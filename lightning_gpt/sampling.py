@@ -38,13 +38,13 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> np.ndarray:
 
 
 class GrowingText:
-    """Decode tokens one by one, releasing text only once no later token can change it.
+    """Decode tokens one by one, and release text only when no later token can change it.
 
     The released pieces add up to the text of all tokens, cut before the first stop string.
 
     Args:
-        tokenizer: Decoding must be concatenative: two token lists decode to the text of the joined list, provided that
-            the first one ends with a complete character.
+        tokenizer: Decoding must be concatenative: if a list of tokens ends with a complete character, the text of any
+            further tokens is appended to its text.
         stop: Strings that end the text.
     """
 
@@ -53,7 +53,7 @@ class GrowingText:
         self.stop = stop
         self.is_over = False
         self._pending: list[int] = []  # tokens since the last complete character
-        self._decoded = 0  # number of their characters that are already in _text
+        self._decoded = 0  # number of characters of `_pending` that are already in `_text`
         self._text = ""  # decoded but not released
 
     def add(self, token: int) -> bool:
@@ -69,7 +69,7 @@ class GrowingText:
         return self._find_stop()
 
     def take(self) -> str:
-        """Return the text that became certain since the last call."""
+        """Return the text that has become final since the last call."""
         held = 0 if self.is_over else self._partial_stop()
         piece, self._text = self._text[: len(self._text) - held], self._text[len(self._text) - held :]
         return piece
@@ -91,7 +91,7 @@ class GrowingText:
         return self.is_over
 
     def _partial_stop(self) -> int:
-        """Return the length of the longest ending that may be the beginning of a stop string."""
+        """Return the length of the longest suffix that may be the beginning of a stop string."""
         lengths = (n for stop in self.stop for n in range(len(stop) - 1, 0, -1) if self._text.endswith(stop[:n]))
         return max(lengths, default=0)
 
@@ -114,7 +114,7 @@ def stream_text(
         stop: Strings that end a row; its text stops before them. They may span several tokens.
 
     Yields:
-        (row, piece of text, number of new tokens); the last piece of a row comes with -1.
+        (row, piece of text, number of new tokens); the number is -1 for the last piece of a row.
     """
     texts = [GrowingText(tokenizer, stop=stop) for _ in prompts]
     live = list(range(len(prompts)))
@@ -152,7 +152,7 @@ def complete(
 
 
 class _Writer:
-    """Write the rows of a batch one below the other, the first unfinished one as it grows."""
+    """Write the rows of a batch one after another; with `stream`, write the current row as it grows."""
 
     def __init__(self, out: TextIO, prompt: str, rows: int, *, stream: bool) -> None:
         self.out = out
@@ -172,7 +172,7 @@ class _Writer:
         try:
             self._write()
         except BrokenPipeError:  # the reader has closed the pipe, as `head` does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.out.fileno())  # closing stdout must not fail again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.out.fileno())  # so that closing stdout does not fail again
             sys.exit(0)
 
     def _write(self) -> None:
@@ -187,7 +187,7 @@ class _Writer:
 
 
 def write_samples(options: SampleOptions, *, out: TextIO) -> None:
-    """Write what ``sample.py`` is asked for: each text with its prompt and a line break; the speed goes to stderr.
+    """Write the samples of ``sample.py``, each with its prompt and a line break, and print the speed to stderr.
 
     Raises:
         UserError: The checkpoint does not exist or has no tokenizer, or a prompt cannot be read or encoded.
@@ -225,26 +225,26 @@ def write_samples(options: SampleOptions, *, out: TextIO) -> None:
             _compile(module, [ids] * options.num_samples, settings)
             to_compile = False
         writer = _Writer(out, tokenizer.decode(ids), options.num_samples, stream=options.stream or options.interactive)
-        began = time.perf_counter()
+        started = time.perf_counter()
         pieces = stream_text(module, tokenizer, [ids] * options.num_samples, settings, stop=options.stop)
         for row, piece, taken in pieces:
             tokens += max(taken, 0)
             writer.add(row, piece, is_last=taken < 0)
-        seconds += time.perf_counter() - began
+        seconds += time.perf_counter() - started
     if seconds:
         print(f"{tokens:,} tokens in {seconds:.2f} s, {tokens / seconds:,.1f} tokens/s", file=sys.stderr)
 
 
 def _compile(module: GPTModule, prompts: Sequence[Sequence[int]], settings: GenerationSettings) -> None:
-    """Trigger compilation by generating three tokens; the step that reads the second of a text is never compiled."""
-    began = time.perf_counter()
+    """Trigger compilation by generating three tokens; the step that reads a text's second token is never compiled."""
+    started = time.perf_counter()
     for _ in itertools.islice(module.stream_tokens(prompts, settings), 3):
         pass
-    print(f"compiled in {time.perf_counter() - began:.1f} s", file=sys.stderr)
+    print(f"compiled in {time.perf_counter() - started:.1f} s", file=sys.stderr)
 
 
 def _require_known(ids: Sequence[int], module: GPTModule) -> None:
-    """Refuse tokens beyond the model's vocabulary, which may be smaller than its tokenizer's."""
+    """Raise a UserError for tokens outside the model's vocabulary, which may be smaller than the tokenizer's."""
     rows = module.model_config["vocab_size"]
     if max(ids) >= rows:
         raise UserError(f"--prompt holds token {max(ids)}, but the model has {rows}: the tokenizer is another model's")
@@ -254,7 +254,7 @@ def _prompts(options: SampleOptions) -> Iterator[str]:
     """Yield the prompts: one text, or each line that is typed.
 
     Raises:
-        UserError: More than one source is named, or the file cannot be read.
+        UserError: More than one source is given, or the file cannot be read.
     """
     names = ("prompt", "prompt_file", "interactive")
     given = [name for name in names if getattr(options, name) != getattr(SampleOptions, name)]
@@ -298,7 +298,7 @@ def _warn_if_waiting() -> None:
 
 
 def _typed() -> Iterator[str]:
-    """Yield the lines of stdin; the input prompt goes to stderr, since stdout is for the text.
+    """Yield the lines of stdin; the input prompt goes to stderr, because stdout is for the text.
 
     Raises:
         UserError: stdin is closed, as under nohup, or not UTF-8.

@@ -35,7 +35,7 @@ PRESETS: dict[str, dict[str, int]] = {
 
 @dataclass
 class GPTConfig:
-    """Sizes and options of the model; `model_type` names a preset for the sizes that are None."""
+    """Sizes and options of the model; sizes that are None are taken from the preset `model_type`."""
 
     model_type: str | None = None
     """Preset for n_layer, n_head and n_embd; those that are also set take precedence."""
@@ -100,14 +100,14 @@ class CausalSelfAttention(nn.Module):
         self.n_head = n_head
         self.fused = config.attention == "sdpa"
         self.c_attn = nn.Linear(n_embd, 3 * n_embd)
-        self.c_attn.parts = 3  # type: ignore[assignment]
+        self.c_attn.parts = 3  # type: ignore[assignment]  # q, k, v: Muon orthogonalises each one
         self.c_proj = nn.Linear(n_embd, n_embd)
         self.c_proj.is_residual = True  # type: ignore[assignment]
         self.attn_dropout = nn.Dropout(config.attn_pdrop)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        # Original checkpoints store the causal mask under this name; here it is recomputed, never stored.
+        # Original checkpoints store the causal mask under this name; this model never stores it.
         state_dict.pop(prefix + "bias", None)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
@@ -129,7 +129,7 @@ class CausalSelfAttention(nn.Module):
                 mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)
             att = self.attn_dropout(F.softmax(att.masked_fill(~mask, -math.inf), dim=-1))
             y = att @ v  # (B, nh, T, hs)
-        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side
+        y = y.transpose(1, 2).reshape(B, T, C)  # concatenate the heads
         return self.resid_dropout(self.c_proj(y))
 
 
@@ -187,7 +187,7 @@ class GPT(nn.Module):
 
     @staticmethod
     def get_default_config() -> GPTConfig:
-        """Return a config in which to set vocab_size, block_size, and either model_type or the sizes."""
+        """Return a config without sizes: set vocab_size, block_size, and either model_type or the sizes."""
         return GPTConfig()
 
     @classmethod
@@ -278,8 +278,8 @@ class GPT(nn.Module):
             cache: Cache of earlier tokens (lightning_gpt.implementations.cache); `idx` then holds only the new ones.
 
         Returns:
-            Logits (B, T, vocab_size), or (B, 1, vocab_size) of each row's last token given a cache; and the mean cross
-            entropy, or None without targets.
+            Logits (B, T, vocab_size), or with a cache (B, 1, vocab_size) of each row's last token; and the mean cross
+            entropy in nats, or None without targets.
 
         Raises:
             ValueError: T exceeds block_size.
@@ -314,7 +314,7 @@ class GPT(nn.Module):
         do_sample: bool = False,
         top_k: int | None = None,
     ) -> torch.Tensor:
-        """Extend each sequence one token at a time, leaving the model in its mode (train or eval).
+        """Extend each sequence one token at a time, in the model's current mode (train or eval).
 
         Args:
             idx: Token indices (B, T) to continue; the model reads the last block_size of them.

@@ -1,1 +1,1 @@
-"""A GPT with what has been found since GPT-2 to learn faster, for a single device."""
+"""A GPT with the architectural improvements found since GPT-2, for a single device."""

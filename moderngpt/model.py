@@ -53,16 +53,16 @@ def norm(x: torch.Tensor) -> torch.Tensor:
 
 
 def shift_right(x: torch.Tensor, *, fill: int, cache: Any = None) -> torch.Tensor:
-    """Shift x (B, T, ...) right by one along T, filling with the entry before x in the cache, or with `fill`."""
+    """Shift x (B, T, ...) right by one along T; the first entry comes from the cache, or is `fill` without one."""
     first = torch.full_like(x[:, :1], fill) if cache is None else cache.previous(x, fill=fill)
     return torch.cat((first, x[:, :-1]), dim=1)
 
 
 def rotary(positions: torch.Tensor, head_size: int) -> torch.Tensor:
-    """Return cosines and sines of the rotary angles (Su et al., 2021) of positions (T,) or (B, T).
+    """Return cosines and sines of the rotary angles of positions (T,) or (B, T) (Su et al., 2021).
 
     Returns:
-        (2, T, hs / 2) or (2, B, 1, T, hs / 2) of float32.
+        Float32 (2, T, hs / 2) or (2, B, 1, T, hs / 2).
     """
     exponents = torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float32) / head_size
     angles = positions[..., None] * ROTARY_BASE**-exponents
@@ -71,17 +71,17 @@ def rotary(positions: torch.Tensor, head_size: int) -> torch.Tensor:
 
 
 def apply_rotary(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
-    """Rotate x (B, nh, T, hs) by each position's angles; pairs take one entry of each half."""
+    """Rotate x (B, nh, T, hs) by each position's angles; entry i forms a pair with entry i + hs / 2."""
     cos, sin = cos_sin
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1).type_as(x)
 
 
 def window_mask(positions: torch.Tensor, S: int, window: int) -> torch.Tensor:
-    """Return which of S keys the queries at positions (T,) or (B, 1) attend to: the latest `window` ones.
+    """Return a mask of the S keys that the queries at positions (T,) or (B, 1) attend to: the last `window`.
 
     Returns:
-        (T, S) or (B, 1, 1, S) of bool.
+        Bool (T, S) or (B, 1, 1, S).
     """
     distance = positions[..., None] - torch.arange(S, device=positions.device)
     mask = (distance >= 0) & (distance < window)
@@ -130,7 +130,7 @@ class CausalSelfAttention(nn.Module):
             is_causal=mask is None and T > 1,
             enable_gqa=k.size(1) < q.size(1),
         )  # (B, nh, T, hs)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # heads side by side
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # concatenate the heads
 
 
 class MLP(nn.Module):
@@ -234,15 +234,15 @@ class GPT(nn.Module):
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
         elif isinstance(module, nn.Linear) and hasattr(module, "is_output"):
-            nn.init.zeros_(module.weight)  # blocks start as the identity, logits as uniform
+            nn.init.zeros_(module.weight)  # blocks start as the identity, and all tokens are equally likely
         elif isinstance(module, nn.Linear):
-            bound = math.sqrt(3 / module.in_features)  # unit variance in, unit variance out
+            bound = math.sqrt(3 / module.in_features)  # keeps unit variance
             nn.init.uniform_(module.weight, -bound, bound)
 
     def forward(
         self, idx: torch.Tensor, targets: torch.Tensor | None = None, *, cache: Any = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Predict next tokens.
+        """Predict the next token at every position.
 
         Args:
             idx: Token indices (B, T) int64, T at most block_size.
@@ -250,8 +250,8 @@ class GPT(nn.Module):
             cache: Cache of earlier tokens (lightning_gpt.implementations.cache); `idx` then holds only the new ones.
 
         Returns:
-            With targets, logits (B, T, vocab_size) and the mean cross entropy; without, logits (B, 1, vocab_size) of
-            each row's last token and None. Logits are float32.
+            With targets, logits (B, T, vocab_size) and the mean cross entropy in nats; without targets, logits
+            (B, 1, vocab_size) of each row's last token and None. Logits are float32.
 
         Raises:
             ValueError: T exceeds block_size.
@@ -282,7 +282,7 @@ class GPT(nn.Module):
         config = self.config
         x = self.transformer.wte(idx)  # (B, T, C)
         if config.bigram:
-            # A pair's row is its number among (V + 1) * V pairs, modulo the table; -1 precedes a text's first token.
+            # Hash the pair (previous, token) to a row of the table; previous is -1 before a text's first token.
             V = config.vocab_size - config.vocab_padding
             pairs = (shift_right(idx, fill=-1, cache=cache) + 1) * V + idx  # (B, T)
             x = x + self.transformer.bigram(pairs % config.bigram)

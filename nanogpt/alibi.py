@@ -11,14 +11,17 @@ compiled = functools.cache(torch.compile)  # compiles each function once, on fir
 
 
 def alibi_mask(config: Any, pos: torch.Tensor, S: int, dtype: torch.dtype, *, fused: bool) -> Any:
-    """Return what CausalSelfAttention takes as `mask`: the bias of the scores, or a FlexAttention kernel with it.
+    """Return the `mask` of CausalSelfAttention: a bias of the scores, or a FlexAttention kernel that adds it.
 
     Args:
         config: The model's GPTConfig.
         pos: Positions of the queries, (T,) or (B, T).
         S: Number of keys.
         dtype: Dtype of the attention.
-        fused: Whether FlexAttention may be used; it has no dropout.
+        fused: Whether FlexAttention, which has no dropout, may be used.
+
+    Returns:
+        A causal bias (1 or B, n_head, T, S) in `dtype`; or a function (q, k, v) -> attention output.
     """
     slopes = alibi_slopes(config.n_head, pos.device)
     # FlexAttention has no float64, needs heads of at least 16, and is slow unless S fills its blocks of 128 keys.
@@ -31,7 +34,7 @@ def alibi_mask(config: Any, pos: torch.Tensor, S: int, dtype: torch.dtype, *, fu
 def alibi_slopes(n_head: int, device: torch.device | None = None) -> torch.Tensor:
     """Return each head's slope (n_head,): how much its scores fall per token of distance."""
     n = 2 ** (n_head.bit_length() - 1)
-    # If n_head is not a power of two, the n slopes are followed by every other slope of 2n heads.
+    # If n_head is not a power of two, the slopes of n heads are followed by every other slope of 2n heads.
     head = torch.arange(1, n_head + 1, dtype=torch.float32, device=device)
     return torch.exp2(torch.where(head > n, head - n - 0.5, head) * (-8 / n))
 

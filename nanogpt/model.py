@@ -73,14 +73,14 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.fused, self.flash = config.attention != "manual", config.attention == "flash"
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_attn.parts = 3  # type: ignore[assignment]
+        self.c_attn.parts = 3  # type: ignore[assignment]  # q, k, v: Muon orthogonalises each one
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.c_proj.is_residual = True  # type: ignore[assignment]
         self.attn_dropout = nn.Dropout(config.dropout)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        # Original checkpoints may store the causal mask under this name; here it is recomputed, never stored.
+        # Original checkpoints may store the causal mask under this name; this model never stores it.
         state_dict.pop(prefix + "bias", None)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
@@ -99,7 +99,7 @@ class CausalSelfAttention(nn.Module):
             y = mask(q, k, v)
         elif self.fused:
             p = self.attn_dropout.p if self.training else 0.0
-            # The flash kernel takes no mask, so rows of different lengths are left to another one.
+            # The flash kernel takes no mask, so batches with rows of different lengths use another kernel.
             with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if self.flash and mask is None else nullcontext():
                 y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p, is_causal=mask is None and T > 1)
         else:
@@ -108,7 +108,7 @@ class CausalSelfAttention(nn.Module):
                 mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)
             att = att + mask if mask.is_floating_point() else att.masked_fill(~mask, -math.inf)
             y = self.attn_dropout(F.softmax(att, dim=-1)) @ v  # (B, nh, T, hs)
-        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side
+        y = y.transpose(1, 2).reshape(B, T, C)  # concatenate the heads
         return self.resid_dropout(self.c_proj(y))
 
 
@@ -208,7 +208,7 @@ class GPT(nn.Module):
             nn.init.zeros_(module.bias)
 
     def refuses(self, device_type: str, dtype: torch.dtype) -> tuple[str, dict[str, Any]] | None:
-        """Return why the model cannot compute on a device type in a dtype, and options that can; None if it can."""
+        """Return None if the model runs on this device type and dtype, else why not, and options that work."""
         if self.config.attention != "flash":
             return None
         fits = device_type == "cuda" and dtype in (torch.float16, torch.bfloat16)
@@ -272,7 +272,7 @@ class GPT(nn.Module):
     def forward(
         self, idx: torch.Tensor, targets: torch.Tensor | None = None, *, cache: Any = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Predict next tokens.
+        """Predict the next token at every position.
 
         Args:
             idx: Token indices (B, T) int64, T at most block_size.
@@ -280,11 +280,11 @@ class GPT(nn.Module):
             cache: Cache of earlier tokens (lightning_gpt.implementations.cache); `idx` then holds only the new ones.
 
         Returns:
-            With targets, logits (B, T, vocab_size) and the mean cross entropy; without, logits (B, 1, vocab_size) of
-            each row's last token and None.
+            With targets, logits (B, T, vocab_size) and the mean cross entropy in nats; without targets, logits
+            (B, 1, vocab_size) of each row's last token and None.
 
         Raises:
-            ValueError: T exceeds block_size, or the model `refuses` the device or dtype.
+            ValueError: T exceeds block_size, or the model does not run on the device or dtype (see `refuses`).
         """
         T, config = idx.size(1), self.config
         if T > config.block_size:
@@ -326,7 +326,7 @@ class GPT(nn.Module):
         *,
         do_sample: bool = True,
     ) -> torch.Tensor:
-        """Extend each sequence one token at a time, leaving the model in its mode (train or eval).
+        """Extend each sequence one token at a time, in the model's current mode (train or eval).
 
         Args:
             idx: Token indices (B, T) to continue; the model reads the last block_size of them.

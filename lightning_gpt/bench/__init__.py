@@ -1,1 +1,1 @@
-"""Benchmarks of bench.py: one file each, listed in ``registry``."""
+"""The benchmarks of bench.py, one file each; ``registry`` lists them."""

@@ -1,4 +1,4 @@
-"""Validation curves, when they reach a target loss, and their table, JSON and picture."""
+"""Validation curves: when they reach a target loss, as a table, JSON and picture."""
 
 import importlib.util
 import json
@@ -22,7 +22,7 @@ class Curve:
     Attributes:
         seed: Seed of the run.
         steps: Optimizer steps before each validation.
-        seconds: Training time before each validation, without earlier validations, saving and start-up.
+        seconds: Training time before each validation, excluding start-up, saving and earlier validations.
         losses: Mean loss over the whole validation split, nats per token.
     """
 
@@ -38,10 +38,10 @@ class Curve:
 
 @dataclass
 class Trained:
-    """Runs of one row.
+    """All runs of one row of the benchmark.
 
     Attributes:
-        flags: Flags of train.py, except for data, run folder and seed.
+        flags: Flags of train.py, without data, run folder and seed.
         curves: One curve per seed.
     """
 
@@ -51,15 +51,15 @@ class Trained:
 
 @dataclass
 class TimeToLoss:
-    """Result of the benchmark.
+    """Result of ``bench.py time_to_loss``.
 
     Attributes:
         command: Command line of the benchmark.
         recipe: Name of the recipe.
-        goal: Target loss in nats per token; None for the baseline's final loss, averaged over the seeds.
+        goal: Target loss in nats per token; None means the baseline's final loss, averaged over the seeds.
         val_tokens: Number of tokens that each validation scores.
         machine: Hardware and versions.
-        rows: Runs by row name, the baseline first; all rows have the same seeds.
+        rows: Runs by row name, the baseline first; all rows use the same seeds.
     """
 
     command: str
@@ -76,13 +76,13 @@ class TimeToLoss:
 
     @property
     def target(self) -> float:
-        """Loss that every row is to reach, nats per token."""
+        """Target loss in nats per token."""
         if self.goal is not None:
             return self.goal
         return statistics.mean(curve.losses[-1] for curve in self.rows[self.baseline].curves)
 
     def reached(self, name: str) -> list[tuple[int, float] | None]:
-        """Return the steps and seconds that each seed of a row needs to reach the target; None if it never does.
+        """Return the (steps, seconds) that each seed of a row needs to reach the target; None if it never does.
 
         Without a fixed goal, the baseline reaches the target at its end by definition.
         """
@@ -94,7 +94,7 @@ class TimeToLoss:
         return found
 
     def summary(self, name: str) -> dict[str, Any]:
-        """Return the spreads of a row over its seeds. Those that concern the target skip seeds that never reach it."""
+        """Return a row's means and spreads over its seeds; those about the target skip seeds that never reach it."""
         curves, reached = self.rows[name].curves, self.reached(name)
         hits = [hit for hit in reached if hit]
         pairs = zip(reached, self.reached(self.baseline), strict=True)
@@ -197,7 +197,7 @@ def read_result(file: str) -> TimeToLoss:
         file: File that ``--json`` wrote.
 
     Raises:
-        UserError: The file cannot be read, or is something else.
+        UserError: The file cannot be read, or is not a result.
     """
     try:
         found = json.loads(Path(file).read_text(encoding="utf-8"))

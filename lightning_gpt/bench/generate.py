@@ -1,4 +1,4 @@
-"""Measure generation on a CPU against the originals' loop, Hugging Face and the memory bandwidth."""
+"""``bench.py generate``: generation on a CPU against the original loop, Hugging Face and the memory bandwidth."""
 
 import contextlib
 import copy
@@ -21,7 +21,7 @@ from lightning_gpt.implementations.registry import Implementation, get_implement
 from lightning_gpt.models import GPTModule
 
 CACHED, COMPILED, RECOMPUTE, TRANSFORMERS = "cached", "compiled", "recompute", "transformers"
-READ_BYTES = 2**29  # exceeds the processor's caches
+READ_BYTES = 2**29  # more than the processor's caches hold
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,12 @@ class Case:
     Attributes:
         shape: A key of SHAPES.
         batch_size: Texts generated together.
-        seconds: For each method, each round's time for all new tokens, including the prompt.
-        step_seconds: For each of our methods, each round's mean time of a step, without the prompt's.
-        compile_seconds: Compilation time; None if not compiled.
+        seconds: Time for all new tokens including the prompt, by method and round.
+        step_seconds: Mean time of a step, without the prompt's, by method and round; only our methods.
+        compile_seconds: Compilation time; None without compilation.
         gigabytes_per_second: Memory bandwidth measured in each round.
         floor_seconds: Lower bound of a step: the time to read weights and cache once, at the highest bandwidth.
-        same_tokens: Whether all methods with a cache generated the same tokens; None if there is only one.
+        same_tokens: Whether all methods with a cache generated the same tokens; None for a single method.
     """
 
     shape: str
@@ -73,13 +73,13 @@ class Case:
         """Return the fraction of the memory bandwidth that the median step reaches."""
         return self.floor_seconds / statistics.median(self.step_seconds[method])
 
-    def speeds(self, way: str) -> list[float]:
-        """Return the new tokens per second of all texts together, for each round."""
-        return [self.batch_size * SHAPES[self.shape].new / seconds for seconds in self.seconds[way]]
+    def speeds(self, method: str) -> list[float]:
+        """Return the new tokens per second over all texts, for each round."""
+        return [self.batch_size * SHAPES[self.shape].new / seconds for seconds in self.seconds[method]]
 
-    def gain(self, way: str, *, ours: str) -> float:
-        """Return how many times faster our method is than another: the median of the rounds' ratios."""
-        pairs = zip(self.seconds[way], self.seconds[ours], strict=True)
+    def gain(self, method: str, *, ours: str) -> float:
+        """Return the speedup of our method over another: the median of the ratios of all rounds."""
+        pairs = zip(self.seconds[method], self.seconds[ours], strict=True)
         return statistics.median(other / own for other, own in pairs)
 
 
@@ -90,7 +90,7 @@ class Speeds:
     Attributes:
         implementation: Name of the model.
         rounds: Number of measurements of each method.
-        recompute_steps: Number of steps of the plain loop that were timed; 0: all.
+        recompute_steps: Number of timed steps of the original loop; 0 means all.
         cases: One per shape and batch size.
         machine: Hardware and versions.
     """
@@ -105,8 +105,8 @@ class Speeds:
         """Return the results in plain types, for JSON."""
         cases = [
             asdict(case)
-            | {"floor_fraction": {way: case.bandwidth_fraction(way) for way in case.step_seconds}}
-            | {"gain": {o: {way: case.gain(way, ours=o) for way in case.seconds} for o in case.step_seconds}}
+            | {"floor_fraction": {method: case.bandwidth_fraction(method) for method in case.step_seconds}}
+            | {"gain": {o: {method: case.gain(method, ours=o) for method in case.seconds} for o in case.step_seconds}}
             for case in self.cases
         ]
         return {"benchmark": "generate"} | asdict(self) | {"cases": cases}
@@ -114,23 +114,23 @@ class Speeds:
     def table(self) -> str:
         """Return the results as a table."""
         ours = list(self.cases[0].step_seconds)
-        heads = "".join(f"{way + ' is':>14}" for way in ours)
+        heads = "".join(f"{method + ' is':>14}" for method in ours)
         rows = [f"{'shape':7}{'batch':>6}  {'way':14}{'new tokens/s':>13}{'min':>9}{'max':>9}{heads}"]
         for case in self.cases:
-            for way in case.seconds:
-                speeds = case.speeds(way)
-                gains = [f"{case.gain(way, ours=o):.2f} times" if way != o else "" for o in ours]
+            for method in case.seconds:
+                speeds = case.speeds(method)
+                gains = [f"{case.gain(method, ours=o):.2f} times" if method != o else "" for o in ours]
                 gain = "".join(f"{gain:>14}" for gain in gains)
                 spread = f"{statistics.median(speeds):13.1f}{min(speeds):9.1f}{max(speeds):9.1f}"
-                rows.append(f"{case.shape:7}{case.batch_size:6}  {way:14}{spread}{gain}".rstrip())
+                rows.append(f"{case.shape:7}{case.batch_size:6}  {method:14}{spread}{gain}".rstrip())
         for case in self.cases:
             rows.append(
                 f"{case.shape}, batch {case.batch_size}: weights and cache read once at"
                 f" {max(case.gigabytes_per_second):.1f} GB/s take {case.floor_seconds * 1e3:.2f} ms"
             )
-            for way, seconds in case.step_seconds.items():
-                step = f"; a {way} step {statistics.median(seconds) * 1e3:.2f} ms"
-                rows[-1] += f"{step}: {case.bandwidth_fraction(way):.0%} of that speed"
+            for method, seconds in case.step_seconds.items():
+                step = f"; a {method} step {statistics.median(seconds) * 1e3:.2f} ms"
+                rows[-1] += f"{step}: {case.bandwidth_fraction(method):.0%} of that speed"
             if case.compile_seconds is not None:
                 rows[-1] += f"; compiled in {case.compile_seconds:.0f} s"
             if case.same_tokens is False:
@@ -158,17 +158,17 @@ def measure_generation(
     threads: int | None = None,
     json: str | None = None,
 ) -> Speeds:
-    """Time greedy generation with the cache, with the originals' loop, and with Hugging Face if it is installed.
+    """Time greedy generation with the cache, with the original loop, and with Hugging Face if installed.
 
     All methods use the same random weights and prompts and take turns; ratios are computed within a round. The
-    originals' loop reads the last ``block_size`` tokens in full for each new one.
+    original loop, minGPT's and nanoGPT's, reads the last ``block_size`` tokens in full for each new one.
 
     Args:
         shapes: Keys of SHAPES, separated by commas.
         batch_sizes: Numbers, separated by commas.
         implementation: Name of a built-in model.
         rounds: Number of measurements of each method.
-        recompute_steps: Number of timed steps of the originals' loop, from which its time is extrapolated; 0: all.
+        recompute_steps: Number of timed steps of the original loop, from which its time is extrapolated; 0: all.
         compile: Whether, or with which backend or mode, to measure the compiled step as well.
         threads: Number of torch's threads; None for torch's default.
         json: File for the results as JSON.
@@ -214,43 +214,43 @@ def _measure(row: Implementation, name: str, batch_size: int, *, rounds: int, ti
     seconds: dict[str, list[float]] = {}
     tokens: dict[str, Tensor] = {}
 
-    def ours(way: str, writer: GPTModule) -> float:
-        tokens[way], first, total = _cached(writer, idx, shape.new)
-        steps.setdefault(way, []).append((total - first) / (shape.new - 1))
+    def ours(method: str, writer: GPTModule) -> float:
+        tokens[method], first, total = _cached(writer, idx, shape.new)
+        steps.setdefault(method, []).append((total - first) / (shape.new - 1))
         return total
 
-    ways: dict[str, Callable[[], float]] = {CACHED: partial(ours, CACHED, module)}
+    methods: dict[str, Callable[[], float]] = {CACHED: partial(ours, CACHED, module)}
     twin = copy.copy(module)  # shares the weights
     if twin.compile_generation(compile):
-        ways[COMPILED] = partial(ours, COMPILED, twin)
-    ways[RECOMPUTE] = partial(_recompute, module.model, idx, shape, timed or shape.new)
+        methods[COMPILED] = partial(ours, COMPILED, twin)
+    methods[RECOMPUTE] = partial(_recompute, module.model, idx, shape, timed or shape.new)
     if _transformers_version():
         other = _transformers_model(row, module)
 
         def transformers() -> float:
-            begun = time.perf_counter()
+            started = time.perf_counter()
             ones = torch.ones_like(idx)
             tokens[TRANSFORMERS] = other.generate(
                 idx, attention_mask=ones, max_new_tokens=shape.new, do_sample=False, pad_token_id=0, eos_token_id=None
             )[:, shape.prompt :]
-            return time.perf_counter() - begun
+            return time.perf_counter() - started
 
-        ways[TRANSFORMERS] = transformers
+        methods[TRANSFORMERS] = transformers
     rates = []
     with torch.no_grad():
         _cached(module, idx[:, :1], 2)  # warm up
         compile_seconds = None
-        if COMPILED in ways:
-            compile_seconds = ways[COMPILED]()
+        if COMPILED in methods:
+            compile_seconds = methods[COMPILED]()
             steps.clear()
         for number in range(rounds):
             rates.append(_memory_rate())
-            for way in ways if number % 2 == 0 else reversed(ways):
-                seconds.setdefault(way, []).append(ways[way]())
+            for method in methods if number % 2 == 0 else reversed(methods):
+                seconds.setdefault(method, []).append(methods[method]())
     return Case(
         shape=name,
         batch_size=batch_size,
-        seconds={way: seconds[way] for way in ways},
+        seconds={method: seconds[method] for method in methods},
         step_seconds=steps,
         compile_seconds=compile_seconds,
         gigabytes_per_second=rates,
@@ -260,34 +260,34 @@ def _measure(row: Implementation, name: str, batch_size: int, *, rounds: int, ti
 
 
 def _cached(module: GPTModule, idx: Tensor, new: int) -> tuple[Tensor, float, float]:
-    """Return the new tokens (B, new), and the seconds until the first and until the last of them."""
-    begun, first, taken = time.perf_counter(), 0.0, []
+    """Return the new tokens (B, new), and the seconds until the first and the last of them."""
+    started, first, taken = time.perf_counter(), 0.0, []
     for step in module.stream_tokens(idx.tolist(), GenerationSettings(max_new_tokens=new, greedy=True)):
-        first = first or time.perf_counter() - begun
+        first = first or time.perf_counter() - started
         taken.append([token for _, token in step])
-    return torch.tensor(taken).T, first, time.perf_counter() - begun
+    return torch.tensor(taken).T, first, time.perf_counter() - started
 
 
 def _recompute(model: nn.Module, idx: Tensor, shape: Shape, timed: int) -> float:
-    """Return the seconds of the originals' loop, extrapolated from `timed` steps at evenly spaced lengths."""
+    """Return the seconds of the original loop, extrapolated from `timed` steps at evenly spaced lengths."""
     block_size, timed = shape.sizes["block_size"], min(timed, shape.new)
     text = torch.cat((idx, torch.zeros(len(idx), shape.new, dtype=idx.dtype)), dim=1)
-    begun = time.perf_counter()
+    started = time.perf_counter()
     for number in range(timed):
         length = shape.prompt + (2 * number + 1) * shape.new // (2 * timed)
         logits, _ = model(text[:, max(0, length - block_size) : length])
         text[:, length] = logits[:, -1].argmax(-1)
-    return (time.perf_counter() - begun) * shape.new / timed
+    return (time.perf_counter() - started) * shape.new / timed
 
 
 def _memory_rate() -> float:
-    """Return the memory bandwidth in GB/s, measured by a matrix-vector product; the best of three."""
+    """Return the memory bandwidth in GB/s: the best of three matrix-vector products."""
     matrix, vector = torch.ones(READ_BYTES // 4 // 1024, 1024), torch.ones(1024)
     best = float("inf")
     for _ in range(3):
-        begun = time.perf_counter()
+        started = time.perf_counter()
         torch.mv(matrix, vector)
-        best = min(best, time.perf_counter() - begun)
+        best = min(best, time.perf_counter() - started)
     return READ_BYTES / best / 1e9
 
 

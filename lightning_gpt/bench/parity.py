@@ -25,18 +25,18 @@ from lightning_gpt.training.run import train
 
 # Samples per optimizer step, over all ranks and micro-batches.
 GLOBAL_BATCH = 8
-# No number of ranks divides these sizes, so that shards need padding.
+# Sizes that the number of ranks does not divide, so that shards need padding.
 _RUN = (
     "--n_layer=2 --n_head=3 --n_embd=33 --block_size=15 --eval_batches=4 --logger=csv --log_every_n_steps=1"
     " --sample_tokens=0 --warmup_steps=2"
 )
-# moderngpt needs an even head size, and has options of its own to cover. 501 rows do not divide by 2 either.
+# moderngpt needs an even head size, and has further options to cover. Two ranks do not divide 501 rows either.
 _MODEL_FLAGS = {"moderngpt": ["--n_embd=42", "--n_kv_head=1", "--window=9", "--bigram=501", "--smear=true"]}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One setting to train with.
+    """One combination of settings to train with.
 
     Attributes:
         implementation: Name of the model.
@@ -60,8 +60,8 @@ class Deviation:
         case: The case.
         losses: Training loss of each step under the strategy, nats per token.
         loss: Largest relative difference of a loss.
-        norm: Largest relative difference of a gradient norm, which AdamW hides from the losses. It is 0 without
-            clipping, because the norm is not logged then.
+        norm: Largest relative difference of a gradient norm; AdamW's losses hardly depend on it. 0 without clipping,
+            because the norm is not logged then.
         weights: Largest absolute difference of a final weight.
     """
 
@@ -76,8 +76,8 @@ class Deviation:
 def cases(strategy: str, *, implementations: Sequence[str] = tuple(IMPLEMENTATIONS)) -> list[Case]:
     """Return the cases to compare under a strategy.
 
-    Every model is trained with AdamW, with and without accumulation and clipping, and with every other optimizer that
-    the strategy supports.
+    Every model is trained with AdamW, with and without accumulation and clipping, and with every other supported
+    optimizer.
 
     Args:
         strategy: Name of the strategy.
@@ -96,7 +96,7 @@ def deviations(
 
     Args:
         strategy: Name of the strategy.
-        folder: Folder for the runs. Single-process runs that it already contains are used again.
+        folder: Folder for the runs. Runs that it already contains are reused.
         which: The cases.
         devices: Number of ranks.
         accelerator: "cpu" or "gpu".
@@ -104,7 +104,7 @@ def deviations(
         data: Text or token files to train on, as for train.py.
 
     Raises:
-        UserError: A run failed; the message has its first error.
+        UserError: A run failed; the message contains its first error.
     """
     shared = [*_RUN.split(), f"--max_steps={steps}", f"--eval_interval={steps}", f"--data={data}"]
     shared += [f"--accelerator={accelerator}"]
@@ -120,7 +120,7 @@ def deviations(
 
 def _compare(strategy: str, case: Case, reference: Path, run: Path) -> Deviation:
     losses = [_column(folder, "train_loss") for folder in (reference, run)]
-    # Except for DeepSpeed, the norm is logged only if it is clipped.
+    # Only DeepSpeed logs the norm without clipping.
     norms = [_column(folder, "grad_norm") if case.clip else [] for folder in (reference, run)]
     assert losses[0] and len(norms[0]) == (len(losses[0]) if case.clip else 0)
     return Deviation(
@@ -149,7 +149,7 @@ def _flags(case: Case, ranks: int) -> list[str]:
 
 
 def _launch(commands: list[list[str]], ranks: int) -> None:
-    """Run command lines of train.py, one after another, in one group of processes."""
+    """Run several command lines of train.py, one after another, in the same processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command += ["-m", "lightning_gpt.bench.parity", dumps(commands)]
     search_path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
@@ -192,7 +192,7 @@ class Parity:
     machine: dict[str, Any]
 
     def table(self) -> str:
-        """Return the result as text: per strategy and optimizer, the largest differences over its cases."""
+        """Return the largest differences of each strategy and optimizer as text."""
         lines = [f"{'strategy':28}{'loss, relative':>16}{'norm, relative':>16}{'weight, absolute':>18}{'runs':>6}"]
         by_row: dict[str, list[Deviation]] = {}
         for d in self.found:

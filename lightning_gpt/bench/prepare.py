@@ -40,7 +40,7 @@ class PrepareSpeed:
 
     @property
     def ratios(self) -> list[float]:
-        """Speed of prepare.py over tiktoken's, per round, which cancels a machine that slows down between rounds."""
+        """Speed of prepare.py divided by tiktoken's, per round, so that drift between rounds cancels."""
         return [ours / theirs for ours, theirs in zip(self.speeds[PREPARE], self.speeds[TIKTOKEN], strict=True)]
 
     def to_dict(self) -> dict[str, Any]:
@@ -69,7 +69,7 @@ class PrepareSpeed:
 def measure_prepare(
     *, rounds: int, megabytes: int, workers: int | None, data: str | None, json: str | None
 ) -> PrepareSpeed:
-    """Time prepare.py from a text file to GPT-2 token files, and tiktoken's ``encode_ordinary_batch`` on the same text.
+    """Time prepare.py from text file to GPT-2 token files, and tiktoken's ``encode_ordinary_batch`` on the same text.
 
     prepare.py reads the file twice and writes the tokens to disk. tiktoken gets the text in memory, in pieces of the
     same length as ours, and returns lists of tokens.
@@ -86,7 +86,7 @@ def measure_prepare(
     """
     require_positive(rounds=rounds, megabytes=megabytes, workers=workers)
     require_writable(json)
-    text = _text(data, megabytes * 1_000_000)  # first, so that a wrong --data is reported without GPT-2's tables
+    text = _text(data, megabytes * 1_000_000)  # first, so that a wrong --data is reported even without GPT-2's tables
     encoding = load_encoding("gpt2")
     machine = machine_facts(torch.device("cpu"), torch.get_num_threads()) | {"tiktoken": version("tiktoken")}
     workers = workers or machine["cores"]

@@ -1,7 +1,7 @@
 """The benchmarks of bench.py: one row each, and their options.
 
 To add one, write its file in this folder, declare its options here, and add a row to ``BENCHMARKS``. Nothing here
-imports torch, so that ``--help`` answers at once.
+imports torch, so that ``--help`` is fast.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Parts shared by all benchmarks: checks of their options, facts about the machine, and the JSON file."""
+"""Functions shared by all benchmarks: check options, describe the machine, write the JSON file."""
 
 import contextlib
 import os
@@ -55,7 +55,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def machine_facts(device: torch.device, threads: int) -> dict[str, Any]:
-    """Return the hardware and versions that belong beside a number.
+    """Return the hardware and versions to report with a measurement.
 
     Args:
         device: Where the benchmark computes.

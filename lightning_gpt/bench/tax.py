@@ -22,7 +22,7 @@ from lightning_gpt.data.tokens.token_files import write_token_files
 from lightning_gpt.implementations.registry import get_implementation
 from lightning_gpt.models import GPTModule
 
-WARMUP_STEPS = 10  # a multiple of the log interval, so that the timed steps contain their share of log lines
+WARMUP_STEPS = 10  # a multiple of the log interval, so that the timed steps include their share of logging
 VOCAB_SIZE = 65
 TRAIN_TOKENS, VAL_TOKENS = 1_000_000, 10_000
 MODEL = {"n_layer": 4, "n_head": 4, "n_embd": 128, "dropout": 0.0, "bias": False}
@@ -63,7 +63,7 @@ class Tax:
 
     @property
     def ratios(self) -> list[float]:
-        """Trainer time over loop time, per round, which cancels a machine that slows down between rounds."""
+        """Trainer time divided by loop time, per round, so that drift between rounds cancels."""
         pairs = zip(self.paths[TRAINER].ms_per_step, self.paths[LOOP].ms_per_step, strict=True)
         return [trainer / loop for trainer, loop in pairs]
 
@@ -98,9 +98,9 @@ class Tax:
 def measure_tax(*, rounds: int, steps: int, threads: int | None, json: str | None) -> Tax:
     """Time the training step of train.py and of a loop like nanoGPT's train.py.
 
-    Both train the same model from the same weights on the same synthetic tokens. They take turns and alternate which
-    goes first. The timed steps of train.py include the logger, the progress bar and the callbacks of a default run, but
-    no validation and no checkpoint.
+    Both train the same model from the same weights on the same synthetic tokens. They take turns, and each goes first
+    in every other round. The timed steps of train.py include the logger, the progress bar and the callbacks of a
+    default run, but no validation and no checkpoint.
 
     Args:
         rounds: Number of measurements of each path.
@@ -135,7 +135,7 @@ def measure_tax(*, rounds: int, steps: int, threads: int | None, json: str | Non
 
 
 def _write_tokens(folder: Path) -> None:
-    # Small ids are more frequent, so that the loss can fall.
+    # Small ids are more frequent, so that there is something to learn.
     draw = np.random.default_rng(0)
     tokens = VOCAB_SIZE * draw.random(TRAIN_TOKENS + VAL_TOKENS) ** 2
     train_tokens, val_tokens = np.split(tokens.astype(np.uint16), [TRAIN_TOKENS])
@@ -164,7 +164,7 @@ def _config(data: Path, run_dir: Path, device: torch.device, max_steps: int) -> 
 
 @dataclass
 class _Clock:
-    """Time from the end of the last warm-up step to the end of the last step."""
+    """A clock from the end of the last warm-up step to the end of the last step."""
 
     device: torch.device
     last_step: int
@@ -174,7 +174,7 @@ class _Clock:
     last_loss: Tensor | None = None
 
     def step_ended(self, step: int, loss: Tensor | None) -> None:
-        """Take the time if step, counted from 1, is the last of its phase, and keep the loss without reading it."""
+        """Take the time if `step`, from 1, is the last of warm-up or run; keep losses without waiting for them."""
         if step == 1:
             self.first_loss = loss
         if step == WARMUP_STEPS:
@@ -201,7 +201,7 @@ class _ClockCallback(Callback):
         self.clock = clock
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        # Runs after everything else in a step, except the module's own hook and the writing of log lines.
+        # Runs last in a step, except for the module's own hook and the writing of log entries.
         assert isinstance(pl_module, GPTModule)
         self.clock.step_ended(trainer.global_step, pl_module.step_loss)
 
@@ -249,7 +249,7 @@ def _run_loop(config: TrainConfig, clock: _Clock) -> None:
 def _batches(file: Path, config: TrainConfig, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     block_size, batch_size = config.model.block_size, config.data.batch_size
     while True:
-        # Open the memory map for each batch: its pages count as resident memory while it is open.
+        # Open a memory map for each batch, because its pages count as resident memory while it is open.
         tokens = np.memmap(file, dtype=np.uint16, mode="r")
         starts = torch.randint(len(tokens) - block_size, (batch_size,))
         x = torch.stack([torch.from_numpy(tokens[s : s + block_size].astype(np.int64)) for s in starts])

@@ -35,7 +35,7 @@ class Row:
     eval_interval: int
 
     def shortened(self, steps: int, *, longest: int) -> "Row":
-        """Return this row in proportion to a longest row of ``steps`` instead of ``longest`` optimizer steps."""
+        """Return this row with its steps and interval scaled by ``steps / longest``."""
         return Row(self.flags, *(max(1, number * steps // longest) for number in (self.steps, self.eval_interval)))
 
 
@@ -113,8 +113,8 @@ RECIPES = {
 class _Recorder(Callback):
     """Record each validation in a curve.
 
-    The clock runs from the start of a training step to the next validation. It excludes the loading of the first batch
-    after a validation, and includes the first step of the run.
+    The clock runs from the start of the first training step after a validation to the next validation. It includes
+    the first step of the run, but not the loading of the batch before the clock starts.
     """
 
     def __init__(self, curve: Curve) -> None:
@@ -157,9 +157,9 @@ def measure_time_to_loss(
 ) -> TimeToLoss:
     """Train every row with every seed through train.py, and find when each run reaches the target loss.
 
-    A short trial of every row comes first. It reports errors before anything is measured, and keeps one-time costs of
-    the process out of the measurement. Then all rows are trained with the first seed, all with the second, and so on,
-    so that a machine that slows down affects every row.
+    A short trial of every row comes first: it reports errors before anything is measured, and keeps one-time costs of
+    the process out of the measurement. Then all rows are trained with the first seed, then with the second, and so on,
+    so that drift of the machine's speed affects all rows.
 
     Args:
         data: Text or token files, as for train.py.
@@ -226,7 +226,7 @@ def _measure(
         ]
         for name, row in rows.items()
     }
-    for row_flags in flags.values():  # all rows are checked before the first is trained
+    for row_flags in flags.values():  # check all rows before training the first
         parse_train(row_flags)
     default_threads = torch.get_num_threads()
     threads = threads or default_threads

@@ -1,4 +1,4 @@
-"""Timed runs of train.py."""
+"""Time training runs."""
 
 import contextlib
 import os
@@ -12,13 +12,13 @@ from lightning_gpt.training.run import train
 
 
 def device_time(device: torch.device) -> float:
-    """Wait until the device is idle, and return the clock's time in seconds."""
+    """Wait until the device is idle, and return the time of a monotonic clock in seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def train_silently(config: TrainConfig, callback: Callback) -> None:
-    """Run all of train.py with one more callback, and discard its terminal output."""
+    """Train with one more callback, and discard the terminal output."""
     with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
         train(config, callbacks=[callback])

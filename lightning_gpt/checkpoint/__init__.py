@@ -37,7 +37,7 @@ FOLDERS = (HuggingFaceCheckpoint, CanonicalCheckpoint, DcpCheckpoint, DeepSpeedC
 
 
 def find_checkpoint(path: str, *, which: str, out_dir: str | None = None) -> Path:
-    """Resolve what a user typed to a checkpoint: a file, or a folder that is one.
+    """Find the checkpoint that a user named: a file, or a folder that is a checkpoint.
 
     Args:
         path: A checkpoint, a folder that holds one (such as a run folder), "latest", or a name on the Hugging Face hub
@@ -63,7 +63,7 @@ def find_checkpoint(path: str, *, which: str, out_dir: str | None = None) -> Pat
     if folder.is_file() or any(reader.recognises(folder) for reader in FOLDERS):
         return folder.resolve()
     for name in (which, "last", "best"):
-        # NAME.ckpt.old is all there is if a machine died between the two renames that replace a folder.
+        # Only NAME.ckpt.old exists if the machine died between the two renames that replace a folder.
         for file in (folder / "checkpoints" / f"{name}.ckpt", folder / "checkpoints" / f"{name}.ckpt.old"):
             if file.exists():
                 return file.resolve()
@@ -74,7 +74,7 @@ def find_checkpoint(path: str, *, which: str, out_dir: str | None = None) -> Pat
 
 
 def _saved_at(path: Path) -> float:
-    """Return when a checkpoint was last written; overwriting files does not change the time of their folder."""
+    """Return when a checkpoint was last written; a folder's own time does not show that its files were overwritten."""
     return max(p.stat().st_mtime for p in (path, *path.glob("*")))
 
 
@@ -116,16 +116,16 @@ def _open_file(path: Path, *, trust: bool, n_head: int | None) -> Checkpoint:
 
 
 def ensure_canonical(path: Path, *, trust: bool = False) -> Checkpoint:
-    """Open a checkpoint; if it is in shards, convert it first unless that was done already.
+    """Open a checkpoint in a form that is fast to read: a sharded one is converted first, unless it already was.
 
-    Processes that ask at the same time, such as torchrun's, wait for the one that converts.
+    If several processes call this at once, as under torchrun, one converts and the others wait.
 
     Args:
         path: As for ``open_checkpoint``.
         trust: As for ``open_checkpoint``.
 
     Returns:
-        The checkpoint, or its canonical form beside it.
+        The checkpoint, or for a sharded one its canonical form in a folder beside it.
 
     Raises:
         UserError: As for ``open_checkpoint``, or the folder beside it cannot be written.
@@ -151,7 +151,7 @@ def load(
         trust: As for ``open_checkpoint``.
 
     Returns:
-        The module, and the tokenizer, None if the checkpoint does not hold one.
+        The module, and the tokenizer or None if it is unknown.
 
     Raises:
         UserError: There is no such checkpoint, it is damaged, or it does not fit its model.

@@ -1,4 +1,4 @@
-"""A checkpoint shown as another model needs it: another implementation, a shorter context, a padded vocabulary."""
+"""Adapt a checkpoint to another model: another implementation, a shorter context, a padded vocabulary."""
 
 from functools import cached_property
 from typing import Any
@@ -15,10 +15,10 @@ _EMBEDDING, _HEAD = "transformer.wte.weight", "lm_head.weight"
 
 
 def fields_for(row: Implementation, source: Checkpoint) -> dict[str, Any]:
-    """Return the config fields with which an implementation holds the weights of a checkpoint.
+    """Return the config fields with which an implementation can hold the weights of a checkpoint.
 
     Raises:
-        UserError: The implementation has another architecture, or hard-codes another setting.
+        UserError: The implementation has another architecture, or hard-codes a setting that does not fit.
     """
     if row.name == source.implementation:
         return dict(source.model_config)
@@ -38,7 +38,7 @@ def fields_for(row: Implementation, source: Checkpoint) -> dict[str, Any]:
 
 def _shared_architecture(row: Implementation, theirs: Implementation) -> Architecture:
     if row.architecture is None or theirs.architecture is None or row.architecture == theirs.architecture:
-        architecture_of(row)  # refuses an implementation without one
+        architecture_of(row)  # raises for an implementation without one
         return architecture_of(theirs)
     names = [architecture_of(each).name for each in (theirs, row)]
     raise ValueError(f"{theirs.name} has {names[0]}'s layout, and {row.name} {names[1]}'s")
@@ -49,19 +49,19 @@ def _is_tied_by_value(source: Checkpoint) -> bool:
 
 
 class AdaptedCheckpoint(Checkpoint):
-    """The weights of another checkpoint at step 0 without optimizer, adapted as they are read.
+    """The weights of another checkpoint, adapted as they are read; at step 0, without optimizer state.
 
-    - Between implementations of one architecture, missing biases are zeros, and a tied head is copied where the other
-      model has a head of its own.
-    - Position embeddings are cut to a shorter context.
+    - Between implementations of one architecture, missing biases become zeros, and a tied head is copied if the model
+      has a separate head.
+    - Position embeddings are cropped to a shorter context.
     - Rows added to the vocabulary are the mean of the tokens' rows. Zeros would give logits of 0, far above those of
-      GPT-2's tokens (about -30 to -100), and would take all of the softmax. The mean row gives the mean logit: by
+      GPT-2's tokens (about -30 to -100), and would dominate the softmax. The mean row gives the mean logit: by
       Jensen's inequality the sum of exponentials grows at most by the factor (rows after) / (rows before), and the loss
       by its logarithm. A vocabulary of the same size, padding included, is not changed.
 
     Args:
         source: The checkpoint to adapt.
-        row: The implementation that needs it.
+        row: The implementation of the model to adapt to.
         fields: Its config fields.
 
     Raises:
@@ -120,7 +120,7 @@ class AdaptedCheckpoint(Checkpoint):
                 raise UserError(f"{self.path} has a head of its own, and --implementation {self._row.name} has none")
 
     def _names_sized_by(self, field: str) -> set[str]:
-        """Return the source's weights with a row for each token or position: those that grow with the config field."""
+        """Return the source's weights whose size depends on a config field, such as embeddings on ``vocab_size``."""
         config = self.source.model_config
         before, after = (
             empty_model(self._theirs.name, model_config=config | {field: config[field] + more}).state_dict()
@@ -166,6 +166,6 @@ class AdaptedCheckpoint(Checkpoint):
 
 
 def with_rows(tensor: Tensor, rows: int) -> Tensor:
-    """Pad a tensor to `rows` rows, each new one the mean of its own; ``AdaptedCheckpoint`` says why."""
+    """Pad a tensor (n, ...) to (rows, ...); each new row is the mean of the others. See ``AdaptedCheckpoint``."""
     mean = tensor.float().mean(0, keepdim=True).to(tensor.dtype)
     return torch.cat([tensor, mean.expand(rows - len(tensor), *mean.shape[1:])])

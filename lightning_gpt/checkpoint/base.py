@@ -1,4 +1,4 @@
-"""The interface of all checkpoints, in whatever form they are stored: a header, and tensors read one at a time."""
+"""The interface of checkpoints, whatever their form: a header, and tensors that are read one at a time."""
 
 import contextlib
 import hashlib
@@ -21,17 +21,17 @@ PREFIX = "model."  # GPTModule holds the plain model under this name
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
-    """Map each further name of a tied parameter to the first name that the model lists."""
+    """Map each alias of a tied parameter to its first name in the model's order."""
     first: dict[nn.Parameter, str] = {}
     names = ((name, first.setdefault(p, name)) for name, p in model.named_parameters(remove_duplicate=False))
     return {name: known for name, known in names if name != known}
 
 
 def empty_model(implementation: str, *, model_config: dict[str, Any]) -> nn.Module:
-    """Build the plain model on the meta device if the model allows it, else in memory. Random state is not changed.
+    """Build the plain model, on the meta device if possible, without changing the random state.
 
     Raises:
-        UserError: The implementation cannot be imported, or refuses its config.
+        UserError: The implementation cannot be imported, or rejects its config.
     """
     row = get_implementation(implementation)
     with torch.random.fork_rng(devices=[]):
@@ -42,7 +42,7 @@ def empty_model(implementation: str, *, model_config: dict[str, Any]) -> nn.Modu
 
 
 def meta(tensor: Tensor, *, shape: tuple[int, ...] | None = None) -> Tensor:
-    """Return a tensor of the same dtype on the meta device, of `shape` or the same shape."""
+    """Return a tensor on the meta device with the same dtype, and the same shape or `shape`."""
     return torch.empty(tuple(tensor.shape) if shape is None else shape, dtype=tensor.dtype, device="meta")
 
 
@@ -58,12 +58,12 @@ class Checkpoint(ABC):
 
     Args:
         path: The file or folder.
-        header: What Lightning saved beside the tensors.
+        header: Content of Lightning's checkpoint without the tensors.
 
     Attributes:
-        kind: What users call this form.
+        kind: Name of this form, for messages.
         in_shards: Whether weights are assembled from the parts of several ranks, which is slow.
-        stored: The stored weights on the meta device; a tied weight has one or more of its names.
+        stored: The stored weights on the meta device, by name; tied weights under one or more of their names.
         moments: The stored optimizer state on the meta device, by weight and state name; empty if there is none.
 
     Raises:
@@ -85,11 +85,11 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def _read(self, name: str) -> Tensor:
-        """Read a weight of ``stored`` in full, into memory of its own."""
+        """Read a weight of ``stored`` in full; return a copy that does not share the file's memory."""
 
     @abstractmethod
     def _read_moment(self, name: str, key: str) -> Tensor:
-        """Read a tensor of ``moments`` in full, into memory of its own."""
+        """Read a tensor of ``moments`` in full; return a copy that does not share the file's memory."""
 
     # Header
 
@@ -105,7 +105,7 @@ class Checkpoint(ABC):
 
     @property
     def optimizer(self) -> str:
-        """Name of the optimizer; checkpoints from before there was a choice do not hold it."""
+        """Name of the optimizer; AdamW in older checkpoints, which do not store it."""
         return self.header["hyper_parameters"].get("optimizer", "adamw")
 
     @property
@@ -146,7 +146,7 @@ class Checkpoint(ABC):
         return {name: tuple(tensor.shape) for name, tensor in self.stored.items()}
 
     def names(self) -> list[str]:
-        """Return the names of the weights, sorted; a tied weight has only its first name."""
+        """Return the names of the weights, sorted; tied weights only under their first name."""
         return sorted({self.ties.get(name, name) for name in self.stored})
 
     def layout(self) -> dict[str, Tensor]:
@@ -182,7 +182,7 @@ class Checkpoint(ABC):
         return {} if found is None else {key: self._read_moment(found, key) for key in self.moments[found]}
 
     def was_trained(self, name: str) -> bool:
-        """Whether there is optimizer state for a weight, given by any of its names."""
+        """Return whether there is optimizer state for a weight, given any of its names."""
         return self.stored_name(name, self.moments) is not None
 
     def moment(self, full_name: str) -> Tensor:
@@ -199,7 +199,7 @@ class Checkpoint(ABC):
         return self._read_moment(found, key)
 
     def stored_name(self, name: str, stored: dict[str, Any]) -> str | None:
-        """Return which of a weight's names is a key of `stored`; None if none is."""
+        """Return the name under which `stored` holds a weight, given any of its names; None if it does not."""
         if name in stored:
             return name
         first = self.ties.get(name, name)
@@ -226,11 +226,11 @@ class Checkpoint(ABC):
         self._override_config(config)
 
     def compute_on(self, device_type: str, dtype: torch.dtype) -> None:
-        """Override the config fields that the model cannot compute with there, and print a note on stderr.
+        """Override config fields that do not work on a kind of device and dtype, and print a note on stderr.
 
         Args:
             device_type: "cpu", "cuda" or another.
-            dtype: Type of the activations.
+            dtype: Dtype of the activations.
         """
         model = empty_model(self.implementation, model_config=self.model_config)
         reason, fields = refused_by(model, device_type=device_type, dtype=dtype)
@@ -256,7 +256,7 @@ class Checkpoint(ABC):
             raise UserError(
                 f"{self.path} is a checkpoint of --implementation {self.implementation}, not of {ours}; give the same"
             )
-        ties = self.ties  # a module on the meta device or sharded does not show its own
+        ties = self.ties  # a sharded or meta-device module does not show its own
         want = {name: tuple(tensor.shape) for name, tensor in module.model.state_dict().items()}
         have = self.shapes()
         covered = {ties.get(name, name) for name in have}
@@ -298,7 +298,7 @@ class Checkpoint(ABC):
         return {name: kept[self.ties.get(name, name)] for name in model.state_dict()}
 
     def hash(self) -> str:
-        """Return a sha256 of names, shapes and float32 values, the same for every form of the same weights."""
+        """Return a sha256 of names, shapes and float32 values, the same for all forms of the same weights."""
         digest = hashlib.sha256()
         for name in self.names():
             weight = self.weight(name).float().contiguous()

@@ -1,4 +1,4 @@
-"""Token embeddings from a file or from another model."""
+"""Read token embeddings from a file or another model, and extract them to a file."""
 
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,10 @@ _NAMES = ("wte", "wte.weight", "transformer.wte.weight")
 
 
 def read_embeddings(path: str, *, trust: bool = False) -> Tensor:
-    """Read token embeddings of shape (vocabulary, width), without rows of padding.
+    """Read token embeddings, float (vocabulary, width), without rows of padding.
 
     Args:
-        path: A ``.npy`` or ``.safetensors`` file, or anything that ``find_checkpoint`` takes.
+        path: A ``.npy`` or ``.safetensors`` file, or a checkpoint as for ``find_checkpoint``.
         trust: Whether a checkpoint may hold Python objects.
 
     Raises:
@@ -73,7 +73,7 @@ def extract_embeddings(options: EmbeddingsOptions) -> Path:
 def _from_checkpoint(path: str, *, trust: bool) -> Tensor:
     checkpoint = open_checkpoint(
         find_checkpoint(path, which="best"), trust=trust, n_head=1
-    )  # any number: heads do not matter here
+    )  # the number of heads does not matter here
     config: dict[str, Any] = checkpoint.model_config
     model = empty_model(checkpoint.implementation, model_config=config)
     name = token_embedding_name(model, vocab_size=config["vocab_size"])

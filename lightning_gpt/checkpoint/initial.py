@@ -1,4 +1,4 @@
-"""Start a new run from trained weights: choose the options that follow from them, and load them into the model."""
+"""Start a new run from trained weights: derive options from them, and load them into the model."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def open_source(path: str, *, trust: bool, n_head: int | None) -> Checkpoint:
     """Open the checkpoint that ``--init_from`` names.
 
     Args:
-        path: Anything that ``find_checkpoint`` takes.
+        path: As for ``find_checkpoint``.
         trust: As for ``open_checkpoint``.
         n_head: As for ``open_checkpoint``.
 
@@ -34,7 +34,7 @@ def open_source(path: str, *, trust: bool, n_head: int | None) -> Checkpoint:
 
 
 def defaults_from(source: Checkpoint, row: Implementation) -> dict[str, Any]:
-    """Return the options of a run that its initial weights determine, unless the user sets them.
+    """Return the default options of a run that starts from trained weights.
 
     Raises:
         UserError: The implementation cannot hold the weights.
@@ -45,13 +45,13 @@ def defaults_from(source: Checkpoint, row: Implementation) -> dict[str, Any]:
 
 
 def fitted_vocabulary(files: Source, *, pad: bool, start: Checkpoint | None, goes_on: bool) -> tuple[int, int]:
-    """Return the number of rows of a model's vocabulary, and how many of them are padding.
+    """Return the model's vocabulary size, and how many of its rows are padding.
 
     Args:
         files: The data.
         pad: Whether to pad the vocabulary.
-        start: The weights that the run starts from.
-        goes_on: Whether the run resumes the weights' own run, whose vocabulary cannot change.
+        start: The checkpoint that the run starts from or resumes.
+        goes_on: Whether the model must keep the vocabulary of ``start``, as when a run is resumed.
 
     Raises:
         UserError: The weights were trained with another vocabulary or tokenizer.
@@ -79,7 +79,7 @@ def fitted_vocabulary(files: Source, *, pad: bool, start: Checkpoint | None, goe
 
 
 class InitialWeights(Callback):
-    """Load initial weights into the model after the strategy has placed it, each rank its share.
+    """Load initial weights after the strategy has placed the model; each rank loads its share.
 
     Args:
         weights: Weights that fit the model.
@@ -91,7 +91,7 @@ class InitialWeights(Callback):
         self.embeddings = embeddings
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Load, before the first validation."""
+        """Load the weights, before the first validation."""
         assert isinstance(pl_module, GPTModule)
         if self.weights is not None:
             restore_weights(pl_module.model, self.weights)

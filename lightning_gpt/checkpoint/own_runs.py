@@ -1,4 +1,4 @@
-"""The list of run folders made here. Their checkpoints may hold Python objects without ``--trust_checkpoint``."""
+"""The list of run folders made on this machine, whose checkpoints are trusted without ``--trust_checkpoint``."""
 
 import contextlib
 from pathlib import Path
@@ -23,7 +23,7 @@ def remember_run(run_dir: Path) -> None:
 
 
 def is_own(path: Path) -> bool:
-    """Whether a checkpoint lies in a listed run folder."""
+    """Return whether a checkpoint is in a listed run folder."""
     try:
         known = _list_file().read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -16,14 +16,14 @@ from lightning_gpt.models import GPTModule
 
 
 class ExactResume(Callback):
-    """Load a checkpoint under the run's present strategy, and keep Lightning's counters correct.
+    """Load a checkpoint under the run's current strategy, and set Lightning's counters to match.
 
     Weights and optimizer state are read one tensor at a time, and each rank keeps its share. The learning rate, a pure
-    function of the step, and the optimizer's settings follow the flags of the resumed run.
+    function of the step, and the optimizer's settings come from the flags of the resumed run.
 
-    The stream starts at the first sample that was not consumed, so the loop must not believe that it is in the middle
-    of an epoch or an accumulation. Accumulation starts afresh, possibly with another number of micro-batches per step.
-    The total of micro-batches, which times validations, is set to what the optimizer steps imply.
+    The stream starts at the first sample that was not consumed, so Lightning's loop must not resume in the middle of an
+    epoch or an accumulation. Accumulation starts over, possibly with another number of micro-batches per step. The
+    total of micro-batches, which determines when to validate, is recomputed from the optimizer steps.
 
     Args:
         checkpoint: The checkpoint to resume; None for a new run.
@@ -33,7 +33,7 @@ class ExactResume(Callback):
         self.checkpoint = checkpoint
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Load, after the strategy has placed model and optimizer."""
+        """Load the checkpoint, after the strategy has placed model and optimizer."""
         if self.checkpoint is None:
             return
         assert isinstance(pl_module, GPTModule)
@@ -75,7 +75,7 @@ class ExactResume(Callback):
 
 
 def _with_folder(state: Any, *, old: str, new: str) -> Any:
-    """Replace the folder in a callback's saved paths, so that a run that was moved still knows its best checkpoint."""
+    """Replace the folder in a callback's saved paths, so that a run that was moved finds its best checkpoint."""
     if isinstance(state, dict):
         return {
             _with_folder(key, old=old, new=new): _with_folder(value, old=old, new=new) for key, value in state.items()
@@ -84,7 +84,7 @@ def _with_folder(state: Any, *, old: str, new: str) -> Any:
 
 
 def restore_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Load a checkpoint's weights into a model, each rank its share, including DeepSpeed's float32 masters."""
+    """Load a checkpoint's weights into a model, including DeepSpeed's float32 masters; each rank loads its share."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             write_weight(parameter, checkpoint.weight(name))
@@ -94,13 +94,13 @@ def restore_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def write_weight(parameter: Tensor, full: Tensor) -> None:
-    """Set a parameter, or this rank's share of it, from the full tensor, including DeepSpeed's float32 master."""
+    """Set a parameter, or this rank's share of it, and DeepSpeed's float32 master from the full tensor."""
     write_parameter(parameter, full)
     _write_master(parameter, full)
 
 
 def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
-    """Load a checkpoint's optimizer state, each rank its share.
+    """Load a checkpoint's optimizer state; each rank loads its share.
 
     Args:
         model: The model, with its weights loaded.
@@ -124,7 +124,7 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, checkp
         inner.state[flat] = {k: torch.zeros_like(flat) if v.dim() else v for k, v in state.items()}
         _restore_step(inner, flat)
     if partitions is None:
-        deepspeed._lazy_init_hp_params_optimizer_state()  # gives parameters their views of the flat state
+        deepspeed._lazy_init_hp_params_optimizer_state()  # gives parameters views of the flat state
     for name, parameter in trained.items():
         for key, value in checkpoint.optimizer_state(name).items():
             if value.dim():
@@ -137,7 +137,7 @@ def _restore_step(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
     if "step" not in state:
         return
     if isinstance(optimizer, torch.optim.Optimizer) and "fused" in optimizer.defaults:
-        # As torch's own load_state_dict does it.
+        # As in torch's own load_state_dict.
         on_device = optimizer.defaults["fused"] or optimizer.defaults.get("capturable")
         state["step"] = state["step"].to(parameter.device if on_device else "cpu", copy=True)
         return
@@ -152,7 +152,7 @@ def _write_master(parameter: Any, full: Tensor, key: str | None = None) -> None:
     if not parameter.requires_grad:  # frozen parameters have no master
         return
     if hasattr(parameter, "ds_id"):
-        if getattr(parameter, "_z3_optimizer", None) is None:  # evaluation has no masters
+        if getattr(parameter, "_z3_optimizer", None) is None:  # there are no masters in evaluation
             return
         size = parameter.ds_tensor.numel()
         rank = torch.distributed.get_rank(parameter.ds_process_group)

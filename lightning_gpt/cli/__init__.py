@@ -1,4 +1,4 @@
-"""Command line and YAML files to config objects. Every mistake of a user becomes one line and exit code 2."""
+"""Parse command lines and YAML files into config objects; report user errors in one line, with exit code 2."""
 
 import functools
 import os
@@ -65,10 +65,10 @@ def reporting_errors(main: Callable[..., None]) -> Callable[..., None]:
 
 
 def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
-    """Return the training run that the command line asks for.
+    """Return the training run that the command line describes.
 
-    Each layer overrides the one before: declared defaults; the saved settings of a resumed run, or what the weights of
-    ``--init_from`` decide; ``--config`` files; flags.
+    Each layer overrides the one before: declared defaults; saved settings of a resumed run, or options that the weights
+    of ``--init_from`` determine; ``--config`` files; flags.
 
     Raises:
         UserError: The command line or a YAML file is wrong.
@@ -92,14 +92,14 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
         saved = {name: value for name, value in saved.items() if name not in displaced}
     implementation = known.implementation or from_files.get("implementation") or saved.get("implementation")
     if init_from:
-        from lightning_gpt.checkpoint.initial import defaults_from, open_source  # imports torch: not for --help
+        from lightning_gpt.checkpoint.initial import defaults_from, open_source  # imports torch, which --help must not
 
         trust = str(known.trust_checkpoint or from_files.get("trust_checkpoint")).lower() == "true"
         source = open_source(str(init_from), trust=trust, n_head=known.n_head or from_files.get("n_head"))
         implementation = implementation or source.implementation
         saved = defaults_from(source, get_implementation(str(implementation)))
         if from_files.get("model_type") or any(token.partition("=")[0] == "--model_type" for token in argv):
-            saved = {k: v for k, v in saved.items() if k not in SIZES}  # the preset's are compared with them later
+            saved = {k: v for k, v in saved.items() if k not in SIZES}  # checked against the preset's later
     row = get_implementation(str(implementation or ModelOptions.implementation))
     model_options = flag_options(row)
     data = str(known.data or from_files.get("data") or saved.get("data") or DataOptions.data)
@@ -120,14 +120,14 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
         if f"--{key}" not in flags:
             raise UserError(f"--config {', '.join(known.config)}: unknown option {key}{suggestion('--' + key, flags)}")
     parser.set_defaults({k: v for k, v in saved.items() if f"--{k}" in flags})
-    if task:  # the task decides the block size, so that a default must not look like a given value
+    if task:  # the task sets block_size, so its default must not look like a given value
         parser.set_defaults(block_size=None)
     values = parser.parse_args(configs_first(argv))
     check_numbers([*options, *model_options], values)
     if resume:
         values.resume = resume
     for o in options:
-        if o.name in displaced:  # a flag replaces the option of a file
+        if o.name in displaced:  # another option of its exclusive group was given
             values[o.name] = o.default
     task_fields = {o.name: values[o.name] for o in task_options}
     if task:
@@ -145,8 +145,8 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
 
 
 def _saved_settings(resume: str, *, out_dir: str | None) -> dict[str, Any]:
-    """Return the saved settings of the run to resume, with ``resume`` as the path of its checkpoint."""
-    from lightning_gpt.checkpoint import find_checkpoint  # imports torch: not for --help
+    """Return the saved settings of the run to resume; ``resume`` is the path of its checkpoint."""
+    from lightning_gpt.checkpoint import find_checkpoint  # imports torch, which --help must not
 
     checkpoint = find_checkpoint(resume, which="last", out_dir=out_dir)
     config = checkpoint.parent.parent / "config.yaml"
@@ -155,7 +155,7 @@ def _saved_settings(resume: str, *, out_dir: str | None) -> dict[str, Any]:
 
 
 def _fit_task(task: type, fields: dict[str, Any], values: Namespace) -> None:
-    """Set the values that a task decides, and refuse other values given for them."""
+    """Set the values that a task determines; raise a UserError if others were given."""
     for o in options_of(task):
         if fields[o.name] is None and o.default is not None:
             raise UserError(f"--{o.name} needs a value; leave it out for its default")
@@ -175,7 +175,7 @@ def _fit_task(task: type, fields: dict[str, Any], values: Namespace) -> None:
 
 
 def parse_options(cls: type, argv: Sequence[str] | None = None, *, description: str) -> Any:
-    """Return one options dataclass from the command line, for the smaller entry points.
+    """Parse a command line into one options dataclass, for the smaller entry points.
 
     Args:
         cls: The dataclass.
@@ -190,7 +190,7 @@ def parse_options(cls: type, argv: Sequence[str] | None = None, *, description: 
     for o in options:
         if list[str] in typing.get_args(o.type):
             argv = gather_values(argv, o.name)
-    load_configs(scout(argv).config)  # for its errors, which name the line
+    load_configs(scout(argv).config)  # for its error messages, which name the line
     parser = Parser(description)
     parser.add_options(options, "options")
     values = parser.parse_args(configs_first(argv))

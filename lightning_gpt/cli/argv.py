@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from lightning_gpt.config import UserError
 from lightning_gpt.options import Option
 
-# The value of a flag that stands alone. For flags of type bool it is true.
-STANDING_ALONE = {"compile": "true", "resume": "latest", "convert_only": "true"}
+# Values of flags that are given without one. Flags of type bool become true.
+VALUES_WHEN_ALONE = {"compile": "true", "resume": "latest", "convert_only": "true"}
 
 
 def complete_flags(argv: Sequence[str], options: Sequence[Option]) -> list[str]:
-    """Add the missing value to each flag that may stand alone, and make repeated flags of list options append."""
-    alone = STANDING_ALONE | {o.name: "true" for o in options if o.type is bool}
+    """Add the value to flags that are given without one, and make repeated flags of list options append."""
+    alone = VALUES_WHEN_ALONE | {o.name: "true" for o in options if o.type is bool}
     lists = [f"--{o.name}" for o in options if o.type == list[str]]
     argv = [re.sub(f"^({'|'.join(lists)})(?==|$)", r"\1+", token) if lists else token for token in argv]
     done = []
@@ -26,7 +26,7 @@ def complete_flags(argv: Sequence[str], options: Sequence[Option]) -> list[str]:
 
 
 def configs_first(argv: Sequence[str]) -> list[str]:
-    """Move ``--config FILE`` to the front. In jsonargparse the later of two values wins, and a flag always should."""
+    """Move ``--config FILE`` to the front: in jsonargparse the last value wins, and flags should override files."""
     configs: list[str] = []
     others: list[str] = []
     tokens = iter(argv)
@@ -39,7 +39,7 @@ def configs_first(argv: Sequence[str]) -> list[str]:
 
 
 def gather_values(argv: Sequence[str], name: str) -> list[str]:
-    """Join all values of a flag, given together or one by one, into the single token that the parser accepts."""
+    """Join all values of a flag, given together or in several flags, into the single token that the parser accepts."""
     values, others, is_value = [], [], False
     for token in argv:
         flag, given, value = token.partition("=")
@@ -56,7 +56,7 @@ def gather_values(argv: Sequence[str], name: str) -> list[str]:
 
 
 def scout(argv: Sequence[str]) -> argparse.Namespace:
-    """Read the flags that must be known before the parser is built, because they decide which flags there are."""
+    """Read the flags that determine which other flags exist, before the parser is built."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", action="append", default=[])
     parser.add_argument("--n_head", type=int)

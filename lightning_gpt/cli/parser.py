@@ -1,4 +1,4 @@
-"""The parser: options to flags, values to config objects, and every mistake of a user to one line."""
+"""The parser: turns options into flags, values into config objects, and user errors into one line."""
 
 import argparse
 import dataclasses
@@ -23,7 +23,7 @@ ALIASES = {
 
 
 class Parser(ArgumentParser):
-    """jsonargparse's parser, with one-line errors that suggest the flag an unknown one was meant to be."""
+    """jsonargparse's parser, with one-line errors that suggest the flag nearest to an unknown one."""
 
     def __init__(self, description: str) -> None:
         super().__init__(description=description, formatter_class=argparse.HelpFormatter, allow_abbrev=False)
@@ -33,7 +33,7 @@ class Parser(ArgumentParser):
         """Add a group of flags."""
         group = self.add_argument_group(title)
         for o in options:
-            if o.positional:  # suppressed, because a default would hide the values of a YAML file
+            if o.positional:  # SUPPRESS, because a default would override the values of a YAML file
                 group.add_argument(o.name, nargs="*", type=str, default=argparse.SUPPRESS, help=o.help)
                 continue
             flags = [f"--{o.name}", *([ALIASES[o.name]] if o.name in ALIASES else [])]
@@ -46,7 +46,7 @@ class Parser(ArgumentParser):
         return [flag for action in self._actions for flag in action.option_strings]
 
     def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
-        """Raise a UserError of one line."""
+        """Raise a one-line UserError."""
         text = " ".join(str(message).split())
         for marker in ("Unrecognized arguments: ", "unrecognized arguments: "):
             if marker in text:
@@ -59,7 +59,7 @@ class Parser(ArgumentParser):
 
 
 def suggestion(wrong: str, choices: Sequence[str]) -> str:
-    """Return " (did you mean X?)" for the choice that is nearest to a misspelt one, or an empty string."""
+    """Return " (did you mean X?)" with the choice nearest to a misspelt one, or an empty string."""
     near = difflib.get_close_matches(wrong, choices, n=1, cutoff=0.5)
     return f" (did you mean {near[0]}?)" if near else ""
 
@@ -68,7 +68,7 @@ def load_yaml(path: str) -> dict[str, Any]:
     """Return the mapping in a YAML file.
 
     Raises:
-        UserError: The file cannot be read or is no mapping; the message names the file and the line.
+        UserError: The file cannot be read or is not a mapping; the message names the file and the line.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -100,14 +100,14 @@ def load_configs(paths: Sequence[str]) -> dict[str, Any]:
 
 
 def single(given: list[str]) -> list[str]:
-    """Return the given options of an exclusive group, of which there may be one."""
+    """Return the given options of an exclusive group; raise a UserError if there is more than one."""
     if len(given) > 1:
         raise UserError(f"{' and '.join('--' + name for name in given)} exclude each other; give one of them")
     return given
 
 
 def displaced_options(argv: Sequence[str], from_files: dict[str, Any]) -> set[str]:
-    """Return the options that another one of their exclusive group replaces, given by a flag or else by a file."""
+    """Return the options that are overridden by another one of their exclusive group, given as a flag or in a file."""
     flags = {token.partition("=")[0] for token in argv}
     displaced: set[str] = set()
     for group in EXCLUSIVE:
@@ -132,6 +132,6 @@ def fill(cls: type, values: Namespace) -> Any:
         return value.as_dict() if isinstance(value, Namespace) else value
 
     for f in dataclasses.fields(cls):
-        if values[f.name] is None and f.default is not None:  # any line of a YAML file can say null
+        if values[f.name] is None and f.default is not None:  # a YAML file can set any option to null
             raise UserError(f"--{f.name} needs a value; leave it out for its default")
     return cls(**{f.name: plain(values[f.name]) for f in dataclasses.fields(cls)})

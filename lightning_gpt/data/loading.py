@@ -1,4 +1,4 @@
-"""The LightningDataModule: loaders over token files or a task, and the position of a run in its training stream."""
+"""The LightningDataModule: loaders over token files or a task, and a run's position in its training stream."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ class TokenData(LightningDataModule):
     """Load endless training batches, and one exact pass over the validation split.
 
     The only state is how many samples all ranks have consumed. A run can therefore resume at any optimizer step, on any
-    number of ranks and with any micro-batch size, and sees the samples that an uninterrupted run would have.
+    number of ranks and with any micro-batch size, and sees the same samples as an uninterrupted run.
 
     Args:
         files: Token files or a task.
@@ -25,8 +25,8 @@ class TokenData(LightningDataModule):
         batch_size: Samples per rank and micro-batch, B.
         seed: Seed of the sample order.
         num_workers: Worker processes that read batches.
-        eval_batches: Length of validation in batches of one rank; 0 for the whole split.
-        stride: Tokens between the starts of validation windows; None for block_size. Not for a task.
+        eval_batches: Number of batches to validate on, over all ranks; 0 for the whole split.
+        stride: Tokens between the starts of validation windows; None for block_size. Must be None for a task.
     """
 
     def __init__(
@@ -65,22 +65,22 @@ class TokenData(LightningDataModule):
         return isinstance(self.files, Task)
 
     @property
-    def _attached(self) -> Trainer:
+    def _attached_trainer(self) -> Trainer:
         assert self.trainer is not None, "a Trainer sets itself before it asks for loaders or state"
         return self.trainer
 
     @property
     def _samples_per_step(self) -> int:
-        return self.batch_size * self._attached.accumulate_grad_batches * self._attached.world_size
+        return self.batch_size * self._attached_trainer.accumulate_grad_batches * self._attached_trainer.world_size
 
     def train_dataloader(self) -> DataLoader:
         """Return this rank's micro-batches from the current position on, each (idx, targets) of (B, T) int64."""
-        self._first_step = self._attached.global_step
+        self._first_step = self._attached_trainer.global_step
         batches = TrainBatches(
             self.stream,
             batch_size=self.batch_size,
-            rank=self._attached.global_rank,
-            world_size=self._attached.world_size,
+            rank=self._attached_trainer.global_rank,
+            world_size=self._attached_trainer.world_size,
             first_sample=self._first_sample,
         )
         return self._loader(batches)
@@ -90,8 +90,8 @@ class TokenData(LightningDataModule):
         share: dict[str, Any] = {
             "block_size": self.block_size,
             "batch_size": self.batch_size,
-            "rank": self._attached.global_rank,
-            "world_size": self._attached.world_size,
+            "rank": self._attached_trainer.global_rank,
+            "world_size": self._attached_trainer.world_size,
             "limit_sequences": self.eval_batches * self.batch_size or None,
         }
         if isinstance(self.files, Task):
@@ -100,13 +100,13 @@ class TokenData(LightningDataModule):
         return self._loader(EvalBatches(opener, n_tokens=n_tokens, stride=self.stride, **share))
 
     def _loader(self, batches: TrainBatches | EvalPass) -> DataLoader:
-        # Pinning costs a copy, which pays off only for a GPU.
-        pin = self._attached.strategy.root_device.type == "cuda"
+        # Pinning costs a copy, which only a GPU repays.
+        pin = self._attached_trainer.strategy.root_device.type == "cuda"
         return DataLoader(batches, batch_size=None, num_workers=self.num_workers, pin_memory=pin)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the stream and the data's description, the same on every rank."""
-        steps = self._attached.global_step - self._first_step
+        steps = self._attached_trainer.global_step - self._first_step
         return {
             "consumed_samples": self._first_sample + steps * self._samples_per_step,
             "data": self.name,
@@ -115,5 +115,5 @@ class TokenData(LightningDataModule):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue after the samples that the checkpoint has consumed."""
+        """Continue after the samples that the checkpointed run has consumed."""
         self._first_sample = state_dict["consumed_samples"]

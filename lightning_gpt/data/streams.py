@@ -38,7 +38,7 @@ def _hash(x: np.ndarray, salt: int) -> np.ndarray:
 
 
 def permute(index: np.ndarray, *, n: int, key: int | np.ndarray) -> np.ndarray:
-    """Permute range(n) pseudorandomly, each value by itself and in constant memory.
+    """Permute range(n) pseudorandomly, in constant memory: each value is computed independently.
 
     A generalised Feistel cipher on pairs (left, right) of Z_a x Z_b with a * b just above n: each round adds a hash of
     one half to the other. Cycle walking repeats the cipher until the result is in range(n) (Black and Rogaway 2002,
@@ -86,7 +86,7 @@ def _feistel(x: np.ndarray, keys: np.ndarray, a: int, b: int) -> np.ndarray:
 
 
 def shuffle(samples: np.ndarray, *, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Map samples of an endless stream to range(n), so that each pass visits every number once in its own order.
+    """Map an endless stream of samples to range(n): each pass visits every number once, in an order of its own.
 
     Args:
         samples: Global sample indices, counted from 0 over all passes, shape (m,), int64.
@@ -99,7 +99,7 @@ def shuffle(samples: np.ndarray, *, n: int, seed: int) -> tuple[np.ndarray, np.n
     """
     passes, numbers = np.divmod(np.asarray(samples, dtype=np.int64), n)
     if passes.size and passes[0] == passes[-1] and (passes == passes[0]).all():
-        passes = passes[:1]  # one key for all is faster than one per sample
+        passes = passes[:1]  # one shared key is faster than one per sample
     keys = _hash(_hash(passes.astype(np.uint64), 1) ^ _hash(np.array([seed & _MASK], dtype=np.uint64), 2), 3)
     return permute(numbers, n=n, key=keys), keys
 
@@ -133,7 +133,7 @@ class TokenStream:
     token is seen at every position of a window.
 
     Args:
-        opener: Picklable function that maps the tokens, shape (n_tokens,), into memory; called now and then.
+        opener: Picklable function that maps the tokens, shape (n_tokens,), into memory; called repeatedly.
         n_tokens: Number of tokens.
         block_size: Inputs per sample, T.
         seed: Any integer; another seed gives another order.
@@ -184,7 +184,7 @@ def window_view(tokens: np.ndarray, block_size: int) -> np.ndarray:
 
 
 def gather_windows(windows: np.ndarray, starts: np.ndarray) -> Batch:
-    """Copy a batch from a `window_view`: see `gather`."""
+    """Copy a batch of windows from a `window_view`; see `gather`."""
     picked = windows[starts]  # (B, T + 1)
     batch = np.empty((2, len(starts), picked.shape[1] - 1), dtype=np.int64)
     batch[0] = picked[:, :-1]
@@ -277,13 +277,13 @@ class EvalPass(IterableDataset[Batch], ABC):
 
     @abstractmethod
     def open(self) -> Callable[[np.ndarray], Batch]:
-        """Return a function from sequence numbers, (B,), to (idx, targets), each (B, T) int64; called now and then.
+        """Return a function from sequence numbers (B,) to (idx, targets), each (B, T) int64; called repeatedly.
 
         Numbers from `n_sequences` on are padding.
         """
 
     def __len__(self) -> int:
-        """Return the batches per rank, the same on every rank."""
+        """Return the number of batches per rank, the same on every rank."""
         return -(-self.n_sequences // (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[Batch]:
@@ -303,7 +303,7 @@ class EvalBatches(EvalPass):
     sequence that gives it the most context.
 
     Args:
-        opener: Picklable function that maps the tokens, shape (n_tokens,), into memory; called now and then.
+        opener: Picklable function that maps the tokens, shape (n_tokens,), into memory; called repeatedly.
         n_tokens: Number of tokens.
         block_size: Inputs per sequence, T.
         stride: Tokens between the starts of two sequences, S, from 1 to T; None means T, without overlap.

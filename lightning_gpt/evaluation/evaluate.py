@@ -42,11 +42,11 @@ _LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 @dataclass(frozen=True)
 class _Job:
-    """A checkpoint and the data to score it on, checked.
+    """A checkpoint and the data to score it on, which are known to fit each other.
 
     Attributes:
         checkpoint: The checkpoint.
-        files: The tokens, or the task.
+        files: The token files, or the task.
         name: Name of the data.
         block_size: Context length in tokens.
         stride: Tokens from one window to the next; None for a task.
@@ -60,10 +60,10 @@ class _Job:
 
 
 def rewrite(options: EvaluateOptions) -> Path | None:
-    """Write a checkpoint in another form: the canonical one beside it, or another program's into ``--out``.
+    """Write a checkpoint in another form: the canonical one beside it, or an export to ``--out``.
 
     Returns:
-        The folder; None on ranks other than the first, which do nothing.
+        The written folder; None on ranks other than the first, which do nothing.
 
     Raises:
         UserError: The flags contradict each other, there is no such checkpoint, it does not fit its model or the form,
@@ -99,7 +99,7 @@ def evaluate(options: EvaluateOptions) -> Report | None:
         The scores; None on ranks other than the first.
 
     Raises:
-        UserError: Checkpoint or data are missing or do not fit each other.
+        UserError: A checkpoint or its data is missing, or they do not fit each other.
     """
     if options.json:
         _require_writable(Path(options.json))
@@ -123,7 +123,7 @@ def evaluate(options: EvaluateOptions) -> Report | None:
     if options.lm_eval:
         report = Report([_harness_score(checkpoint, options, devices) for checkpoint in checkpoints])
     else:
-        jobs = [_job(checkpoint, options) for checkpoint in checkpoints]  # refuse before scoring the first one
+        jobs = [_job(checkpoint, options) for checkpoint in checkpoints]  # report errors before scoring the first one
         scores = [_validate(job, options, row=row, devices=devices) for job in jobs]
         report = Report([score for score in scores if score], _notes(jobs, scores))
     if not report.scores:
@@ -139,7 +139,7 @@ def _checkpoint_names(options: EvaluateOptions) -> list[str]:
 
 
 def _open(name: str, options: EvaluateOptions) -> Checkpoint:
-    """Open a checkpoint in a form that is read tensor by tensor; override block_size with a larger ``--block_size``."""
+    """Open a checkpoint in a form that is fast to read, and apply a larger ``--block_size``."""
     path = find_checkpoint(name, which=options.which)
     checkpoint = ensure_canonical(path, trust=options.trust_checkpoint)
     if options.block_size and options.block_size > checkpoint.model_config["block_size"]:
@@ -218,7 +218,7 @@ def _harness_score(checkpoint: Checkpoint, options: EvaluateOptions, devices: De
 
 
 class _LoadWeights(Callback):
-    """Load the weights after the strategy has placed the model, each rank its share."""
+    """Load the weights after the strategy has placed the model; each rank loads its share."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
@@ -242,7 +242,7 @@ def _require_writable(file: Path) -> None:
 
 
 def _job(checkpoint: Checkpoint, options: EvaluateOptions) -> _Job:
-    """Choose the data of a checkpoint and the windows to score, and check that they fit it."""
+    """Choose the data and windows on which to score a checkpoint, and check that they fit it."""
     data = options.data or checkpoint.data
     if data is None:
         raise UserError(f"{checkpoint.path} does not say what it was trained on; give --data")
@@ -282,7 +282,7 @@ def _score(metrics: Mapping[str, float], tokens: int, job: _Job) -> Score:
         step=job.checkpoint.step,
         loss=loss,
         perplexity=math.exp(loss) if loss < _LARGEST_EXPONENT else math.inf,
-        # The first token is not scored, but its bytes are counted: a negligible difference.
+        # The first token is not scored, but its bytes are counted; the difference is negligible.
         bits_per_byte=loss * tokens / math.log(2) / val_bytes if val_bytes else None,
         tokens=tokens,
         data=job.name,
@@ -293,7 +293,7 @@ def _score(metrics: Mapping[str, float], tokens: int, job: _Job) -> Score:
 
 
 def _notes(jobs: Sequence[_Job], scores: Sequence[Score | None]) -> list[str]:
-    """Say why scores of several checkpoints are not comparable."""
+    """Return the reasons why the scores of several checkpoints are not comparable."""
 
     def differ(values: Iterable[Any]) -> bool:
         return len(set(values)) > 1

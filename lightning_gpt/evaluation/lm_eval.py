@@ -1,6 +1,6 @@
-"""Run EleutherAI's lm-eval on a model of ours, without export.
+"""Run EleutherAI's lm-eval on one of our models, without exporting it.
 
-``TokenScorer`` works on tokens. An adapter of lm-eval's ``LM`` interface translates its requests, which are text
+``TokenScorer`` works on tokens. An adapter implements lm-eval's ``LM`` interface, whose requests are text
 (https://github.com/EleutherAI/lm-evaluation-harness/blob/main/docs/model_guide.md).
 """
 
@@ -27,7 +27,7 @@ INSTALL = "pip install -r requirements/lm_eval.txt"
 
 
 class TokenScorer:
-    """Computes log-probabilities of tokens, and generates greedily.
+    """Compute log-probabilities of tokens, and generate greedily.
 
     Args:
         model: A model of any implementation, in eval mode.
@@ -47,16 +47,16 @@ class TokenScorer:
         self.vocab_size = vocab_size
 
     def _logits(self, idx: Tensor, targets: Tensor) -> Tensor:
-        """Return the logits where targets (B, T) are not -1: (n, V) in float32."""
+        """Return the float32 logits (n, V) of the n positions where targets (B, T) are not -1."""
         with torch.no_grad():
             logits, _ = self.model(idx.to(self.device), targets.to(self.device))
         return logits[targets.to(logits.device) != -1].float()
 
     def continuations(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """Score continuations.
+        """Score the continuation of each context.
 
         Args:
-            pairs: Contexts of at least one token, each with its continuation. If the two are too long together, the
+            pairs: (context, continuation) as token ids; a context has at least one. If both together are too long, the
                 context is cut from the left.
 
         Returns:
@@ -98,7 +98,7 @@ class TokenScorer:
 
         Args:
             tokenizer: The model's tokenizer.
-            prompts: Token ids, at least one for each prompt.
+            prompts: Token ids of each prompt, at least one.
             max_new_tokens: Maximum number of new tokens for each prompt.
             stop: Strings that end a text; they are not part of the result.
         """
@@ -119,7 +119,7 @@ class TokenScorer:
 
 
 def first_token(tokenizer: Tokenizer) -> int:
-    """Return the token to put before a text without context: end of text if there is one, else a newline.
+    """Return the token that precedes a text without context: end of text if there is one, else a newline.
 
     Raises:
         UserError: The tokenizer has neither.
@@ -192,12 +192,12 @@ def harness(lm: Callable[[], "LM"], *, tasks: str, include: str | None) -> tuple
     """Run tasks of lm-eval.
 
     Args:
-        lm: Builds the model, after the tasks are loaded.
+        lm: Builds the model; called after the tasks are loaded.
         tasks: Task names, separated by commas.
         include: Folder with further tasks.
 
     Returns:
-        The version of lm-eval, and the values by task and ``METRIC,FILTER``.
+        The version of lm-eval, and the values by task and by ``METRIC,FILTER``.
 
     Raises:
         UserError: lm-eval is not installed, a task is unknown, or its data is not available.
@@ -234,7 +234,7 @@ def harness(lm: Callable[[], "LM"], *, tasks: str, include: str | None) -> tuple
 
 @contextlib.contextmanager
 def _metrics_package(site: Path) -> Iterator[None]:
-    """Let tasks import Hugging Face's ``evaluate`` package, which has the same name as our entry point."""
+    """Let tasks import Hugging Face's ``evaluate`` package instead of our entry point of the same name."""
     ours = sys.modules.pop("evaluate", None)
     sys.path.insert(0, str(site))
     try:

@@ -17,7 +17,7 @@ class Score:
 
     Attributes:
         checkpoint: Path of the checkpoint.
-        hash: A sha256 of its weights, the same in every form of the checkpoint.
+        hash: A sha256 of its weights, the same for all forms of the checkpoint.
         step: Optimizer steps trained.
         loss: Mean cross entropy in nats per token.
         perplexity: exp(loss); infinite (null in JSON) if it overflows a float.
@@ -42,15 +42,15 @@ class Score:
     accuracy: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all values by name; accuracy only for a task."""
+        """Return all values by name; accuracy is included only for a task."""
         return {k: v for k, v in asdict(self).items() if k != "accuracy" or v is not None}
 
     def lines(self) -> dict[str, Any]:
-        """Return the values to print, one a line."""
+        """Return the values to print, one per line."""
         return self.to_dict()
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return the one table row of the checkpoint, a value for each column."""
+        """Return the table row of the checkpoint, as a list of one."""
         names = ("step", "loss", "perplexity", "bits_per_byte", "accuracy", "tokens", "block_size", "stride")
         return [{name: getattr(self, name) for name in names}]
 
@@ -61,7 +61,7 @@ class HarnessScore:
 
     Attributes:
         checkpoint: Path of the checkpoint.
-        hash: A sha256 of its weights, the same in every form of the checkpoint.
+        hash: A sha256 of its weights, the same for all forms of the checkpoint.
         step: Optimizer steps trained.
         block_size: Context length in tokens.
         lm_eval: Version of lm-eval.
@@ -80,7 +80,7 @@ class HarnessScore:
         return asdict(self)
 
     def lines(self) -> dict[str, Any]:
-        """Return the values to print, one a line, each task and metric by itself."""
+        """Return the values to print, one per line, with a line for each task and metric."""
         flat = {f"{row['task']} {row['metric']}": row["value"] for row in self.rows()}
         return {k: v for k, v in self.to_dict().items() if k != "tasks"} | flat
 
@@ -99,14 +99,14 @@ class Report:
 
     Attributes:
         scores: One for each checkpoint.
-        notes: Why scores are not comparable, a sentence each.
+        notes: Reasons why scores are not comparable, one sentence each.
     """
 
     scores: Sequence[Score | HarnessScore]
     notes: Sequence[str] = ()
 
     def text(self) -> str:
-        """Return a line for each value of one checkpoint, or a table of several checkpoints and the notes below it."""
+        """Return a line for each value of a single checkpoint, or a table of several with notes below it."""
         if len(self.scores) == 1:
             values = self.scores[0].lines()
             width = max(13, *map(len, values)) + 1
@@ -132,7 +132,7 @@ class Report:
         text = json.dumps(scores[0] if len(scores) == 1 else scores, indent=2)
         try:
             file.write_text(text + "\n", encoding="utf-8")
-        except OSError as error:  # such as a full disk
+        except OSError as error:  # for example, a full disk
             raise UserError(f"--json {file} cannot be written: {error.strerror}; its content is {text}") from error
 
 

@@ -1,1 +1,1 @@
-"""What a model must offer, the registry of models, and what the library does to any of them from outside."""
+"""The registry of models, their contract, and the tools for any model: cache, generation, compilation, sharding."""

@@ -1,7 +1,7 @@
 """The key-value cache: with it, a model reads each token of a text once.
 
-A model takes part by accepting it: ``forward(idx, targets=None, *, cache=None)``. Given a cache, ``forward`` reads only
-the new tokens ``idx`` (B, T):
+A model opts in by accepting a cache: ``forward(idx, targets=None, *, cache=None)``. Then ``forward`` reads only the new
+tokens ``idx`` (B, T):
 
     positions = cache.extend(T, idx.device)  # once per forward, before the blocks
     k, v = cache.append(k, v)                # once in each attention layer: all keys and values so far
@@ -10,7 +10,7 @@ the new tokens ``idx`` (B, T):
 It returns the logits of all new positions, or of each row's last one (``cache.last``), which is cheaper.
 
 The first call reads the prompts, padded on the right where they differ in length; each later call reads one token per
-row. Layers are told apart by the order in which they call, so no layer index travels through a model's blocks.
+row. Layers are identified by the order of their calls, so blocks need no layer index.
 """
 
 import inspect
@@ -21,22 +21,22 @@ from torch import Tensor, nn
 
 def accepts_cache(model: nn.Module) -> bool:
     """Return whether the model's ``forward`` has a parameter ``cache``."""
-    return "cache" in inspect.signature(type(model).forward).parameters  # type(model): the instance's may be wrapped
+    return "cache" in inspect.signature(type(model).forward).parameters  # an instance's may be wrapped
 
 
 class Cache:
     """Keys and values of the tokens read so far, for each attention layer of a model.
 
-    This is no dataclass: FSDP2's mixed precision replaces dataclass arguments of a block by copies.
+    Not a dataclass, because FSDP2's mixed precision replaces dataclass arguments of a block by copies.
 
     Args:
         capacity: Maximum number of tokens per row.
         lengths: Length of each prompt (B,) int64 if they differ; the first call's ``idx`` is padded to the longest.
 
     Attributes:
-        length: Number of tokens of the longest row, including those that ``extend`` announced.
-        mask: Keys that each row's new token attends to, bool (B, 1, 1, length); None if rows have the same length, or
-            in the first call, where causal attention never reaches the padding.
+        length: Number of tokens of the longest row, including those of the last ``extend``.
+        mask: Keys that each row's new token attends to, bool (B, 1, 1, length). None if all rows have the same length,
+            and in the first call, where the causal mask hides the padding.
     """
 
     def __init__(self, capacity: int, lengths: Tensor | None = None) -> None:
@@ -47,7 +47,7 @@ class Cache:
         self._layers: list[tuple[Tensor, Tensor]] = []  # keys and values, each (B, n_kv_head, capacity, head_size)
         self._previous: list[Tensor] = []  # see `previous`, each (B, 1, ...)
         self._layer = self._slot = 0  # the entry that the next call of `append` and of `previous` uses
-        self._ends: tuple[Tensor | slice, ...] = ()  # index of each row's new token in keys and values, with a mask
+        self._ends: tuple[Tensor | slice, ...] = ()  # with a mask: index of each row's new token in keys and values
 
     def extend(self, T: int, device: torch.device) -> Tensor:
         """Make room for T new tokens per row.
@@ -79,7 +79,7 @@ class Cache:
         Every attention layer calls this once per forward, always in the same order.
         """
         if self._layer == len(self._layers):
-            # Zeros, since slots that a shorter row leaves out are multiplied by an attention weight of 0.
+            # Zeros, because attention multiplies the unused slots of shorter rows by 0, and 0 * NaN is NaN.
             keys, values = (x.new_zeros(x.size(0), x.size(1), self.capacity, x.size(3)) for x in (k, v))
             self._layers.append((keys, values))
         keys, values = self._layers[self._layer]
@@ -94,15 +94,15 @@ class Cache:
         return keys.narrow(2, 0, self.length), values.narrow(2, 0, self.length)
 
     def previous(self, x: Tensor, *, fill: float) -> Tensor:
-        """Return the entry before x's first one (B, 1, ...), and remember x's last one for the next forward.
+        """Return the entry that precedes x (B, 1, ...), and keep x's last entry for the next forward.
 
-        For models that mix a token with the one before it. Several calls per forward are told apart by their order.
+        For models that mix a token with the one before it. Several calls per forward are identified by their order.
 
         Args:
             x: Any per-token values of the new tokens (B, T, ...).
             fill: The value before the first token of a text.
         """
-        # A clone always has the same strides; a compiled step would be recompiled for others.
+        # Cloned to fixed strides, because other strides would recompile a compiled step.
         last = self.last(x).clone(memory_format=torch.contiguous_format)
         if self._slot == len(self._previous):
             previous = torch.full_like(last, fill)
@@ -113,13 +113,13 @@ class Cache:
         return previous
 
     def last(self, x: Tensor) -> Tensor:
-        """Return each row's last entry (B, 1, ...) of x (B, T, ...), the values of the new tokens."""
+        """Return each row's last entry (B, 1, ...) of x (B, T, ...), per-token values of the new tokens."""
         if self.lengths is None or x.size(1) == 1:
             return x[:, -1:]
         return x[torch.arange(len(x), device=x.device), self.lengths - 1][:, None]
 
     def keep(self, rows: list[int]) -> None:
-        """Drop all rows but these."""
+        """Keep only these rows, in this order."""
         self._layers = [(keys[rows], values[rows]) for keys, values in self._layers]
         self._previous = [x[rows] for x in self._previous]
         if self.lengths is not None:

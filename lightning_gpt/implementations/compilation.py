@@ -1,6 +1,6 @@
 """Apply torch.compile and activation recomputation to a model.
 
-Models are changed from outside in this order: recomputation, compilation, sharding.
+The order is recomputation, compilation, sharding.
 """
 
 import functools
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_gpt.config import UserError
 from lightning_gpt.implementations.cache import accepts_cache
 
-# Inductor options on x86 CPUs: weights become constants, and each product gets a C++ kernel generated for its shape.
+# Inductor options on x86 CPUs: make weights constants, and generate a C++ kernel for the shape of each product.
 FROZEN = {"freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP"}
 
 
@@ -30,8 +30,8 @@ class CompileArguments(TypedDict):
 def compile_model(model: nn.Module, *, block_class: type[nn.Module] | None, setting: bool | str) -> None:
     """Compile every block in place, or the whole model if it has no block class.
 
-    Compiling in place (``module.compile()``) keeps the state-dict keys. All blocks share the compiled code of one, so
-    compiling takes as long for 48 layers as for one.
+    Compiling in place (``module.compile()``) keeps the state-dict keys. All blocks share the compiled code, so
+    compiling 48 layers takes as long as compiling one.
 
     Args:
         model: The plain model.
@@ -45,7 +45,7 @@ def compile_model(model: nn.Module, *, block_class: type[nn.Module] | None, sett
     if arguments is not None:
         for unit in _units(model, block_class):
             if isinstance(unit.forward, functools.partial):  # recomputed
-                # Compile inside of `checkpoint`: FSDP's hooks break the graph, and then `checkpoint` runs uncompiled.
+                # Compile inside `checkpoint`: outside, FSDP's hooks break the graph, and the block runs uncompiled.
                 unit.forward = _recomputed(torch.compile(unit.forward.args[0], **arguments))
             else:
                 unit.compile(**arguments)
@@ -77,10 +77,10 @@ def compile_arguments(setting: bool | str) -> CompileArguments | None:
 
 
 def compile_step(model: nn.Module, *, setting: bool | str) -> Callable[..., Any] | None:
-    """Return the model's forward, compiled for reading one token per row with a cache, without gradients.
+    """Return the model's forward, compiled for decoding: one token per row, with a cache, without gradients.
 
-    It is compiled once for all text lengths. The weights must not change after the first call: on x86 CPUs, inductor
-    (``freezing``) stores a copy of the matrices in the compiled code, in the order in which they are read.
+    It is compiled once for all text lengths. The weights must not change after the first call, because on x86 CPUs
+    inductor (``freezing``) copies the matrices into the compiled code.
 
     Args:
         model: The plain model.

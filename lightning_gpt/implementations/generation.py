@@ -1,4 +1,4 @@
-"""Generate tokens with any model, one at a time, for any number of prompts of any lengths."""
+"""Generate tokens with any model, one per step, for prompts of any number and lengths."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from lightning_gpt.implementations.cache import Cache, accepts_cache
 
-SWAPPED_ROWS = range(6, 24)  # the numbers of rows for which MKL computes W @ x.T faster than x @ W.T
+SWAPPED_ROWS = range(6, 24)  # numbers of rows of x for which MKL computes W @ x.T faster than x @ W.T
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +24,10 @@ class GenerationSettings:
         max_new_tokens: Maximum number of new tokens per row.
         greedy: Take the likeliest token instead of drawing one.
         temperature: Divides the logits.
-        top_k: Draw among this many likeliest tokens (and any as likely as the last of them).
+        top_k: Draw among this many likeliest tokens, and those that tie with the last of them.
         top_p: Draw among the fewest likeliest tokens whose probabilities add up to this.
-        repetition_penalty: Divides positive logits of tokens that the row already holds, and multiplies negative ones.
-        stop_tokens: Tokens that end a row; they are not added to it.
+        repetition_penalty: Divides positive and multiplies negative logits of tokens that are already in the row.
+        stop_tokens: Tokens that end a row; they are not part of it.
         seed: Row r draws from its own generator, seeded with ``seed + r``.
 
     Raises:
@@ -67,12 +67,11 @@ def generate_tokens(
     step: Callable[..., tuple[Tensor, Tensor | None]] | None = None,
     is_over: Callable[[int, int], bool] | None = None,
 ) -> Iterator[list[tuple[int, int]]]:
-    """Continue every prompt, one token per step, leaving the model in its mode (train or eval).
+    """Continue every prompt, one token per step, in the model's current mode (train or eval).
 
-    A row's draws depend on the seed, its index and its own tokens, not on the other rows, and do not change the global
-    random state. A row longer than ``block_size`` is continued from its last ``block_size`` tokens; these are read in
-    full at each step, since their positions change. All ranks of a sharded model call this together, with the same
-    arguments.
+    A row's draws depend only on the seed, its index and its own tokens, and do not change the global random state. A
+    row longer than ``block_size`` is continued from its last ``block_size`` tokens, which are read in full at each
+    step, because their positions change. All ranks of a sharded model must call this with the same arguments.
 
     Args:
         model: Any model; its parameters may be sharded.
@@ -81,8 +80,8 @@ def generate_tokens(
         block_size: Maximum number of tokens that the model reads.
         vocab_size: Size of the vocabulary without padding; larger ids are never chosen.
         device: Device of the model.
-        step: Called in place of the model for one-token steps, such as a compiled forward.
-        is_over: Called with each row and its new token; returns whether the row ends with it.
+        step: Replaces the model in one-token steps, such as a compiled forward.
+        is_over: ``(row, token) -> bool``, called with each new token: whether the row ends with it.
 
     Yields:
         For each step, (row, token) of every row that has a new token.
@@ -98,22 +97,22 @@ def generate_tokens(
         model, texts, block_size=block_size, max_new_tokens=max_new_tokens, device=device, step=step
     )
     linears = _swappable_linears(model, device) if step is None else []
-    numbers = None if settings.greedy else _random_numbers(len(texts), settings)
+    uniforms = None if settings.greedy else _uniform_numbers(len(texts), settings)
     seen = None
     if settings.repetition_penalty != 1:
         seen = torch.zeros(len(texts), vocab_size, dtype=torch.bool)
         for row, text in enumerate(texts):
             seen[row, text] = True
     rows = list(range(len(texts)))
-    for number in range(max_new_tokens):
+    for t in range(max_new_tokens):
         with torch.no_grad(), _swapped_products(linears, rows=len(rows)):
             logits = next_logits.logits(rows)[:, :vocab_size].float()  # (R, V)
             if seen is not None:
                 logits = penalise(logits, seen[rows].to(device), penalty=settings.repetition_penalty)
-            if numbers is None:
+            if uniforms is None:
                 chosen = logits.argmax(-1).tolist()
             else:
-                chosen = draw(warp(logits, settings), numbers[rows, number]).tolist()
+                chosen = draw(warp(logits, settings), uniforms[rows, t]).tolist()
         if seen is not None:
             seen[rows, chosen] = True
         new = [(row, token) for row, token in zip(rows, chosen, strict=True) if token not in settings.stop_tokens]
@@ -128,7 +127,7 @@ def generate_tokens(
 def penalise(logits: Tensor, seen: Tensor, *, penalty: float) -> Tensor:
     """Make the tokens that a row already holds less likely: logits (R, V), seen (R, V) bool.
 
-    Keskar et al. 2019, "CTRL", section 4.1; except that negative logits are multiplied, as in Hugging Face's version.
+    As in Keskar et al. 2019, "CTRL", section 4.1, but negative logits are multiplied, as in Hugging Face's version.
     """
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
@@ -150,22 +149,22 @@ def warp(logits: Tensor, settings: GenerationSettings) -> Tensor:
 
 def draw(logits: Tensor, numbers: Tensor) -> Tensor:
     """Draw a token per row by inverse transform sampling: logits (R, V), numbers (R,) in [0, 1); tokens (R,)."""
-    if logits.device.type == "mps":  # it has no float64, and float32 sums over a large vocabulary are too coarse
+    if logits.device.type == "mps":  # no float64 there, and float32 sums over a large vocabulary are too coarse
         logits = logits.cpu()
     sums = logits.softmax(-1, dtype=torch.float64).cumsum(-1)
     at = numbers.to(sums.device)[:, None] * sums[:, -1:]
     return torch.searchsorted(sums, at, right=True)[:, 0].clamp(max=logits.size(-1) - 1)
 
 
-def _random_numbers(rows: int, settings: GenerationSettings) -> Tensor:
-    """Return uniform numbers in [0, 1), (rows, max_new_tokens) float64: the same for every kind of device."""
+def _uniform_numbers(rows: int, settings: GenerationSettings) -> Tensor:
+    """Return uniform numbers in [0, 1), float64 (rows, max_new_tokens), the same for every kind of device."""
     generators = [torch.Generator().manual_seed(settings.seed + row) for row in range(rows)]
     return torch.stack([torch.rand(settings.max_new_tokens, generator=g, dtype=torch.float64) for g in generators])
 
 
 @contextmanager
 def _swapped_products(linears: Sequence[nn.Linear], *, rows: int) -> Iterator[None]:
-    """Let Linear layers compute W @ x.T, which MKL does faster than x @ W.T for few rows."""
+    """Make Linear layers compute W @ x.T, which MKL does faster than x @ W.T for few rows."""
     swapped = linears if rows in SWAPPED_ROWS else ()
     for linear in swapped:  # through __dict__, since nn.Module's setattr is slow
         linear.__dict__["forward"] = partial(_swapped_linear, linear)
@@ -196,15 +195,15 @@ class NextLogits:
     """Compute the logits of the next token of growing texts, with a cache where the model accepts one.
 
     Texts within ``block_size`` share one cache. Longer ones, and all texts of a model without a cache, are read in full
-    for each token, in groups of the same length, so that no padding is needed.
+    for each token, in groups of equal length, so that no padding is needed.
 
     Args:
         model: Any model.
         texts: Token ids of each row; the caller appends the new tokens to them.
         block_size: Maximum number of tokens that the model reads.
-        max_new_tokens: Number of tokens that a text grows by at most.
+        max_new_tokens: Maximum number of tokens by which a text grows.
         device: Device of the model.
-        step: Called in place of the model for one-token steps.
+        step: Replaces the model in one-token steps.
     """
 
     def __init__(
@@ -228,8 +227,8 @@ class NextLogits:
         self.cached_rows: list[int] = []
 
     def logits(self, rows: list[int]) -> Tensor:
-        """Return the next token's logits of these rows, (R, V). A row that was left out once may not come back."""
-        groups: dict[int, list[int]] = {}  # rows by the number of tokens that are read in full; 0: with the cache
+        """Return the next token's logits of these rows, (R, V). A row once left out must not be passed again."""
+        groups: dict[int, list[int]] = {}  # rows by the number of tokens to read in full; 0: use the cache
         for row in rows:
             length = len(self.texts[row])
             fits = self.has_cache and length <= self.block_size
@@ -249,7 +248,7 @@ class NextLogits:
             lengths = [len(self.texts[row]) for row in rows]
             longest = max(lengths)
             idx = self._tensor([self.texts[row] + [0] * (longest - len(self.texts[row])) for row in rows])
-            # One more than needed: a compiled step would be recompiled when the keys fill their buffer.
+            # One more than needed, because a compiled step is recompiled when the keys fill their buffer.
             capacity = min(longest + self.max_new_tokens, self.block_size) + 1
             self.cache = Cache(capacity, self._tensor(lengths) if min(lengths) < longest else None)
             read: Callable[..., tuple[Tensor, Tensor | None]] = self.model

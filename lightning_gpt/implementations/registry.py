@@ -8,12 +8,12 @@ A model may also have:
 
 - ``extends_context`` (attribute or property): True if positions continue beyond ``block_size`` and no weight depends on
   it. The model can then be scored with a longer context than it was trained with.
-- ``refuses(device_type, dtype)``: None if the model can compute there, else the reason, and config fields with which
-  the same weights give the same result there. Training refuses; evaluation and sampling use those fields.
+- ``refuses(device_type, dtype)``: returns None if the model runs there, else why not, and config fields with which the
+  same weights give the same result there. Training reports the reason; evaluation and sampling apply the fields.
 - ``initialises_by_apply = True``: ``model.apply(model._init_weights)`` sets every parameter. The model can then be
-  built on the meta device and initialised where its shards live.
-- ``parts`` on an ``nn.Linear`` whose weight is that many matrices of the same size, stacked by rows, such as 3 for a
-  projection to query, key and value. Muon then orthogonalises each one.
+  built on the meta device and initialised shard by shard.
+- ``parts`` on an ``nn.Linear``: the number of equal matrices that are stacked along the rows of its weight, such as 3
+  for a projection to query, key and value. Muon orthogonalises each one separately.
 """
 
 import dataclasses
@@ -37,16 +37,16 @@ if TYPE_CHECKING:
 
 
 def decay_linear(module: "nn.Module", name: str) -> bool:
-    """Decay the weights of Linear layers only (minGPT's rule)."""
+    """Return whether a parameter decays: only weights of Linear layers do (minGPT's rule)."""
     from torch import nn
 
     return isinstance(module, nn.Linear) and name == "weight"
 
 
 def decay_matrices(module: "nn.Module", name: str) -> bool:
-    """Decay tensors of two or more dimensions (nanoGPT's rule).
+    """Return whether a parameter decays: tensors of two or more dimensions do (nanoGPT's rule).
 
-    The module type decides where it can, because a sharded parameter does not show its dimensions.
+    Decides by the module's type if possible, because a sharded parameter does not show its dimensions.
     """
     from torch import nn
 
@@ -85,8 +85,8 @@ class Implementation:
         block: Name of the class that is compiled, recomputed and sharded as a unit; None for the whole model.
         presets: The named sizes, as ``module:NAME``.
         decays: ``(module, parameter name) -> bool``, whether weight decay applies.
-        architecture: Hugging Face's ``model_type`` for the same model; see ``checkpoint/architectures``.
-        hard_coded: Settings of that architecture for which the model has no config field, each with its value.
+        architecture: Hugging Face's ``model_type`` of the same architecture; see ``checkpoint/architectures``.
+        hard_coded: Values of that architecture's settings for which the model has no config field.
         builtin: Whether the row is one of ours.
     """
 
@@ -121,8 +121,8 @@ class Implementation:
     def hidden_matrices(self, model: "nn.Module", *, vocab_size: int) -> dict[str, int]:
         """Find the weight matrices between embeddings and head.
 
-        These are the nn.Linear weights inside blocks; without a block class, those without a row for each token. A
-        weight that is also used elsewhere, such as a tied head, is left out.
+        These are the nn.Linear weights inside blocks; without a block class, all except the head, which
+        has a row for each token. A weight that is also used elsewhere, such as a tied head, is left out.
 
         Args:
             model: The model, which may be on the meta device or sharded; shapes of parameters are not used.
@@ -196,7 +196,7 @@ class Implementation:
             meta: Whether to build it on the meta device, without memory.
 
         Raises:
-            UserError: A field is unknown or missing, or the model refuses a value, with its own message.
+            UserError: A field is unknown or missing, or the model rejects a value; its own message is passed on.
         """
         config_class = self.load(self.config)
         known = {f.name for f in dataclasses.fields(config_class)}
@@ -248,10 +248,10 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 
 
 def refused_by(model: "nn.Module", *, device_type: str, dtype: "torch.dtype") -> tuple[str, dict[str, Any]]:
-    """Return why a model cannot compute on a device in a dtype, and the config fields with which it can.
+    """Ask a model whether it runs on a kind of device in a dtype.
 
     Returns:
-        The reason, empty if the model can compute there, and the fields.
+        Why it does not (empty if it does), and config fields with which it does.
     """
     refuses = getattr(model, "refuses", None)
     return (refuses and refuses(device_type, dtype)) or ("", {})
@@ -270,7 +270,7 @@ def get_implementation(name: str) -> Implementation:
         choices = ", ".join(IMPLEMENTATIONS)
         raise UserError(f"--implementation {name} is unknown; choose one of {choices}, or package.module:Class")
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # Python adds the script's folder, not the one that it is called from
+        sys.path.append(os.getcwd())  # Python adds only the script's folder
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -299,9 +299,9 @@ def get_implementation(name: str) -> Implementation:
 
 
 def flag_options(row: Implementation) -> list[Option]:
-    """Return the config fields that are flags: all except those that the data or ModelOptions set.
+    """Return the config fields that become flags: all except those that ModelOptions or the data set.
 
-    If there are presets, sizes default to None, which means the preset's.
+    If there are presets, sizes default to None, which means the preset's value.
     """
     decided = ("vocab_size", "vocab_padding", "block_size", "model_type")
     options = [o for o in row.config_options() if o.name not in decided]

@@ -1,4 +1,4 @@
-"""Parameters that may be sharded over ranks: their full shapes, initialisation, and writing full tensors into them.
+"""Handle parameters that may be sharded over ranks: full shapes, initialisation, writing full tensors into them.
 
 A parameter is a plain tensor, a DTensor (FSDP2), or partitioned by DeepSpeed (ZeRO-3), where ``shape`` is not the full
 shape. Functions that write must be called on every rank, with the same values.
@@ -21,10 +21,10 @@ def full_shape(parameter: Tensor) -> torch.Size:
 
 
 def shard_like(parameter: Tensor, full: Tensor) -> Tensor:
-    """Return a copy of a full tensor that is placed and sharded like a parameter, in the dtype of ``full``."""
+    """Return a copy of a full tensor, placed and sharded like a parameter, in the dtype of ``full``."""
     full = full.to(parameter.device)
     if isinstance(parameter, DTensor):
-        # Every rank has the values and slices its own shard, so nothing is sent.
+        # Every rank has the full tensor and slices its own shard, so nothing is sent.
         return distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
     return full.clone()
 
@@ -44,7 +44,7 @@ def write_parameter(parameter: Tensor, full: Tensor) -> None:
 
 
 def give_memory(model: nn.Module, device: torch.device) -> None:
-    """Allocate a model that is on the meta device, or this rank's shards of it, on a device, and initialise it."""
+    """Allocate a meta-device model, or this rank's shards of it, on a device, and initialise it."""
     places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -59,9 +59,9 @@ def give_memory(model: nn.Module, device: torch.device) -> None:
 def initialise(model: nn.Module) -> None:
     """Initialise a model, sharded or not, as ``model.apply(model._init_weights)`` initialises an unsharded one.
 
-    In the order of ``apply``, each module's own parameters are initialised in full on the CPU and then written to their
-    shards. So one seed gives the same weights under every strategy, and no rank holds more than one module's full
-    parameters.
+    In the order of ``apply``, initialises each module's own parameters in full on the CPU and writes them to their
+    shards. One seed therefore gives the same weights under every strategy, and no rank holds the full parameters of
+    more than one module.
 
     Raises:
         UserError: The model's ``_init_weights`` does not set every parameter.
@@ -95,11 +95,11 @@ def shard_fsdp(
 ) -> None:
     """Shard each block, and the rest of the model as one more unit, in place.
 
-    Embeddings and head stay together in that unit, because tied weights must not be in two units.
+    The last unit holds both embeddings and head, because tied weights must not be in two units.
 
     Args:
         model: The model, allocated or on the meta device.
-        mesh: A mesh of one dimension, the ranks to shard over.
+        mesh: One-dimensional mesh of the ranks to shard over.
         block_class: The unit that is gathered at a time; None makes the whole model one unit.
         precision: The Trainer's precision. Under "bf16-mixed" weights are gathered and used in bfloat16, and gradients
             are reduced in float32.

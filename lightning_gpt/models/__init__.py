@@ -1,4 +1,4 @@
-"""The LightningModules by name, and their forms for strategies that shard."""
+"""The LightningModules, one for each built-in model, and their forms for FSDP and DeepSpeed."""
 
 from lightning_gpt.models.forms import FORMS, DeepSpeedGPTModule, FSDPGPTModule
 from lightning_gpt.models.module import GPTModule

@@ -13,7 +13,7 @@ from lightning_gpt.models.module import DeferredModule, GPTModule
 
 
 class ShardedModule(DeferredModule):
-    """A module that gets its memory in ``configure_model``, when its strategy knows where each shard lives."""
+    """A module whose model is allocated in ``configure_model``, when the strategy can place each shard."""
 
     configured = False
 
@@ -29,7 +29,7 @@ class ShardedModule(DeferredModule):
 
 
 class FSDPGPTModule(ShardedModule):
-    """Any implementation under FSDP: the module shards itself over the strategy's device mesh."""
+    """Any implementation under FSDP; the module shards its model over the strategy's device mesh."""
 
     def configure_model(self) -> None:
         """Shard the model, then allocate and initialise this rank's shards."""
@@ -48,12 +48,12 @@ class FSDPGPTModule(ShardedModule):
 
 
 class DeepSpeedGPTModule(ShardedModule):
-    """Any implementation under DeepSpeed: partitioned while it is built under ZeRO-3, with DeepSpeed's own Adam.
+    """Any implementation under DeepSpeed, with DeepSpeed's own Adam. ZeRO-3 partitions the model while it is built.
 
     Args:
         args: See GPTModule.
         fused_adam: Whether to use DeepSpeed's FusedAdam if the weights are on a GPU.
-        offload: Whether to use DeepSpeed's CPUAdam, for an optimizer state in the host's memory.
+        offload: Whether to use DeepSpeed's CPUAdam, for optimizer state in host memory.
         kwargs: See GPTModule.
 
     Raises:
@@ -79,9 +79,9 @@ class DeepSpeedGPTModule(ShardedModule):
         return config.get("zero_optimization", {}).get("stage", 0) if isinstance(config, dict) else None
 
     def configure_model(self) -> None:
-        """Allocate and initialise the model; under ZeRO-3, inside Lightning's ``zero.Init``, each rank's partition.
+        """Allocate and initialise the model; under ZeRO-3 only this rank's partition.
 
-        A model that was built whole is partitioned by the DeepSpeed engine.
+        Lightning calls this inside ``zero.Init``. The DeepSpeed engine partitions a model that was built whole.
         """
         if self.configured:
             return
@@ -96,7 +96,7 @@ class DeepSpeedGPTModule(ShardedModule):
         self.prepare_blocks(self.model)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Return the mean loss times the number of micro-batches: Lightning and the engine both divide by it."""
+        """Return the mean loss times the number of micro-batches, by which Lightning and the engine both divide."""
         loss = super().training_step(batch, batch_idx)
         return loss if self.zero_stage is None else loss * self.trainer.accumulate_grad_batches
 
@@ -119,7 +119,7 @@ class DeepSpeedGPTModule(ShardedModule):
             super().configure_gradient_clipping(optimizer, *args, **kwargs)
 
     def gradient_norm(self) -> Tensor | float | None:
-        """Return the gradient norm before clipping, which the engine knows after its step."""
+        """Return the gradient norm before clipping, as the engine reports it after its step."""
         if self.zero_stage is None:
             return super().gradient_norm()
         assert self.strategy is not None
@@ -127,4 +127,4 @@ class DeepSpeedGPTModule(ShardedModule):
 
 
 FORMS: dict[str, type[GPTModule]] = {"plain": GPTModule, "fsdp": FSDPGPTModule, "deepspeed": DeepSpeedGPTModule}
-"""The form of GPTModule that a strategy trains, by ``StrategyRow.form``."""
+"""The forms of GPTModule, by ``StrategyRow.form``."""

@@ -1,4 +1,4 @@
-"""The LightningModule that trains the model of any implementation: a thin layer over models in plain PyTorch."""
+"""The LightningModule that trains any implementation: a thin layer over models in plain PyTorch."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -21,8 +21,8 @@ from lightning_gpt.optim.groups import parameter_groups
 from lightning_gpt.optim.registry import get_optimizer
 from lightning_gpt.optim.schedule import warmup_cosine
 
-# Arguments of subclasses, beside the fields of the model's config. A checkpoint holds them too, and Lightning passes
-# everything in it to the class that loads it.
+# Arguments that only subclasses have, besides the fields of the model's config. Checkpoints store them, and Lightning
+# passes all stored arguments to whichever class loads the checkpoint.
 _OF_SUBCLASSES = {"model_type", "fused_adam", "offload"}
 
 
@@ -32,7 +32,7 @@ class GPTModule(LightningModule):
     Args:
         implementation: A name in the registry, or ``package.module:Class``.
         model_config: The fields of the implementation's config dataclass.
-        weight_decay: Decoupled weight decay, of the parameters that the implementation decays.
+        weight_decay: Decoupled weight decay; the implementation determines which parameters decay.
         learning_rate: Peak learning rate.
         betas: AdamW's betas.
         optimizer: "adamw", or "muon" for the matrices inside blocks and AdamW for all else.
@@ -45,7 +45,7 @@ class GPTModule(LightningModule):
         optimizer_options: The optimizer's own options, such as ``muon_learning_rate`` (see ``optim/registry.py``).
 
     Raises:
-        UserError: The implementation or the optimizer is unknown, the config refuses the fields, or the model has no
+        UserError: The implementation or the optimizer is unknown, the model rejects a field, or it has no
             matrices for the optimizer.
     """
 
@@ -87,7 +87,7 @@ class GPTModule(LightningModule):
         if self.optimizer_row.hidden:
             vocab_size = model_config["vocab_size"]
             self.hidden_matrices = self.implementation.hidden_matrices(self.model, vocab_size=vocab_size)
-        # Device tensors that are read only for the log, so that no step waits for them.
+        # Device tensors, read only when they are logged, so that other steps do not wait for the device.
         self.step_loss: Tensor | None = None
         self._gradient_norm: Tensor | None = None
         self._val_sums: ScoreSums | None = None
@@ -96,7 +96,7 @@ class GPTModule(LightningModule):
 
     @classmethod
     def without_memory(cls, implementation: str, *, model_config: dict[str, Any], **training: Any) -> "GPTModule":
-        """Return a module whose model is on the meta device: it has names and shapes, and no memory.
+        """Return a module whose model is on the meta device, with names and shapes but no memory.
 
         A model without ``initialises_by_apply`` is built whole.
 
@@ -108,7 +108,7 @@ class GPTModule(LightningModule):
         return DeferredModule(implementation, model_config=model_config, **training)
 
     def build_model(self) -> nn.Module:
-        """Return the initialised model; sharded forms draw the same weights from the same seed."""
+        """Return the initialised model; all forms get the same weights from the same seed."""
         meta = self.implementation.initialises_by_apply
         model = self.new_model(meta=meta)
         if meta:
@@ -117,7 +117,7 @@ class GPTModule(LightningModule):
         return model
 
     def new_model(self, *, meta: bool) -> nn.Module:
-        """Return the implementation's model, frozen where it is not trained; on the meta device without memory."""
+        """Return the implementation's model, with frozen embeddings if requested; ``meta`` gives it no memory."""
         model = self.implementation.build(self.model_config, meta=meta)
         if self.freeze_embeddings:
             name = token_embedding_name(model, vocab_size=self.model_config["vocab_size"])
@@ -125,14 +125,14 @@ class GPTModule(LightningModule):
         return model
 
     def prepare_blocks(self, model: nn.Module) -> None:
-        """Apply recomputation and compilation to the model's blocks, in place. Sharding must come after it."""
+        """Apply recomputation and compilation to the model's blocks, in place, before the model is sharded."""
         block_class = self.implementation.block_class()
         if self.recompute:
             recompute_blocks(model, block_class=block_class)
         compile_model(model, block_class=block_class, setting=self.compile_setting)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Call the model's forward with ``idx`` and ``targets`` (B, T) int64; a target of -1 is ignored."""
+        """Return the model's logits and loss for ``idx`` and ``targets`` (B, T) int64; targets of -1 are ignored."""
         return self.model(idx, targets)
 
     @torch.no_grad()
@@ -140,8 +140,8 @@ class GPTModule(LightningModule):
         """Return the logits of all positions if ``targets``, else of the last one.
 
         Args:
-            idx: Token ids (B, T).
-            targets: Whether to score every position, as with targets.
+            idx: Token ids (B, T) int64.
+            targets: Whether to return all positions.
 
         Returns:
             Logits (B, T, vocab_size), or (B, 1, vocab_size) of the last position.
@@ -160,18 +160,18 @@ class GPTModule(LightningModule):
         repetition_penalty: float = 1.0,
         seed: int | None = None,
     ) -> Tensor:
-        """Append tokens to each row, in the module's present mode (train or eval).
+        """Append tokens to each row, in the module's current mode (train or eval).
 
         Args:
-            idx: Token ids (B, T).
+            idx: Token ids (B, T) int64.
             max_new_tokens: Number of tokens to append.
             temperature: Divisor of the logits; see ``GenerationSettings``.
-            do_sample: Whether to sample, or to take the most likely token (default: as the model's own ``generate``
-                does; else sample).
+            do_sample: Whether to sample instead of taking the most likely token (default: as in the model's own
+                ``generate``, else sample).
             top_k: Sample from the k most likely tokens only.
             top_p: Sample from the most likely tokens with this total probability only.
-            repetition_penalty: Penalty on tokens that are in the row already.
-            seed: Row r draws with ``seed + r`` (default: drawn from torch's global random state).
+            repetition_penalty: Penalty on tokens that are already in the row.
+            seed: Row r samples with ``seed + r`` (default: a seed from torch's global random state).
 
         Returns:
             Token ids (B, T + max_new_tokens).
@@ -196,10 +196,10 @@ class GPTModule(LightningModule):
         return torch.cat((idx, new.T), dim=1)
 
     def compile_generation(self, setting: bool | str) -> bool:
-        """Decode with a compiled step from now on, with the present weights; see ``compile_step``.
+        """Generate with a compiled step from now on; the weights must not change. See ``compile_step``.
 
         Returns:
-            Whether a step will be compiled, which happens at its first call.
+            Whether ``setting`` asks for compilation, which happens at the first step.
         """
         self._step = compile_step(self.model, setting=setting)
         return self._step is not None
@@ -257,7 +257,7 @@ class GPTModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as the Trainer's options say, and keep the norm before clipping, which Lightning would discard."""
+        """Clip as the Trainer does, and keep the norm before clipping, which Lightning would discard."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             scaler.unscale_(optimizer)  # Lightning leaves this to the fused optimizer's step, which is after clipping
@@ -268,17 +268,17 @@ class GPTModule(LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def gradient_norm(self) -> Tensor | float | None:
-        """Return the gradient norm of the last step, before clipping; None if nothing is clipped."""
+        """Return the gradient norm of the last step, before clipping; None without clipping."""
         return self._gradient_norm
 
     def on_validation_epoch_start(self) -> None:
-        """Reset the sums of the validation."""
+        """Reset the validation sums."""
         has_answers = getattr(getattr(self.trainer, "datamodule", None), "has_answers", False)
         padding = self.model_config.get("vocab_padding", 0)
         self._val_sums = ScoreSums(self.device, has_answers=has_answers, padding=padding)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Add a batch to the sums."""
+        """Add a batch to the validation sums."""
         assert self._val_sums is not None
         logits, loss = self.model(*batch)
         self._val_sums.add(logits, loss, batch[1])
@@ -310,9 +310,9 @@ class GPTModule(LightningModule):
 
 
 class DeferredModule(GPTModule):
-    """A module whose model has no memory until a subclass's ``configure_model`` gives it some."""
+    """A module whose model has no memory until a subclass allocates it in ``configure_model``."""
 
     def build_model(self) -> nn.Module:
         """Return the model on the meta device, or whole if it cannot be initialised in place later."""
-        compile_arguments(self.compile_setting)  # refuse now; subclasses compile the blocks when they shard them
+        compile_arguments(self.compile_setting)  # report errors now; subclasses compile the blocks when they shard them
         return self.new_model(meta=self.implementation.initialises_by_apply)

@@ -1,8 +1,7 @@
 """The built-in models as LightningModules of their own, for use from Python.
 
-Each spells out the arguments of its model and passes the training arguments on to ``GPTModule``. It trains with any
-DataLoader of ``(idx, targets)`` pairs under a plain ``lightning.Trainer``, and has a form for FSDP and one for
-DeepSpeed.
+Each class lists its model's arguments and passes training arguments on to ``GPTModule``. It trains on any DataLoader of
+``(idx, targets)`` pairs under a plain ``lightning.Trainer``, and has a form for FSDP and one for DeepSpeed.
 """
 
 from typing import Any
@@ -17,8 +16,7 @@ def _arguments(implementation: str, *, training: dict[str, Any], **fields: Any) 
 
     Args:
         implementation: A name in the registry.
-        training: Training arguments. From a checkpoint they include ``implementation`` and ``model_config``, which the
-            fields determine.
+        training: Training arguments. ``implementation`` and ``model_config``, which a checkpoint adds, are ignored.
         fields: Fields of the model's config; None leaves a size to the preset.
     """
     training = {name: v for name, v in training.items() if name not in ("implementation", "model_config")}

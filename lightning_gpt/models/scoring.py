@@ -26,7 +26,7 @@ def count_right(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class ScoreSums:
-    """The sums of one rank, kept on its device so that no batch waits for them.
+    """Validation sums of one rank, kept on its device, so that no batch waits for it.
 
     Args:
         device: The model's device.
@@ -44,7 +44,7 @@ class ScoreSums:
         """Add a batch: logits (B, T, vocab_size), and the mean loss over the targets (B, T) that are not -1."""
         device = self._sums.device
         loss, scored = loss.to(device), (targets != -1).sum().to(device)
-        # The loss of a batch that is all padding is NaN.
+        # The loss of a batch of only padding is NaN.
         total = torch.where(scored > 0, loss.double() * scored, 0.0)
         self._sums[:2] += torch.stack([total, scored.double()])
         if self.has_answers:

@@ -10,30 +10,30 @@ import torch
 def adamw(
     groups: Iterable[dict[str, Any]], *, learning_rate: float, betas: tuple[float, float]
 ) -> torch.optim.Optimizer:
-    """Return torch's AdamW over parameter groups, in its fused form, the fastest one on CPUs and GPUs."""
+    """Return torch's fused AdamW, its fastest form on CPUs and GPUs."""
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(betas[0], betas[1]), fused=True)
 
 
 def deepspeed_adam(
     groups: Iterable[dict[str, Any]], *, learning_rate: float, betas: tuple[float, float], fused: bool, on_host: bool
 ) -> torch.optim.Optimizer:
-    """Return the AdamW that DeepSpeed is fastest with.
+    """Return the fastest AdamW under DeepSpeed.
 
-    FusedAdam is compiled on first use, by a CUDA compiler of torch's CUDA version. If that fails, torch's fused AdamW
-    is returned, which computes the same.
+    FusedAdam is compiled on first use, which needs a compiler of torch's CUDA version. If that fails, warn and return
+    torch's fused AdamW, which computes the same.
 
     Args:
         groups: Parameter groups.
         learning_rate: Learning rate of all groups.
         betas: Decay rates of the moments.
         fused: Whether to use DeepSpeed's FusedAdam, which needs a GPU.
-        on_host: Whether to use DeepSpeed's CPUAdam, for an optimizer state in the host's memory.
+        on_host: Whether to use DeepSpeed's CPUAdam, for optimizer state in host memory.
     """
     if on_host:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         class CPUAdam(DeepSpeedCPUAdam):
-            """Frees its native state only once: Lightning makes temporary copies, which inherit ``__del__``."""
+            """CPUAdam that frees its native state once: Lightning makes temporary copies, which inherit ``__del__``."""
 
             def __del__(self) -> None:
                 if type(self) is CPUAdam:

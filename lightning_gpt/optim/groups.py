@@ -15,14 +15,14 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Split the trainable parameters of a model into groups with and without weight decay.
 
-    The rule sees the module that owns a parameter and the parameter's name there, never its shape, which a sharded
-    parameter does not show. A tied parameter counts once, at its first owner.
+    The rule gets the module that owns a parameter and the parameter's name in it, not its shape, which a sharded
+    parameter does not show. A tied parameter belongs to its first owner only.
 
     Args:
-        model: The model, in any placement.
+        model: The model, sharded or not.
         decays: ``(module, parameter name) -> bool``, the implementation's rule.
         weight_decay: Decay of the groups that decay.
-        hidden: Names of hidden matrices, with the number of ``parts`` of each; they get groups of their own.
+        hidden: Names of hidden matrices, each with its number of ``parts``; they get groups of their own.
 
     Returns:
         Groups with the keys ``params``, ``param_names`` and ``weight_decay``, and ``parts`` for hidden matrices.
@@ -40,10 +40,10 @@ def parameter_groups(
             groups.setdefault(key, {})[full_name] = parameter
     return [
         {
-            "params": list(groups[parts, spared].values()),
-            "param_names": list(groups[parts, spared]),
-            "weight_decay": 0.0 if spared else weight_decay,
+            "params": list(groups[parts, exempt].values()),
+            "param_names": list(groups[parts, exempt]),
+            "weight_decay": 0.0 if exempt else weight_decay,
             **({"parts": parts} if parts else {}),
         }
-        for parts, spared in sorted(groups)
+        for parts, exempt in sorted(groups)
     ]

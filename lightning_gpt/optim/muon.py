@@ -1,7 +1,7 @@
 """Muon for hidden matrices and AdamW for all other parameters, as one optimizer.
 
 Muon orthogonalises the momentum of a matrix, so that all its directions learn at the same rate (Jordan et al. 2024,
-"Muon: An optimizer for hidden layers in neural networks"). The numbers are those of ``torch.optim.Muon``.
+"Muon: An optimizer for hidden layers in neural networks"). The constants are those of ``torch.optim.Muon``.
 """
 
 import math
@@ -20,7 +20,7 @@ _MOMENTUM = 0.95
 _A, _B, _C = 3.4445, -4.7750, 2.0315  # coefficients of the quintic, chosen for the steepest slope at 0
 _ITERATIONS = 5
 _EPS = 1e-7
-# Matrices are orthogonalised in batches of at most so many elements: one by one is slow, all at once takes memory.
+# Maximum elements of a batch to orthogonalise: one matrix at a time is slow, and all at once takes much memory.
 _BATCH_ELEMENTS = 2**24
 
 
@@ -36,7 +36,7 @@ class Muon(torch.optim.Optimizer):
         groups: Parameter groups. ``parts`` says how many matrices, stacked along dim 0, each parameter holds.
         learning_rate: AdamW's learning rate.
         betas: AdamW's betas.
-        muon_learning_rate: Muon's learning rate. Tall matrices use ``sqrt(rows / columns)`` times that.
+        muon_learning_rate: Muon's learning rate, multiplied by ``sqrt(rows / columns)`` for tall matrices.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Muon(torch.optim.Optimizer):
         groups = list(groups)
         rest = [group for group in groups if "parts" not in group]
         hidden = [group | {"lr": muon_learning_rate, "momentum": _MOMENTUM} for group in groups if "parts" in group]
-        # AdamW refuses an empty list, which remains if everything else is frozen.
+        # AdamW rejects an empty list, which `rest` is if all other parameters are frozen.
         adamw_groups = rest or [{"params": [torch.empty(0)]}]
         self._adamw = torch.optim.AdamW(adamw_groups, lr=learning_rate, betas=(betas[0], betas[1]), fused=True)
         super().__init__([*rest, *hidden], {"lr": learning_rate, "fused": True})
@@ -62,7 +62,7 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # Set each time, because load_state_dict replaces both.
+        # Set in every step, because load_state_dict replaces both.
         self._adamw.param_groups = [group for group in self.param_groups if "parts" not in group]
         self._adamw.state = self.state
         self._adamw.step()
@@ -118,11 +118,11 @@ def _batches(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def _all_gather(shards: list[Tensor], parameters: list[DTensor]) -> list[Tensor]:
-    """Return whole tensors from every rank's rows of them, gathered by one collective.
+    """Gather whole tensors from the rows on each rank, in one collective.
 
     Args:
         shards: This rank's rows of each tensor.
-        parameters: Parameters that are sharded as the tensors are, along dim 0.
+        parameters: Parameters with the same shapes and the same sharding along dim 0.
     """
     mesh = parameters[0].device_mesh
     # Rows per rank, as in torch.chunk: the last ranks may have fewer or none, so shards are padded.
@@ -135,7 +135,7 @@ def _all_gather(shards: list[Tensor], parameters: list[DTensor]) -> list[Tensor]
 
 
 def _orthogonalise_all(matrices: list[Tensor]) -> None:
-    """Orthogonalise matrices in place of the list's entries; those of one shape, or its transpose, form a batch."""
+    """Replace each matrix in the list by its orthogonalisation, batching equal and transposed shapes."""
     by_shape: dict[tuple[int, ...], list[int]] = {}
     for index, matrix in enumerate(matrices):
         by_shape.setdefault(tuple(sorted(matrix.shape)), []).append(index)
@@ -149,8 +149,8 @@ def _orthogonalise_all(matrices: list[Tensor]) -> None:
 def orthogonalise(matrices: Tensor) -> Tensor:
     """Bring the singular values of matrices near 1, by five Newton-Schulz iterations on a quintic polynomial.
 
-    For wide float32 matrices the iterations run on the (m, m) factor P alone, where the result is P X: X Xt determines
-    P, and this takes at most two thirds of the work. Half precision would be too inexact for that.
+    The result is P X, and P (m, m) depends on X X^T alone. For float32 matrices with n >= 2 m, the iterations therefore
+    compute only P, at most two thirds of the work. Half precision is too inexact for that.
 
     Args:
         matrices: (B, m, n) with m <= n.
@@ -161,17 +161,17 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=_EPS)
     gram = x @ x.mT
     if x.size(2) < 2 * x.size(1) or x.dtype != torch.float32:
-        for left in reversed(range(_ITERATIONS)):
+        for remaining in reversed(range(_ITERATIONS)):
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C), x, beta=_A)
-            if left:
+            if remaining:
                 gram = x @ x.mT
         return x
     product: Tensor | None = None
-    for left in reversed(range(_ITERATIONS)):
+    for remaining in reversed(range(_ITERATIONS)):
         factor = torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C)
         factor.diagonal(dim1=1, dim2=2).add_(_A)
         product = factor if product is None else factor @ product
-        if left:
+        if remaining:
             gram = factor @ (factor @ gram)
     assert product is not None
     return product @ x

@@ -16,12 +16,12 @@ Groups = Iterable[dict[str, Any]]
 
 @dataclass(frozen=True)
 class NoOptions:
-    """An optimizer that reads nothing but the learning rate and the betas."""
+    """Options of an optimizer that has none of its own."""
 
 
 @dataclass(frozen=True)
 class MuonOptions:
-    """What Muon reads beside AdamW's options."""
+    """Options of Muon, in addition to AdamW's."""
 
     muon_learning_rate: PositiveFloat = 0.02
     """muon's peak learning rate for matrices, scheduled like learning_rate"""
@@ -34,12 +34,12 @@ class OptimizerRow:
     Attributes:
         name: Value of ``--optimizer``.
         build: ``(groups, *, learning_rate, betas, **options) -> Optimizer``.
-        options: Dataclass of the options that this optimizer alone reads. Its fields become flags, and arguments of
+        options: Dataclass of the options that only this optimizer has. Its fields become flags, and arguments of
             ``GPTModule``.
         hidden: Whether hidden matrices (``Implementation.hidden_matrices``) get parameter groups of their own.
         build_deepspeed: Builder for DeepSpeed's engine, with the further arguments ``fused`` and ``on_host``; None if
             the optimizer does not work under DeepSpeed.
-        not_deepspeed: Why it does not.
+        not_deepspeed: Why it does not, for the error message.
     """
 
     name: str
@@ -57,7 +57,7 @@ class OptimizerRow:
     def complete(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return the options of this optimizer, with defaults for those that are missing or None in ``given``.
 
-        Options of other optimizers are left out: checkpoints of earlier versions hold them.
+        Options of other optimizers, which older checkpoints contain, are ignored.
 
         Raises:
             TypeError: No optimizer has one of the options.
@@ -114,7 +114,7 @@ def get_optimizer(name: str) -> OptimizerRow:
 
 
 def optimizer_options() -> list[Option]:
-    """Return the options of all optimizers, as flags: None means that a flag is not given."""
+    """Return the options of all optimizers, with None as default: the flag is not given."""
     every = [option for row in OPTIMIZERS.values() for option in options_of(row.options)]
     return [
         dataclasses.replace(o, type=o.type | None, default=None, help=f"{o.help} (default: {o.default})") for o in every

@@ -6,7 +6,7 @@ import math
 def warmup_cosine(step: int, *, warmup_steps: int, decay_steps: int | None, final: float) -> float:
     """Return the factor on the peak learning rate at an optimizer step: linear warm-up, then half a cosine.
 
-    The cosine is that of Loshchilov and Hutter, 2017 (arXiv:1608.03983), without restarts.
+    See Loshchilov and Hutter, 2017 (arXiv:1608.03983), here without restarts.
 
     Args:
         step: Optimizer step, counted from 0.

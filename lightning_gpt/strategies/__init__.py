@@ -1,4 +1,4 @@
-"""The registry of strategies: the Lightning strategy behind each name, and what a run must know about it."""
+"""The registry of strategies: how to build each one, its memory rules, and the settings that it supports."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,8 +22,8 @@ class StrategyRow:
     Attributes:
         name: Value of ``--strategy``.
         build: Builds the Lightning strategy for the given devices.
-        memory: How it divides memory over its ranks.
-        form: The form of GPTModule that it trains, by its name in ``lightning_gpt.models.FORMS``.
+        memory: Rules for its memory per rank.
+        form: The form of GPTModule that it trains, a key of ``lightning_gpt.models.FORMS``.
         form_options: Further arguments of that form.
         precisions: Lightning's names of the precisions that it supports.
         clip_algorithms: Values of Lightning's ``gradient_clip_algorithm`` that it supports.
@@ -57,7 +57,7 @@ class StrategyRow:
 def _ddp(devices: Devices) -> "Strategy":
     from lightning.pytorch.strategies import DDPStrategy
 
-    # Gradients are views of the communication buckets, which saves one copy per step.
+    # Gradients as views of the communication buckets save one copy per step.
     return DDPStrategy(gradient_as_bucket_view=True)
 
 
@@ -116,7 +116,7 @@ def get_strategy(options: TrainerOptions, *, where: Devices, decided: dict[str, 
     Args:
         options: The Trainer's options.
         where: The devices of the run.
-        decided: Values of DeepSpeed settings that the run's own options determine, by DeepSpeed's names.
+        decided: DeepSpeed settings that the run's own options determine, by DeepSpeed's names.
 
     Raises:
         UserError: The strategy is unknown, does not support the precision, or the DeepSpeed configuration does not fit.

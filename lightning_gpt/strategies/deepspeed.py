@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO on GPUs, and on CPU ranks for trying and testing it."""
+"""DeepSpeed's ZeRO, on GPUs, and on CPU ranks for testing."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ from lightning_gpt.config import UserError
 from lightning_gpt.strategies.memory import Zero
 from lightning_gpt.strategies.saving import WholeFolders
 
-# Settings that the Trainer's own options decide. DeepSpeed's config may leave them out, or say "auto" or the same.
+# Settings that the Trainer's options determine. DeepSpeed's config may omit them, or have "auto" or the same value.
 _DECIDED = ("gradient_accumulation_steps", "train_micro_batch_size_per_gpu", "train_batch_size", "gradient_clipping")
 
 
@@ -32,10 +32,10 @@ class DeepSpeed(WholeFolders, DeepSpeedStrategy):
         return torch.device("cpu", self.local_rank) if self._on_cpu else super().root_device
 
     def init_deepspeed(self) -> None:
-        """Create the engine, with buckets no larger than the model: the default ones take gigabytes for any model."""
+        """Create the engine, with buckets no larger than the model; the default ones always take gigabytes."""
         assert isinstance(self.config, dict) and self.lightning_module is not None
         zero = self.config.get("zero_optimization", {})
-        # Under ZeRO-3 numel() counts this rank's share alone, and ds_numel the whole parameter.
+        # Under ZeRO-3, numel() counts only this rank's share; ds_numel counts the whole parameter.
         sizes: list[int] = [getattr(p, "ds_numel", None) or p.numel() for p in self.lightning_module.parameters()]
         total = sum(sizes)
         for name in ("reduce_bucket_size", "allgather_bucket_size"):
@@ -91,14 +91,14 @@ def build_deepspeed(
         logging_batch_size_per_gpu=1,  # for DeepSpeed's own timers, which are off
         offload_optimizer=offload,
         offload_parameters=parameters_too,
-        # Where zero.Init puts the shards: not on the GPU if they are offloaded.
+        # Where zero.Init puts the shards.
         remote_device="cpu" if parameters_too else None,
         logging_level=logging.ERROR,
     )
 
 
 def _check_zero(section: dict[str, Any]) -> None:
-    """Validate the section by DeepSpeed's own rules, which it would otherwise do while the model is built."""
+    """Validate the section with DeepSpeed's own schema now; DeepSpeed does so only while the model is built."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 
@@ -131,12 +131,12 @@ def require_cpu_adam() -> None:
 
 
 def read_config(path: str, *, precision: str, decided: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of a DeepSpeed JSON file, checked against the command line.
+    """Read a DeepSpeed JSON file, and check it against the command line.
 
     Args:
         path: The file.
         precision: The Trainer's precision.
-        decided: Values of DeepSpeed settings that the Trainer's options determine, by DeepSpeed's names.
+        decided: DeepSpeed settings that the Trainer's options determine, by DeepSpeed's names.
 
     Raises:
         UserError: The file cannot be read, or contradicts the command line.
@@ -190,7 +190,7 @@ def _section(config: dict[str, Any], name: str, *, path: str) -> dict[str, Any]:
 
 
 def zero_rules(config: dict[str, Any]) -> Zero:
-    """Return the memory rules of a DeepSpeed configuration; missing settings have DeepSpeed's defaults."""
+    """Return the memory rules of a DeepSpeed configuration; UserError if a size in it is not a number."""
     zero = config["zero_optimization"]
     stage, overlaps = zero["stage"], zero.get("overlap_comm", zero["stage"] == 3)
     named = {

@@ -32,7 +32,7 @@ class Devices:
 
     @property
     def device_type(self) -> str:
-        """torch's name for this kind of device."""
+        """torch's name of this kind of device, such as "cuda" for "gpu"."""
         gpu = "cuda" if torch.cuda.is_available() or not torch.backends.mps.is_available() else "mps"
         return gpu if self.accelerator == "gpu" else self.accelerator
 
@@ -59,11 +59,11 @@ class Devices:
 
 
 def find_devices(options: TrainerOptions, *, elsewhere: bool = False) -> Devices:
-    """Return the devices that the options ask for. Under torchrun its environment says how many there are.
+    """Return the devices that the options ask for. Under torchrun, its environment determines their number.
 
     Args:
         options: The Trainer's options.
-        elsewhere: Whether the run is planned for another machine, so that the devices need not be here.
+        elsewhere: Whether the run is only planned, so that the devices need not be on this machine.
 
     Raises:
         UserError: The accelerator or precision is unknown, there are not enough GPUs, or a CPU cannot do fp16.
@@ -109,9 +109,9 @@ def find_devices(options: TrainerOptions, *, elsewhere: bool = False) -> Devices
     return where
 
 
-# Dense peaks in TFLOP/s for matrix products, in half precision, TF32 and float32, where Lightning's table has none, or
-# the rate with sparsity (H200), of two cards (H100 NVL), or of another card (L40 and L40S count as L4). From NVIDIA's
-# data sheets. The first name that a device's name contains counts.
+# Dense peaks of matrix products in TFLOP/s: half precision, TF32, float32; from NVIDIA's data sheets. Only cards that
+# Lightning's table lacks or gets wrong: it has the sparse rate of the H200, the rate of two H100 NVL, and the L4's rate
+# for L40 and L40S. The first key that the device's name contains is used.
 _PEAKS = {
     "GB200": (2500, 1250, 80),
     "B200": (2250, 1100, 75),
@@ -141,13 +141,13 @@ def peak_flops(device: torch.device, *, precision: str) -> float | None:
             full = single if torch.get_float32_matmul_precision() == "highest" else tf32
             return (full if dtype == torch.float32 else half) * 1e12
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # for a card or precision without a number
+        warnings.simplefilter("ignore")  # Lightning warns about unknown cards and precisions
         try:
             peak, plain = (get_available_flops(device, kind) for kind in (dtype, torch.float32))
         except IndexError:  # Lightning expects "NVIDIA" before "GeForce"
             return None
-    # For GeForce and workstation cards Lightning has the rate without tensor cores, at most twice that of float32. A
-    # utilisation computed from it would be wrong.
+    # For GeForce and workstation cards Lightning has the rate without tensor cores, at most twice the float32 rate,
+    # which would give a wrong utilisation.
     if peak is None or (dtype != torch.float32 and plain is not None and peak < 3 * plain):
         return None
     return float(peak)

@@ -12,7 +12,7 @@ class FSDP(WholeFolders, ModelParallelStrategy):
     """
 
     def __init__(self, *, world_size: int, accelerator: str) -> None:
-        # Both sizes are given, because "auto" uses all devices of a node for tensor parallelism.
+        # Set explicitly, because "auto" uses all devices of a node for tensor parallelism.
         super().__init__(
             data_parallel_size=world_size,
             tensor_parallel_size=1,

@@ -1,9 +1,9 @@
-"""Memory per rank of each strategy, in bytes, from the parameters and the trace of one step.
+"""Compute the memory per rank of each strategy, in bytes, from the trace of one step.
 
 A rule turns a ``StepTrace`` (what one rank's model allocates without any strategy) into a ``Memory``. Shares of
 weights, gradients and optimizer state follow Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training
-Trillion Parameter Models" (arXiv:1910.02054), sections 3 and 5; buffers are those that PyTorch 2.13 (FSDP2) and
-DeepSpeed 0.19 allocate. Nothing here imports torch.
+Trillion Parameter Models" (arXiv:1910.02054), sections 3 and 5; buffers follow the code of PyTorch 2.13 (FSDP2) and
+DeepSpeed 0.19. Nothing here imports torch.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ MOMENTS = 2  # Adam, the only optimizer under DeepSpeed, keeps a mean and a mean
 
 
 class Moment(NamedTuple):
-    """What is live after one operation of a step.
+    """Live memory after one operation of a step.
 
     Attributes:
         activations: Bytes that are neither parameters nor finished gradients.
@@ -97,15 +97,15 @@ class MemoryRules:
     """How a strategy uses memory. Each kind of strategy is a subclass."""
 
     def computes_in_half(self, precision: str) -> bool:
-        """Whether the model computes with weights in half precision, beyond what autocast does."""
+        """Return whether the model computes with weights in half precision, not counting autocast."""
         return precision in ("bf16-true", "16-true")
 
     def keeps_half(self, precision: str) -> bool:
-        """Whether the stored weights are in half precision."""
+        """Return whether the stored weights are in half precision."""
         return precision in ("bf16-true", "16-true")
 
     def autocasts(self, precision: str) -> bool:
-        """Whether the forward pass runs under autocast."""
+        """Return whether the forward pass runs under autocast."""
         return precision in ("bf16-mixed", "16-mixed")
 
     def memory(self, trace: StepTrace, *, ranks: int) -> Memory:
@@ -130,7 +130,7 @@ def _with_optimizer(trace: StepTrace, *, weights: int, optimizer: int, buffers: 
         weights: Bytes of the rank's weights.
         optimizer: Bytes of the rank's optimizer state.
         buffers: Bytes of gathered weights.
-        passes: Peak bytes of forward and backward pass, including gradients.
+        passes: Peak bytes in forward and backward pass, including gradients.
     """
     resident = weights + weights + optimizer
     return Memory(
@@ -146,7 +146,7 @@ def _with_optimizer(trace: StepTrace, *, weights: int, optimizer: int, buffers: 
 
 @dataclass(frozen=True, kw_only=True)
 class Replicated(MemoryRules):
-    """Everything on every rank.
+    """Every rank holds the whole model, its gradients and its optimizer state.
 
     Attributes:
         bucketed: Whether gradients live in communication buckets, which persist between steps (DDP).
@@ -158,7 +158,7 @@ class Replicated(MemoryRules):
         """Return weights, gradients and optimizer state: with Adam (1 + 1 + 2) times the parameters."""
         weights = gradients = trace.total * trace.weight_bytes
         keeps = self.bucketed or trace.accumulate > 1
-        # Without buckets the last step's gradients live through the forward pass, then are freed and allocated again.
+        # Without buckets, the last step's gradients live through the forward pass; then they are freed and reallocated.
         forward = gradients + max(m.activations for m in trace.forward)
         backward = max(m.activations + (gradients if keeps else m.made * trace.weight_bytes) for m in trace.backward)
         passes = max(forward, backward)
@@ -170,12 +170,12 @@ class ShardedUnits(MemoryRules):
     """FSDP2: every rank keeps its shards, and gathers one unit ahead of the one that runs.
 
     Parameters outside of blocks form the root unit, which stays gathered from the forward pass to the end of the
-    backward pass. A unit that runs exists twice, as the gathered buffer and as parameters copied out of it; in the
+    backward pass. The running unit takes memory twice: the gathered buffer, and the parameters copied out of it. In the
     backward pass the next unit is gathered meanwhile (``torch.distributed.fsdp._fully_shard._fsdp_param_group``).
     """
 
     def computes_in_half(self, precision: str) -> bool:
-        """Include bf16-mixed, whose ``MixedPrecisionPolicy`` gathers in bfloat16."""
+        """Return True also for bf16-mixed, whose ``MixedPrecisionPolicy`` gathers in bfloat16."""
         return super().computes_in_half(precision) or precision == "bf16-mixed"
 
     def memory(self, trace: StepTrace, *, ranks: int) -> Memory:
@@ -191,7 +191,7 @@ class ShardedUnits(MemoryRules):
 
         def in_backward(m: Moment) -> int:
             sharded = (m.made - m.open) // ranks * trace.weight_bytes if trace.accumulate == 1 else gradients
-            # The unit that was finished last is still whole, because the reduce-scatter reads it.
+            # The gradients of the unit finished last are still whole, because the reduce-scatter reads them.
             return m.activations + m.open * trace.compute_bytes + m.closed * trace.weight_bytes + sharded
 
         backward = gathered + max(map(in_backward, trace.backward))
@@ -206,7 +206,7 @@ class ShardedUnits(MemoryRules):
 
 @dataclass(frozen=True, kw_only=True)
 class Zero(MemoryRules):
-    """DeepSpeed's ZeRO, which keeps a float32 partition of the weights beside them, even in float32 training.
+    """DeepSpeed's ZeRO, which keeps a float32 copy of a rank's partition of the weights, even in float32 training.
 
     Attributes:
         stage: 1 shards the optimizer state, 2 also the gradients, 3 also the weights.
@@ -227,7 +227,7 @@ class Zero(MemoryRules):
     persistent: int = 100_000
 
     def computes_in_half(self, precision: str) -> bool:
-        """Include mixed precision: DeepSpeed casts the model, beside its float32 partition."""
+        """Return True also for mixed precision: DeepSpeed casts the model, and keeps the float32 partition."""
         return "16" in precision
 
     def keeps_half(self, precision: str) -> bool:
@@ -239,10 +239,10 @@ class Zero(MemoryRules):
         return False
 
     def memory(self, trace: StepTrace, *, ranks: int) -> Memory:
-        """Return the stage's shards and DeepSpeed's buffers, on the device and on the host."""
-        return self._weights_divided(trace, ranks) if self.stage == 3 else self._weights_whole(trace, ranks)
+        """Return the memory of one rank, on the device and on the host."""
+        return self._stage_3(trace, ranks) if self.stage == 3 else self._stages_1_and_2(trace, ranks)
 
-    def _weights_whole(self, trace: StepTrace, ranks: int) -> Memory:
+    def _stages_1_and_2(self, trace: StepTrace, ranks: int) -> Memory:
         """Return the memory of stages 1 and 2 (``deepspeed/runtime/zero/stage_1_and_2.py``)."""
         total, element = trace.total, trace.compute_bytes
         part = _share(total, ranks)
@@ -288,27 +288,27 @@ class Zero(MemoryRules):
             host_peak=host,
         )
 
-    def _weights_divided(self, trace: StepTrace, ranks: int) -> Memory:
+    def _stage_3(self, trace: StepTrace, ranks: int) -> Memory:
         """Return the memory of stage 3 (``deepspeed/runtime/zero/stage3.py``)."""
         element = trace.compute_bytes
-        small = sum(p for p in trace.parameters if p < self.persistent)
+        small = sum(p for p in trace.parameters if p < self.persistent)  # elements that are never sharded
         divided = trace.total - small
         part = _share(trace.total, ranks)
         shards, moments = part * element, MOMENTS * part * MASTER
-        # A copy even in float32: DeepSpeed intends to share it, but compares a device with a string.
+        # A copy even in float32: DeepSpeed means to share it, but its check compares a device with a string.
         master = part * MASTER
-        # The partition of gradients stays; on the host the optimizer's float32 copy stays as well.
-        gradients, read = part * element, part * MASTER
+        # The gradient partition is kept between steps; with offloading, so is the optimizer's float32 copy of it.
+        gradients, float32_gradients = part * element, part * MASTER
         bucket, whole = min(self.bucket, trace.total) * element, small * element
         live = min(divided, self.live) * element
         ahead = min(divided, max(self.prefetch, max(trace.parameters))) * element
-        # Gathered weights exist twice: in a flat tensor and, rearranged, in the parameters.
+        # Gathered weights take memory twice: in a flat tensor and, rearranged, in the parameters.
         forward = live + ahead + max(m.activations for m in trace.forward)
-        again = ahead if divided > self.live else 0
+        again = ahead if divided > self.live else 0  # not all weights stay gathered for the backward pass
         backward = live + again + max(m.activations for m in trace.backward)
         device, host = bucket + whole, shards + master + moments + gradients
-        device, host = (device, host + read) if self.offload else (device + host, 0)
-        step = 0 if self.offload else read
+        device, host = (device, host + float32_gradients) if self.offload else (device + host, 0)
+        step = 0 if self.offload else float32_gradients
         return Memory(
             weights=whole + (0 if self.offload else shards),
             gradients=0 if self.offload else gradients,

@@ -1,4 +1,4 @@
-"""Checkpoints are replaced atomically: the old one stays until the new one is complete."""
+"""Replace checkpoints atomically: the old one stays until the new one is complete."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ else:
 
 
 class WholeFiles(TorchCheckpointIO):
-    """Writes checkpoints that are one file."""
+    """Lightning's checkpoint IO for single files, replaced atomically."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Write beside the old checkpoint, then replace it."""
@@ -25,7 +25,7 @@ class WholeFiles(TorchCheckpointIO):
 
 
 class WholeFolders(_Strategy):
-    """A mixin, put before the strategy, for strategies whose checkpoint is a folder that all ranks write."""
+    """A mixin for strategies whose checkpoint is a folder that all ranks write; list it before the strategy."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Write beside the old checkpoint, then replace it. All ranks must see the folder (a shared file system)."""

@@ -65,11 +65,11 @@ def resolve_tokenizer(spelling: str) -> str | Tokenizer:
 
 
 def keep_tables(tokenizer: str | Tokenizer, path: str) -> None:
-    """Check the tables of ``--tokenizer_file`` and copy them to our cache, where later runs find them.
+    """Check the tables of ``--tokenizer_file`` and copy them to the cache folder for later runs.
 
     Args:
         tokenizer: A tokenizer, or the value of ``--tokenizer``.
-        path: The file, or a folder with the files.
+        path: The table file, or a folder of table files.
 
     Raises:
         UserError: The tokenizer has no tables, or these are not its tables.

@@ -16,7 +16,7 @@ class Tokenizer(ABC):
     """Convert text to token ids and back; picklable.
 
     Attributes:
-        name: Name in messages, and on the command line unless it is a file.
+        name: Name for messages; also the value of ``--tokenizer``, unless that is a file.
         vocab_size: Upper bound of the token ids, exclusive.
         end_of_text: Id of the token that separates documents, or None.
     """
@@ -37,7 +37,7 @@ class Tokenizer(ABC):
 
     @classmethod
     def keep_tables(cls, spelling: str, path: str) -> None:
-        """Copy the tables of ``--tokenizer_file`` to our cache, where later runs find them.
+        """Check the tables of ``--tokenizer_file`` and copy them to the cache folder for later runs.
 
         Raises:
             UserError: The tokenizer has no tables, or these are not its tables.
@@ -49,7 +49,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
-        """Return the token ids of a text, shape (n_tokens,), int64; a special token in the text is plain text."""
+        """Return the token ids of a text, int64 (n_tokens,); special tokens in it are encoded as plain text."""
 
     @abstractmethod
     def encode_bytes(self, data: bytes, *, source: str, offset: int = 0) -> np.ndarray:
@@ -78,7 +78,7 @@ class Tokenizer(ABC):
         """
 
     def cut(self, data: bytes, start: int) -> int | None:
-        """Find where UTF-8 text can be cut so that the tokens of both sides concatenate to those of the whole.
+        """Find where UTF-8 text can be cut so that the tokens of both sides concatenate to the tokens of the whole.
 
         The cut is valid whatever comes before and after `data`.
 
@@ -112,7 +112,7 @@ class Tokenizer(ABC):
 
 
 def around_gaps(tokens: list[int], is_known: Callable[[int], bool], decode: Callable[[list[int]], str]) -> str:
-    """Decode tokens, with U+FFFD for ids that the vocabulary does not use but a model may sample."""
+    """Decode tokens, with U+FFFD for unused ids, which a model may sample."""
     runs = ((known, list(run)) for known, run in itertools.groupby(tokens, is_known))
     return "".join(decode(run) if known else "\ufffd" * len(run) for known, run in runs)
 

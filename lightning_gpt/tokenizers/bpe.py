@@ -42,8 +42,8 @@ def cut_where(rule: re.Pattern[bytes], data: bytes, start: int) -> int | None:
 class TiktokenTokenizer(Tokenizer):
     """A tiktoken encoding.
 
-    The tables are loaded on first use, so saving, pickling and `vocab_size` do not need tiktoken. Special tokens that
-    occur in a text are plain text.
+    The tables are loaded on first use, so saving, pickling and `vocab_size` do not need tiktoken. Special tokens in a
+    text are encoded as plain text.
 
     Args:
         name: Name of the encoding.
@@ -58,7 +58,7 @@ class TiktokenTokenizer(Tokenizer):
 
     @classmethod
     def build(cls, spelling: str, *, corpus: bytes | None, source: str) -> TiktokenTokenizer:
-        """Build the encoding; loads its tables to learn the vocabulary's size."""
+        """Build the encoding, whose tables are loaded for the size of the vocabulary."""
         encoding = load_encoding(spelling)
         has_end = "<|endoftext|>" in encoding.special_tokens_set
         return cls(spelling, vocab_size=encoding.n_vocab, end_of_text=encoding.eot_token if has_end else None)
@@ -73,7 +73,7 @@ class TiktokenTokenizer(Tokenizer):
 
     @classmethod
     def keep_tables(cls, spelling: str, path: str) -> None:
-        """Check the tables of ``--tokenizer_file`` and copy them to our cache."""
+        """Check the tables of ``--tokenizer_file`` and copy them to the cache folder for later runs."""
         keep_tables(spelling, path)
 
     def encode(self, text: str) -> np.ndarray:
@@ -91,7 +91,7 @@ class TiktokenTokenizer(Tokenizer):
             UserError: The data is not UTF-8, or tiktoken or its tables are missing.
         """
         text = as_text(data, source=source, offset=offset)
-        # Same tokens as encode_ordinary, without a Python integer for each.
+        # The same tokens as encode_ordinary, without a Python integer for each one.
         return load_encoding(self.name).encode_to_numpy(text, disallowed_special=())
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:

@@ -19,11 +19,11 @@ _ENDS_OF_TEXT = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A tokenizer from a `tokenizer.json`, whose whole text is kept, so that the file is not needed again.
+    """A tokenizer from a `tokenizer.json`; it keeps the text of the file, which is not needed again.
 
-    A text has exactly one sequence of tokens: special tokens that occur in it are plain text, none are added, and the
-    file's truncation, padding and dropout are ignored. Added tokens that are not special are recognised in texts. If
-    the file has a normalizer, decoding may not restore the text.
+    Encoding is deterministic: special tokens in a text are encoded as plain text, none are added, and the file's
+    truncation, padding and dropout are ignored. Added tokens that are not special are recognised in a text. If the file
+    has a normalizer, decoding may not restore the text.
 
     Args:
         text: Text of the file.
@@ -99,7 +99,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return around_gaps(tokens, lambda token: tokenizer.id_to_token(token) is not None, decode)
 
     def cut(self, data: bytes, start: int) -> int | None:
-        """Cut where GPT-2's encoding is cut, if the file splits text as GPT-2 does; else nowhere."""
+        """Cut as GPT-2's encoding does, if the file splits text in the same way; else return None."""
         return cut_where(CUT_BEFORE_NEWLINE, data, start) if _splits_as_gpt2(self.text) else None
 
     def answers_to(self, spelling: str) -> bool:
@@ -115,7 +115,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def _ids(self, text: str, *, source: str) -> list[int]:
         tokenizer = _load(self.text)
         try:
-            # The library releases Python's lock only for a batch.
+            # The library releases the GIL only for batches.
             return tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
         except Exception as error:  # the library raises nothing more specific
             raise UserError(f"the tokenizer.json has no tokens for {source} ({error})") from error

@@ -1,8 +1,8 @@
 """Find, check and cache tiktoken's tables.
 
-tiktoken's own reader silently deletes a cached file with a wrong hash, whoever put it there, and waits for the network
-without a time limit. This module replaces it while an encoding is built: it never deletes, and names the wrong file.
-URLs and hashes are those of tiktoken and its plugins.
+tiktoken's own reader silently deletes a cached file with a wrong hash, even one that the user put there, and waits for
+the network without a time limit. This module replaces that reader while an encoding is built; it never deletes a file,
+and names the wrong one. URLs and hashes come from tiktoken and its plugins.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def encoding_names() -> list[str]:
 def load_encoding(name: str) -> Any:
     """Return a ``tiktoken.Encoding`` by its name.
 
-    Looks for its tables in TIKTOKEN_CACHE_DIR, in our cache (see `keep_tables`) and in tiktoken's default folder, then
-    downloads them to our cache.
+    Looks for its tables in TIKTOKEN_CACHE_DIR, in our cache folder (see `keep_tables`) and in tiktoken's default
+    folder, and downloads missing ones to our cache folder.
 
     Raises:
         UserError: tiktoken is not installed, a file has a wrong hash, or a table cannot be found or downloaded.
@@ -76,11 +76,11 @@ def load_encoding(name: str) -> Any:
 
 
 def keep_tables(name: str, path: str) -> None:
-    """Check the tables of an encoding and copy them to our cache, where `load_encoding` finds them.
+    """Check the tables of an encoding and copy them to our cache folder, where `load_encoding` finds them.
 
     Args:
         name: Name of the encoding.
-        path: The file, or a folder with the files under their original names (``vocab.bpe`` and ``encoder.json`` for
+        path: The file, or a folder of files under their original names (``vocab.bpe`` and ``encoder.json`` for
             gpt2, else for example ``r50k_base.tiktoken``) or their names in tiktoken's cache.
 
     Raises:
@@ -140,7 +140,7 @@ def _construct(name: str, read: Callable[[str, str | None], bytes | None]) -> tu
         except (ValueError, AssertionError, LookupError):
             if not missing:
                 raise
-            return {}, missing  # a missing table is read as empty, which tiktoken may refuse
+            return {}, missing  # a missing table is read as empty, which tiktoken may reject
         finally:
             tiktoken.load.read_file_cached = tiktoken_reader
 
@@ -178,12 +178,12 @@ def _verified(file: Path, url: str, expected: str | None, *, encoding: str) -> b
 def _download(url: str, expected: str | None) -> bytes:
     import requests
 
-    answer = requests.get(url, timeout=_TIMEOUT)
-    answer.raise_for_status()
-    actual = hashlib.sha256(answer.content).hexdigest()
+    response = requests.get(url, timeout=_TIMEOUT)
+    response.raise_for_status()
+    actual = hashlib.sha256(response.content).hexdigest()
     if expected is not None and expected != actual:
         raise UserError(f"{url} gave a file whose sha256 begins with {actual[:12]}, not {expected[:12]}; try again")
-    return answer.content
+    return response.content
 
 
 def _store(url: str, content: bytes) -> None:

@@ -1,1 +1,1 @@
-"""A training run: its parts, callbacks and header."""
+"""Training runs: setting them up, their callbacks, and the header that they print."""

@@ -19,7 +19,7 @@ from lightning_gpt.tokenizers import Tokenizer
 
 
 def quiet_lightning() -> None:
-    """Silence messages that our header replaces, and advice that does not apply to memory-mapped tokens."""
+    """Silence Lightning's messages that our header replaces, and its advice that does not apply here."""
     for name in ("lightning.pytorch", "lightning.fabric", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
@@ -29,13 +29,13 @@ def quiet_lightning() -> None:
         ".*exists and is not empty.*",
         ".*DeepSpeed handles gradient clipping internally.*",
         ".*each worker will save a shard of the checkpoint.*",
-        r".*`torch\.distributed\..*` is deprecated.*",  # calls inside of DeepSpeed
+        r".*`torch\.distributed\..*` is deprecated.*",  # calls inside DeepSpeed
     ):
         warnings.filterwarnings("ignore", message=message)
 
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's bar over the whole budget, because an epoch has no end here."""
+    """Lightning's progress bar over the whole budget, because an epoch is endless here."""
 
     @property
     def total_train_batches(self) -> int | float:
@@ -43,24 +43,24 @@ class ProgressBar(TQDMProgressBar):
         return self.trainer.max_steps * self.trainer.accumulate_grad_batches
 
     def init_validation_tqdm(self) -> Tqdm:
-        """Disable the second bar: a validation prints its result as a line."""
+        """Disable the validation bar, because a line with the result is printed instead."""
         return Tqdm(disable=True)
 
     init_sanity_tqdm = init_validation_tqdm
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Return the losses, without the version number of the log."""
+        """Return the metrics without the version number of the log."""
         return {k: v for k, v in super().get_metrics(trainer, pl_module).items() if k != "v_num"}
 
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
-        """Start the bar at the present step, which is not 0 in a resumed run."""
+        """Start the bar at the current step, which is not 0 in a resumed run."""
         super().on_train_epoch_start(trainer)
         self.train_progress_bar.initial = trainer.global_step * trainer.accumulate_grad_batches
         self.train_progress_bar.set_description("train")
 
 
 class DropoutSeed(Callback):
-    """Makes dropout a function of (seed, optimizer step, micro-batch, rank), so that resumed runs repeat it exactly."""
+    """Make dropout a function of (seed, optimizer step, micro-batch, rank), so that resumed runs repeat it exactly."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -79,34 +79,34 @@ class DropoutSeed(Callback):
 
 
 class ValidateAtEnd(Callback):
-    """Validates and saves at the last step of the budget, even between two validations."""
+    """Validate and save at the last step of the budget, even between two regular validations."""
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Ask the loop to stop. It validates before that, but not before it stops at ``max_steps``."""
+        """Set ``should_stop`` at the last step: the loop then validates, which it does not do at ``max_steps``."""
         if trainer.global_step >= trainer.max_steps:
             trainer.should_stop = True
 
 
 class RunMetrics(Callback):
-    """Logs speed, learning rate, gradient norm, memory and MFU, and prints a line per validation.
+    """Log speed, learning rate, gradient norm, memory and MFU, and print a line for each validation.
 
-    Steps that are not logged never wait for it.
+    Steps that are not logged do not wait for the device.
 
     Args:
         tokens_per_step: Tokens per optimizer step over all ranks.
-        flops_per_token: The model's FLOPs per token, forward and backward.
+        flops_per_token: The model's FLOPs per token, forward and backward pass.
     """
 
     def __init__(self, *, tokens_per_step: int, flops_per_token: float) -> None:
         self.tokens_per_step = tokens_per_step
         self._flops_per_step = flops_per_token * tokens_per_step
         self._peak: float | None = None
-        self._since = (0, 0.0)  # step, time
+        self._since = (0, 0.0)  # step and time of the last log entry or validation
         self._first_step = 0
         self._training_seconds = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock, and look up the peak FLOP/s of all devices."""
+        """Start the clock, and look up the peak FLOP/s over all devices."""
         peak = peak_flops(pl_module.device, precision=str(trainer.precision))
         self._peak = peak * trainer.world_size if peak else None
         self._since = (trainer.global_step, time.perf_counter())
@@ -157,12 +157,12 @@ class RunMetrics(Callback):
         )
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the step beside the validation loss, which loggers would otherwise plot over batches."""
+        """Log the step with the validation loss, which loggers would otherwise plot over batches."""
         if not trainer.sanity_checking:
             pl_module.log("step", float(trainer.global_step), sync_dist=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the scores, also those of initial weights, and restart the clock."""
+        """Print the scores, including those of initial weights, and restart the clock."""
         bar = trainer.progress_bar_callback
         if trainer.is_global_zero:
             known = trainer.callback_metrics
@@ -174,15 +174,15 @@ class RunMetrics(Callback):
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Return the peak bytes of the GPU's allocator, or on a CPU of this process's resident memory."""
+    """Return the peak bytes of the GPU's allocator, or on a CPU the peak resident memory of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # In kilobytes on Linux, in bytes on macOS.
+    # ru_maxrss is in kilobytes on Linux, in bytes on macOS.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class FinalSample(Callback):
-    """Prints a sample of the trained model."""
+    """Print a sample of the trained model at the end of the run."""
 
     def __init__(
         self, tokenizer: Tokenizer, *, prompt: str, max_new_tokens: int, seed: int, top_k: int | None = None
@@ -194,7 +194,7 @@ class FinalSample(Callback):
         self.top_k = top_k
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sample while the model is still on its devices, and on all ranks, because weights may be sharded."""
+        """Sample while the model is on its devices, on all ranks, because weights may be sharded."""
         assert isinstance(pl_module, GPTModule)
         with trainer.precision_plugin.forward_context():
             text = complete(

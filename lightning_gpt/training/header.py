@@ -1,4 +1,4 @@
-"""What a run prints before it starts: model, data, budget and devices, and for a dry run the plan."""
+"""Print what is about to run: model, data, budget and devices; for a dry run also the plan."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from lightning_gpt.strategies.memory import MemoryRules
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """How long a run is, and how its batches are made.
+    """Length of a run, and size of its batches.
 
     Attributes:
         max_steps: Optimizer steps.
@@ -23,7 +23,7 @@ class Budget:
         block_size: Tokens per sequence.
         accumulate: Micro-batches per optimizer step.
         world_size: Number of devices.
-        global_batch_tokens: Value of the flag from which ``accumulate`` was derived; None if it was given directly.
+        global_batch_tokens: Value of ``--global_batch_tokens``, from which ``accumulate`` follows; None if not given.
     """
 
     max_steps: int
@@ -47,22 +47,22 @@ def print_header(
 
     Args:
         module: The module to train.
-        source: Where samples come from.
-        budget: The length of the run.
-        loaded: Lines about the weights that the run starts from.
+        source: Source of the samples: token files or a task.
+        budget: Length and batch size of the run.
+        loaded: Lines that describe the initial weights.
         where: The devices.
         strategy: Name of the strategy.
     """
     parameters = sum(p.numel() for p in module.parameters())
-    fields, sizes = module.model_config, budget
+    fields = module.model_config
     named = f"{module.implementation.name} {'/'.join(str(fields[s]) for s in SIZES if s in fields)}".strip()
-    derived = ", from --global_batch_tokens" if sizes.global_batch_tokens is not None else ""
+    derived = ", from --global_batch_tokens" if budget.global_batch_tokens is not None else ""
     print(
         *(f"{line}\n" for line in loaded),
-        f"model     {named}, block {sizes.block_size}, {parameters:,} parameters\n"
+        f"model     {named}, block {budget.block_size}, {parameters:,} parameters\n"
         f"data      {source.describe()}, vocabulary {source.vocab_size:,}\n"
-        f"steps     {sizes.max_steps:,} of {sizes.tokens_per_step:,} tokens ({sizes.batch_size} x {sizes.block_size} x"
-        f" {sizes.accumulate} micro-batches x {sizes.world_size} devices{derived})\n"
+        f"steps     {budget.max_steps:,} of {budget.tokens_per_step:,} tokens ({budget.batch_size} x"
+        f" {budget.block_size} x {budget.accumulate} micro-batches x {budget.world_size} devices{derived})\n"
         f"strategy  {strategy}, {where.precision}, {where.accelerator}",
         sep="",
     )
@@ -73,10 +73,10 @@ def print_plan(module: GPTModule, budget: Budget, *, rules: MemoryRules, where: 
     """Print what the run would need in memory and compute.
 
     Args:
-        module: The module, which may be without memory.
-        budget: The length of the run.
+        module: The module; its model may be on the meta device.
+        budget: Length and batch size of the run.
         rules: The strategy's memory rules.
-        where: The devices, which need not be here.
+        where: The devices, which need not be on this machine.
         recompute: Whether blocks recompute their activations.
     """
     needed = plan(

@@ -62,13 +62,13 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Path | 
 
     Args:
         config: The run.
-        callbacks: Further Lightning callbacks, called after the run's own.
+        callbacks: Additional Lightning callbacks, called after the run's own.
 
     Returns:
         The run folder; None for a dry run.
 
     Raises:
-        UserError: An option of the run is wrong. Raised before the first step.
+        UserError: An option is wrong; raised before the first step.
     """
     quiet_lightning()
     run = config.run
@@ -77,7 +77,7 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Path | 
     accumulate = _accumulation(config, world_size=where.world_size)
     strategy = _strategy(config, where, accumulate=accumulate)
     _check_optimizer(config, strategy)
-    # The weights to start from, if any: those of the run to resume, or those of --init_from.
+    # The checkpoint to start from, if any: the one to resume, or the one of --init_from.
     checkpoint = open_checkpoint(Path(run.resume), trust=run.trust_checkpoint) if run.resume else None
     weights = None
     if run.init_from and not checkpoint:
@@ -135,7 +135,7 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Path | 
     return run_dir
 
 
-# The parts of a run that lightning_gpt decides; --trainer.NAME reaches the Trainer's other options.
+# The Trainer's options that lightning_gpt sets; --trainer.NAME sets the others.
 _DECIDED = (
     "accelerator devices num_nodes strategy precision plugins logger callbacks max_epochs max_steps max_time"
     " accumulate_grad_batches gradient_clip_val val_check_interval check_val_every_n_epoch num_sanity_val_steps"
@@ -184,7 +184,7 @@ def _strategy(config: TrainConfig, where: Devices, *, accumulate: int) -> Strate
 
 
 def _check_optimizer(config: TrainConfig, strategy: StrategyRow) -> None:
-    """Refuse options that the optimizer does not have, and an optimizer or clipping that the strategy cannot do."""
+    """Raise a UserError for options of other optimizers, and for an optimizer or clipping that the strategy lacks."""
     name, algorithm = config.optim.optimizer, config.trainer.trainer.get("gradient_clip_algorithm") or "norm"
     if strategy.deepspeed_engine:
         get_optimizer(name).require_deepspeed()
@@ -224,7 +224,7 @@ def _source(config: TrainConfig, start: Checkpoint | None) -> Source:
 
 
 def _final_sample(config: TrainConfig, source: Source) -> list[Callback]:
-    """Return the callback that samples at the end, if any. Fails now if the prompt cannot be encoded."""
+    """Return the callback that samples at the end, if any; raise a UserError now if the prompt cannot be encoded."""
     run = config.run
     if source.tokenizer is None or run.sample_tokens == 0:
         return []
@@ -300,8 +300,7 @@ def _fresh_folder() -> Path:
 
 @rank_zero_only
 def _open_folder(run_dir: Path, config: TrainConfig) -> None:
-    """Create the run folder and save the configuration in it."""
-    # One-off flags are not saved.
+    """Create the run folder and save the configuration in it, without one-off flags."""
     flat = config.flat() | {"out_dir": str(run_dir), "resume": None, "trust_checkpoint": False, "tokenizer_file": None}
     try:
         run_dir.mkdir(parents=True, exist_ok=config.run.out_dir is not None)
@@ -323,7 +322,7 @@ def _callbacks(config: TrainConfig, run_dir: Path, metrics: RunMetrics, *, accum
         checkpoint(filename="best", monitor="val_loss"),
         checkpoint(filename="last"),
         *bar,
-        metrics,  # after the bar, which must be closed before the last line is printed
+        metrics,  # after the bar, which must close before the last line is printed
     ]
 
 
@@ -354,7 +353,7 @@ def _trainer(
         "gradient_clip_val": config.optim.gradient_clip_val or None,
         "val_check_interval": options.eval_interval * budget.accumulate,
         "check_val_every_n_epoch": None,
-        # Initial weights are scored before the first step, so that the user sees what fine-tuning starts from.
+        # Score initial weights before the first step, so that the user sees where fine-tuning starts.
         "num_sanity_val_steps": -1 if any(isinstance(callback, InitialWeights) for callback in callbacks) else 0,
         "log_every_n_steps": options.log_every_n_steps,
         "use_distributed_sampler": False,

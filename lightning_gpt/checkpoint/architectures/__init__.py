@@ -1,4 +1,4 @@
-"""Architectures of Hugging Face's whose weights are read and written: one adapter file and one row each."""
+"""The registry of Hugging Face architectures that can be read and written: one adapter file and one row each."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +22,7 @@ def get_architecture(model_type: str, *, source: Path) -> Architecture:
 
     Args:
         model_type: From a ``config.json``.
-        source: The folder that messages name.
+        source: The folder, for the error message.
 
     Raises:
         UserError: There is none.
@@ -48,15 +48,15 @@ def architecture_of(row: Implementation) -> Architecture:
 def to_hugging_face(
     row: Implementation, *, fields: Mapping[str, Any], state_dict: Mapping[str, Tensor]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Translate a model for transformers.
+    """Translate a model to transformers.
 
     Args:
         row: The model's implementation.
         fields: Its config fields.
-        state_dict: Its weights.
+        state_dict: Its weights, by our names.
 
     Returns:
-        The ``config.json`` and the state dict of the same model in transformers.
+        The content of ``config.json`` and the state dict of the same model in transformers.
 
     Raises:
         ValueError: Hugging Face has no such model.

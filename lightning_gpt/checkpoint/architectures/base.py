@@ -1,8 +1,8 @@
 """An adapter between one Hugging Face architecture and the implementations here that can hold its weights.
 
-An adapter is two tables: config fields and weight names. An import reads them from Hugging Face's side to ours, an
-export from ours to theirs. In between stand the *settings*: a dict of the model's sizes and choices under the names of
-our config fields, whether an implementation has a field for a choice or hard-codes it (``Implementation.hard_coded``).
+An adapter is two tables: config fields and weight names. An import translates from Hugging Face's side to ours, an
+export from ours to theirs. Config fields are translated by way of *settings*: a dict of a model's sizes and choices
+under our names, including choices that an implementation hard-codes (``Implementation.hard_coded``).
 """
 
 import re
@@ -19,12 +19,12 @@ from lightning_gpt.implementations.registry import IMPLEMENTATIONS, Implementati
 # Reads one tensor by name.
 Read = Callable[[str], Tensor]
 
-# DDP and torch.compile put these before a parameter's name.
+# Prefixes that torch.compile and DDP add to a parameter's name.
 _WRAPPERS = ("_orig_mod.", "module.")
 _LAYER = re.compile(r"\.(\d+)\.")
 
-# Settings under which a model can also hold weights that were trained with the other value: it stores zeros for missing
-# biases, and a copy of the embedding for a tied head.
+# Values with which a model can also hold weights trained with the other value: missing biases become zeros, and the
+# head becomes a copy of a tied embedding.
 _WIDER = {"bias": True, "tied_head": False}
 
 
@@ -35,8 +35,8 @@ class ConfigField:
     Attributes:
         theirs: The name in Hugging Face's ``config.json``.
         ours: The name in our settings.
-        default: Hugging Face's value where ``config.json`` leaves the field out.
-        values: Hugging Face's value to ours, for choices; None for a positive number of the default's type.
+        default: Hugging Face's value if ``config.json`` omits the field.
+        values: For a choice, Hugging Face's values to ours; None for a positive number of the default's type.
     """
 
     theirs: str
@@ -45,7 +45,7 @@ class ConfigField:
     values: Mapping[Any, Any] | None = None
 
     def read(self, hf_config: Mapping[str, Any]) -> Any:
-        """Return our value of the field; ValueError if it is not one that we know."""
+        """Return our value of the field; ValueError if it is not supported."""
         value = hf_config.get(self.theirs, self.default)
         if self.values is not None:
             for theirs, ours in self.values.items():
@@ -65,7 +65,7 @@ class ConfigField:
 
 @dataclass(frozen=True)
 class Weight:
-    """A row of the weight table; ``*`` stands for the number of a layer.
+    """A row of the weight table; ``*`` in a name matches any layer number.
 
     Attributes:
         ours: Name in our models.
@@ -82,16 +82,16 @@ class Architecture(ABC):
     """The adapter of one Hugging Face ``model_type``. Its methods raise ValueError with a reason but no file name.
 
     Attributes:
-        name: What messages call it.
+        name: Name for messages.
         model_type: Hugging Face's ``model_type``.
-        hf_class: The class in transformers that has a head.
+        hf_class: Name of the class in transformers, with its head.
         config: The config table.
-        fixed: Settings of Hugging Face's for which we have no field, each with the only value that is supported.
-        implied: Settings of ours for which Hugging Face has no field, each with the value that its models have.
-        kept: Settings that must stay as they were trained when other weights of a run's model are loaded.
+        fixed: Hugging Face's fields that we have no setting for, each with the only supported value.
+        implied: Our settings that Hugging Face has no field for, each with the value of its models.
+        kept: Settings in which a model must match the weights that it loads (see ``holds``).
         weights: The weight table.
-        prefix: What names in Hugging Face's model begin with, except the head's.
-        ignored: Endings of stored names that are no weights, such as masks.
+        prefix: Prefix of all weight names in Hugging Face's model except the head's.
+        ignored: Suffixes of stored names that are not weights, such as masks.
     """
 
     name: ClassVar[str]
@@ -110,7 +110,7 @@ class Architecture(ABC):
     def settings_from_hf(self, hf_config: Mapping[str, Any]) -> dict[str, Any]:
         """Return the settings that a ``config.json`` describes.
 
-        Dropout is not among them: it does not belong to the weights.
+        Dropout is left out, because it does not belong to the weights.
 
         Raises:
             ValueError: A field has a value that is not supported.
@@ -121,10 +121,10 @@ class Architecture(ABC):
         return {field.ours: field.read(hf_config) for field in self.config} | self.implied
 
     def settings(self, row: Implementation, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the settings of a model of ours.
+        """Return the settings of one of our models.
 
         Args:
-            row: Its implementation, one with this architecture.
+            row: Its implementation, which has this architecture.
             fields: Its config fields; those left out have the config's defaults.
         """
         return row.complete(dict(fields)) | row.hard_coded
@@ -147,7 +147,7 @@ class Architecture(ABC):
         }
 
     def fields(self, settings: Mapping[str, Any], *, row: Implementation) -> dict[str, Any]:
-        """Return the config fields with which an implementation has the settings.
+        """Translate settings to the config fields of an implementation.
 
         Raises:
             ValueError: The implementation hard-codes another value.
@@ -159,12 +159,12 @@ class Architecture(ABC):
         return {name: settings[name] for name in settings if name in names - row.hard_coded.keys()}
 
     def choices(self, row: Implementation) -> dict[str, Any]:
-        """Return the config fields, without sizes, with which an implementation is Hugging Face's default model."""
+        """Return the config fields, except sizes, that make an implementation equal to Hugging Face's default model."""
         choices = {field.ours: field.read({}) for field in self.config if field.values is not None} | self.implied
         return {name: value for name, value in choices.items() if name not in row.hard_coded}
 
     def implementation_for(self, settings: Mapping[str, Any]) -> tuple[Implementation, dict[str, Any]]:
-        """Choose the first implementation that has exactly these settings; return it and its config fields.
+        """Return the first implementation that has exactly these settings, and its config fields.
 
         Raises:
             ValueError: There is none.
@@ -181,18 +181,18 @@ class Architecture(ABC):
     # Weights
 
     def hf_name(self, name: str) -> str:
-        """Return Hugging Face's name of a weight of ours; a name that is not in the table stays."""
+        """Return Hugging Face's name of one of our weights; a name that is not in the table is unchanged."""
         return _translate(name, {weight.ours: weight.theirs or weight.ours for weight in self.weights})
 
     def our_name(self, name: str) -> str:
-        """Return our name of a weight of Hugging Face's; a name that is not in the table stays."""
+        """Return our name of one of Hugging Face's weights; a name that is not in the table is unchanged."""
         return _translate(name, {weight.theirs or weight.ours: weight.ours for weight in self.weights})
 
     def plain_names(self, stored: Iterable[str]) -> dict[str, str]:
         """Map each weight's name in Hugging Face's model to the name it is stored under.
 
-        Strip the prefixes that wrappers add, add the prefix that a model saved without its head lacks, and leave out
-        what is no weight.
+        Strips the prefixes of wrappers, adds the prefix that a model saved without its head lacks, and leaves out names
+        that are not weights.
         """
         names = {}
         for key in stored:
@@ -207,7 +207,7 @@ class Architecture(ABC):
         """Translate Hugging Face's weights.
 
         Args:
-            stored: Tensors by stored name; only shape and dtype are looked at.
+            stored: Tensors by stored name; only their shapes and dtypes are used.
             read: Reads a stored tensor.
 
         Returns:
@@ -223,10 +223,10 @@ class Architecture(ABC):
         return {name: _shape_of(stored[key], flipped=name in transposed) for name, key in keys.items()}, read_ours
 
     def exported(self, stored: Mapping[str, Tensor], read: Read) -> tuple[dict[str, Tensor], Read]:
-        """Translate our weights; the inverse of ``imported``. A bias that ours lacks is zero in theirs.
+        """Translate our weights; the inverse of ``imported``. Biases that our model lacks become zeros.
 
         Args:
-            stored: Our weights by name; only shape and dtype are looked at.
+            stored: Our weights by name; only their shapes and dtypes are used.
             read: Reads one of them.
 
         Returns:
@@ -257,7 +257,7 @@ class Architecture(ABC):
 
 
 def holds(name: str, *, want: Any, have: Any) -> bool:
-    """Whether a model with the value `want` of a setting can hold weights that were trained with `have`."""
+    """Return whether a model whose setting has the value `want` can hold weights trained with `have`."""
     return want == have or (name in _WIDER and _WIDER[name] == want)
 
 

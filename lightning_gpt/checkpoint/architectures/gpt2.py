@@ -1,4 +1,4 @@
-"""GPT-2 as transformers has it, ``GPT2LMHeadModel``: minGPT and nanoGPT use its weight names."""
+"""GPT-2 in transformers, ``GPT2LMHeadModel``; minGPT and nanoGPT use its weight names."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ _WIDTH = 768
 
 
 class GPT2(Architecture):
-    """Conv1D stores (in, out), the transpose of a Linear's weight. A model without biases is exported with zeros."""
+    """Adapter of GPT-2, whose Conv1D stores its weight as (in, out), the transpose of Linear's."""
 
     name = "GPT-2"
     model_type = "gpt2"
@@ -60,12 +60,12 @@ class GPT2(Architecture):
     ignored = (".attn.bias", ".attn.masked_bias")  # causal masks
 
     def settings_from_hf(self, hf_config: Mapping[str, Any]) -> dict[str, Any]:
-        """Also require an MLP of 4 n_embd."""
+        """Return the settings; also require an MLP of width 4 n_embd."""
         inner, width = hf_config.get("n_inner"), hf_config.get("n_embd", _WIDTH)
         if inner not in (None, 4 * width):
             raise ValueError(f"n_inner is {inner}; only 4 n_embd = {4 * width} is supported")
         return super().settings_from_hf(hf_config)
 
     def hf_config(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Also express models without biases, as ``exported`` writes zeros for them."""
+        """Return the ``config.json``; also accept a model without biases, for which ``exported`` writes zeros."""
         return super().hf_config({**settings, "bias": True})

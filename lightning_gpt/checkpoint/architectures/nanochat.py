@@ -1,4 +1,4 @@
-"""NanoChat as transformers has it, ``NanoChatForCausalLM``: moderngpt without windows, pair embeddings and smear."""
+"""NanoChat in transformers, ``NanoChatForCausalLM``: moderngpt without windows, bigram embeddings and smear."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 
 class NanoChat(Architecture):
-    """The same matrices as moderngpt under other names; norms have no parameters."""
+    """Adapter of NanoChat, which has moderngpt's matrices under other names; norms have no parameters."""
 
     name = "NanoChat"
     model_type = "nanochat"
@@ -44,12 +44,12 @@ class NanoChat(Architecture):
     prefix = "model."
 
     def settings_from_hf(self, hf_config: Mapping[str, Any]) -> dict[str, Any]:
-        """Also require the default rotary embedding, heads of hidden_size / heads, and an MLP of 4 hidden_size."""
+        """Return the settings; also require default rotary positions, head size and MLP width."""
         known = dict(hf_config)
         if known.get("num_key_value_heads") is None:
             known["num_key_value_heads"] = known.get("num_attention_heads", _HEADS)
         settings = super().settings_from_hf(known)
-        # Before transformers 5 the fields of rope_parameters stood in rope_theta and rope_scaling.
+        # Before transformers 5, rope_theta and rope_scaling held the fields of rope_parameters.
         rope = {"rope_theta": known.get("rope_theta", _ROPE["rope_theta"])}
         rope |= known.get("rope_scaling") or {}
         rope |= known.get("rope_parameters") or {}
@@ -65,7 +65,7 @@ class NanoChat(Architecture):
         return settings
 
     def hf_config(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Also write the fields that follow from others, and dropout."""
+        """Return the ``config.json``, including dropout and the fields that follow from others."""
         heads = settings["n_kv_head"] or settings["n_head"]
         return super().hf_config({**settings, "n_kv_head": heads}) | {
             "intermediate_size": 4 * settings["n_embd"],

@@ -1,9 +1,9 @@
 """Read the canonical form: a folder of safetensors and JSON that other tools can read as well.
 
 ``model.safetensors`` holds each weight once, under its first name in the plain model. ``config.json`` describes the
-model and the checkpoint that the folder was made from. ``lightning_gpt_tokenizer.json`` holds the tokenizer; Hugging
-Face does not use that name. If the optimizer is included, ``optimizer.safetensors`` holds each state as
-``WEIGHT/STATE``, and ``training.pt`` the whole header, because its metrics are tensors.
+model and the checkpoint that the folder was made from. ``lightning_gpt_tokenizer.json`` holds the tokenizer; the name
+does not clash with Hugging Face's. If the optimizer is included, ``optimizer.safetensors`` holds each state as
+``WEIGHT/STATE``, and ``training.pt`` holds the whole header, which is not JSON because its metrics are tensors.
 """
 
 import hashlib
@@ -82,7 +82,7 @@ class CanonicalCheckpoint(Checkpoint):
 
     @classmethod
     def recognises(cls, path: Path) -> bool:
-        """Whether a folder holds weights and a config."""
+        """Return whether a folder holds weights and a config."""
         return (path / WEIGHTS).is_file() and (path / CONFIG).is_file()
 
     @cached_property
@@ -100,12 +100,12 @@ class CanonicalCheckpoint(Checkpoint):
 
 
 def canonical_folder(path: Path) -> Path:
-    """Return where the canonical form of a checkpoint goes: ``best/`` for ``best.ckpt``, else ``NAME-converted/``."""
+    """Return the folder for a checkpoint's canonical form: ``best/`` for ``best.ckpt``, else ``NAME-converted/``."""
     return path.with_suffix("") if path.suffix == ".ckpt" else path.with_name(f"{path.name}-converted")
 
 
 def fingerprint(path: Path) -> str:
-    """Return a digest of the names, sizes and times of a checkpoint's files, which shows whether it was changed."""
+    """Return a digest of the names, sizes and times of a checkpoint's files, to detect changes."""
     digest = hashlib.sha256()
     for file in sorted([path, *path.rglob("*")]):
         if file.is_file():
@@ -115,7 +115,7 @@ def fingerprint(path: Path) -> str:
 
 
 def is_converted(folder: Path, *, source: Path) -> bool:
-    """Whether a folder is the canonical form of a checkpoint in its present state."""
+    """Return whether a folder is the canonical form of a checkpoint in its current state."""
     config = read_config(folder) if CanonicalCheckpoint.recognises(folder) else None
     return config is not None and config.get("source", {}).get("fingerprint") == fingerprint(source)
 
@@ -133,7 +133,7 @@ def read_config(folder: Path) -> dict[str, Any] | None:
 
 
 def tokenizer_beside(path: Path) -> Tokenizer | None:
-    """Return the tokenizer from our tokenizer file in the folder of a weights file, if there is one.
+    """Return the tokenizer in our tokenizer file beside a weights file, if there is one.
 
     Raises:
         UserError: The tokenizer file is damaged.
@@ -154,7 +154,7 @@ def read_json(path: Path) -> Any:
         raise unreadable(path, error) from error
 
 
-# The two functions below open the file for each call: a map counts as memory of this process until it is closed.
+# The two functions below open the file for each call, because a memory map counts as memory until it is closed.
 
 
 def read_layout(path: Path) -> dict[str, Tensor]:
@@ -176,7 +176,7 @@ def read_layout(path: Path) -> dict[str, Tensor]:
 
 
 def read_tensor(path: Path, name: str) -> Tensor:
-    """Read one tensor of a safetensors file into memory of its own.
+    """Return a copy of one tensor of a safetensors file.
 
     Raises:
         UserError: The file is damaged.

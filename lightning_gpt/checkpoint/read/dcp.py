@@ -1,4 +1,4 @@
-"""Read the folder of torch.distributed.checkpoint (DCP), which FSDP training writes: shards, their index, a header."""
+"""Read folders of torch.distributed.checkpoint (DCP), as FSDP training writes them: shards, index and header."""
 
 import pickle
 import warnings
@@ -36,16 +36,16 @@ class _IndexUnpickler(pickle.Unpickler):
         self._path = path
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return an allowed class; refuse any other."""
+        """Return a class if it is allowed; raise a UserError otherwise."""
         if module.startswith("pathlib") and name.endswith("Path"):
-            return PurePosixPath  # where the checkpoint was saved; it is never opened
+            return PurePosixPath  # the path at which the checkpoint was saved; never opened
         if (module, name) in _ALLOWED or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
         raise untrusted(self._path, f"{module}.{name}")
 
 
 class _Reader(FileSystemReader):
-    """Torch's reader with an index that is already read, since torch's own unpickles any class."""
+    """Torch's reader with an index that we have read, because torch would unpickle any class in it."""
 
     def __init__(self, path: Path, index: Metadata) -> None:
         super().__init__(path)
@@ -57,14 +57,14 @@ class _Reader(FileSystemReader):
 
 
 class DcpCheckpoint(Checkpoint):
-    """A folder of ``ModelParallelStrategy.save_checkpoint``, written by any number of ranks.
+    """A folder that ``ModelParallelStrategy.save_checkpoint`` wrote, from any number of ranks.
 
     Args:
         path: The folder.
         trust: Whether its index and header may hold Python objects.
 
     Raises:
-        UserError: It is not a checkpoint of ours, is damaged, or holds Python objects and is not trusted.
+        UserError: It is not one of our checkpoints, is damaged, or holds Python objects and is not trusted.
     """
 
     kind = "FSDP"
@@ -76,7 +76,7 @@ class DcpCheckpoint(Checkpoint):
         self.stored = {}
         self.moments = {}
         self._keys: dict[tuple[str, ...], str] = {}
-        # A key is a path joined with dots, which names of weights contain too; planner_data keeps the path.
+        # A key is a path joined by dots, which names of weights also contain; planner_data holds the path.
         for key, (kind, *rest) in self._index.planner_data.items():
             entry = self._index.state_dict_metadata[key]
             if not isinstance(entry, TensorStorageMetadata):
@@ -97,7 +97,7 @@ class DcpCheckpoint(Checkpoint):
                 raise UserError(f"{path} is incomplete: {shard} {problem}; copy the files of all ranks")
 
     def _shard_sizes(self) -> dict[str, int]:
-        """Return the least size in bytes of each file that the index lists."""
+        """Return the minimum size in bytes of each file that the index lists."""
         sizes: dict[str, int] = {}
         for info in self._index.storage_data.values():
             sizes[info.relative_path] = max(sizes.get(info.relative_path, 0), info.offset + info.length)
@@ -105,7 +105,7 @@ class DcpCheckpoint(Checkpoint):
 
     @classmethod
     def recognises(cls, path: Path) -> bool:
-        """Whether a folder holds an index and a header."""
+        """Return whether a folder holds an index and a header."""
         return (path / INDEX).is_file() and (path / HEADER).is_file()
 
     def _read(self, name: str) -> Tensor:
@@ -119,7 +119,7 @@ class DcpCheckpoint(Checkpoint):
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                # no_dist: this process reads alone, even if it is one of a group.
+                # no_dist: this process reads by itself, even if it is in a process group.
                 load({key: tensor}, storage_reader=_Reader(self.path, self._index), no_dist=True)
         except Exception as error:  # a truncated shard raises many errors, some inside of torch's own wrapper
             failures = getattr(error, "failures", None)
@@ -128,7 +128,7 @@ class DcpCheckpoint(Checkpoint):
 
 
 def _read_index(path: Path, *, trust: bool) -> Metadata:
-    """Unpickle the index: the one place where its bytes become objects."""
+    """Unpickle the index; unless it is trusted, allow only the classes that an index needs."""
     try:
         with path.open("rb") as file:
             index = (pickle.Unpickler(file) if trust else _IndexUnpickler(file, path)).load()

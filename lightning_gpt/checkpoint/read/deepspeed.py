@@ -1,4 +1,4 @@
-"""Read DeepSpeed's folder, in which each rank stores its part of the float32 weights and of the optimizer state.
+"""Read DeepSpeed's folder, in which each rank stores its part of the float32 weights and the optimizer state.
 
 ``checkpoint/`` holds two kinds of files. The model states hold Lightning's header, buffers, and the shapes and order of
 the parameters. Each rank's optimizer states hold flat tensors, one for each parameter group (ZeRO 1 and 2) or sub-group
@@ -6,7 +6,7 @@ the parameters. Each rank's optimizer states hold flat tensors, one for each par
 part for each rank, and record where each piece of a parameter is. ZeRO 3 splits each parameter into one piece for each
 rank, all of the same length except the last ones, and stores a rank's pieces one after another.
 
-Reading does not need DeepSpeed: stand-ins replace the few classes in these files.
+Reading does not need DeepSpeed: stand-ins replace its few classes that are pickled in these files.
 """
 
 import copy
@@ -58,7 +58,7 @@ class _LossScaler:
 
 @dataclass
 class _Fragment:
-    """Stand-in for DeepSpeed's ``fragment_address``: the place of a piece of a parameter in a rank's flat tensor."""
+    """Stand-in for DeepSpeed's ``fragment_address``: where a piece of a parameter is in a rank's flat tensor."""
 
     numel: int
     start: int
@@ -82,14 +82,14 @@ class _Piece:
 
 
 class DeepSpeedCheckpoint(Checkpoint):
-    """A folder of ``DeepSpeedStrategy.save_checkpoint``, of any ZeRO stage and any number of ranks.
+    """A folder that ``DeepSpeedStrategy.save_checkpoint`` wrote, from any ZeRO stage and number of ranks.
 
     Args:
         path: The folder.
         trust: Whether its files may hold Python objects.
 
     Raises:
-        UserError: It is not a checkpoint of ours, is damaged or incomplete, or holds Python objects and is not trusted.
+        UserError: It is not one of our checkpoints, is damaged or incomplete, or holds untrusted Python objects.
     """
 
     kind = "DeepSpeed"
@@ -98,7 +98,7 @@ class DeepSpeedCheckpoint(Checkpoint):
     def __init__(self, path: Path, *, trust: bool = False) -> None:
         self._trust = trust
         self._model = MappedFile(_model_states(path), trust=trust, stand_ins=_STAND_INS)
-        self._models = [self._model]  # of all ranks, if the other ranks' files are needed
+        self._models = [self._model]  # of all ranks, if stage 3 has frozen parameters
         self._frozen: dict[str, str] = {}
         states = self._model.content
         if not isinstance(states, dict) or not {"module", "param_shapes", "shared_params"} <= states.keys():
@@ -114,11 +114,11 @@ class DeepSpeedCheckpoint(Checkpoint):
 
     @classmethod
     def recognises(cls, path: Path) -> bool:
-        """Whether DeepSpeed's files lie in the subfolder."""
+        """Return whether the subfolder holds DeepSpeed's files."""
         return any((path / FOLDER).glob("*_states.pt"))
 
     def _lay_out(self, states: dict[str, Any]) -> None:
-        """Compute from the shapes where each tensor lies."""
+        """Find the place of each tensor, from the shapes."""
         shapes: list[dict[str, torch.Size]] = states["param_shapes"]
         parts = [rank.content["optimizer_state_dict"] for rank in self._ranks]
         self._is_stage_3 = "fp32_flat_groups" in parts[0]
@@ -155,7 +155,7 @@ class DeepSpeedCheckpoint(Checkpoint):
             self._lay_out_frozen(states)
 
     def _lay_out_frozen(self, states: dict[str, Any]) -> None:
-        """Find frozen parameters, of which stage 3 stores each rank's piece in its model states."""
+        """Find frozen parameters, whose pieces stage 3 stores in each rank's model states."""
         shapes = states.get("frozen_param_shapes") or {}
         self._frozen = {name.removeprefix(PREFIX): name for name in shapes}
         if not shapes:
@@ -220,7 +220,7 @@ class DeepSpeedCheckpoint(Checkpoint):
         return self._join(name, self.moments[name][key], lambda part: self._state(part, group)[key])
 
     def _join(self, name: str, like: Tensor, flat: Callable[[dict[str, Any]], Tensor]) -> Tensor:
-        """Assemble a full tensor from the ranks' pieces of the flat tensors that `flat` picks."""
+        """Assemble a full tensor from the pieces in each rank's flat tensor, which `flat` picks."""
 
         def pick(piece: slice, content: Any) -> Tensor:
             return flat(content["optimizer_state_dict"])[piece]
@@ -243,7 +243,7 @@ def _model_states(path: Path) -> Path:
 
 
 def _open_ranks(path: Path, *, trust: bool) -> list[MappedFile]:
-    """Open the ranks' files in order. Files of further ranks, left by an earlier save, are not opened.
+    """Open the files of all ranks, in order, ignoring files of further ranks that an earlier save left.
 
     Raises:
         UserError: A file is missing, damaged or not trusted.

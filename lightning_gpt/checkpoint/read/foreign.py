@@ -1,4 +1,4 @@
-"""Weights that another program wrote, under our names."""
+"""Checkpoints that other programs wrote, with the weights under our names."""
 
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,14 @@ from lightning_gpt.tokenizers import Tokenizer
 
 
 class ForeignCheckpoint(Checkpoint):
-    """Weights that an adapter has translated. A subclass opens the file.
+    """A checkpoint whose weights an adapter has translated. A subclass opens the file.
 
     Args:
         path: The file or folder.
         row: The implementation that holds the weights.
         fields: Its config fields.
         stored: The weights on the meta device, by our names.
-        read: Reads one of them into memory of its own.
+        read: Returns a copy of one of them.
         step: Optimizer steps that the weights were trained for.
         tokenizer: The tokenizer they were trained with, if known.
     """

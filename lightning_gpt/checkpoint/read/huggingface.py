@@ -35,7 +35,7 @@ _HUB_NAME = re.compile(r"gpt2(-medium|-large|-xl)?|[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 class HuggingFaceCheckpoint(ForeignCheckpoint):
-    """A folder that ``save_pretrained`` or the hub made, of any architecture that has an adapter.
+    """A folder from ``save_pretrained`` or the hub, of any architecture that has an adapter.
 
     Args:
         path: The folder.
@@ -60,13 +60,13 @@ class HuggingFaceCheckpoint(ForeignCheckpoint):
         except ValueError as error:
             raise UserError(f"{path}: {error}") from error
         tokenizer = _tokenizer(path, vocab_size=fields["vocab_size"])
-        if tokenizer and tokenizer.vocab_size < fields["vocab_size"]:  # rows that no token stands for
+        if tokenizer and tokenizer.vocab_size < fields["vocab_size"]:  # rows without a token
             fields["vocab_padding"] = fields["vocab_size"] - tokenizer.vocab_size
         super().__init__(path, row=row, fields=fields, stored=stored, read=read, tokenizer=tokenizer)
 
     @classmethod
     def recognises(cls, path: Path) -> bool:
-        """Whether the folder's config has a ``model_type``, as all of transformers' do."""
+        """Return whether the folder's config has a ``model_type``, as every config of transformers does."""
         with contextlib.suppress(OSError, ValueError):
             config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
             return isinstance(config, dict) and isinstance(config.get("model_type"), str)
@@ -95,7 +95,7 @@ class _Tensors:
             self._homes |= dict.fromkeys(found, home)
 
     def read(self, name: str) -> Tensor:
-        """Read one tensor into memory of its own."""
+        """Return a copy of one tensor."""
         home = self._homes[name]
         return read_tensor(home, name) if isinstance(home, Path) else home.read(lambda content: content[name])
 
@@ -134,19 +134,19 @@ def _tokenizer(folder: Path, *, vocab_size: int) -> Tokenizer | None:
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a text can name a model on the Hugging Face hub: one of OpenAI's four, or ``owner/name``."""
+    """Return whether a name can be a model on the Hugging Face hub: one of OpenAI's four, or ``owner/name``."""
     return _HUB_NAME.fullmatch(name) is not None
 
 
 def hub_folder(name: str) -> Path:
-    """Return the folder in the hub's cache that holds a model's config and weights; download what is missing.
+    """Return the folder in the hub's cache with a model's config and weights, downloading them if needed.
 
     Args:
         name: As for ``is_hub_name``.
 
     Raises:
-        UserError: huggingface_hub is not installed, there is no such model, or it is neither in the cache nor can it
-            be downloaded.
+        UserError: huggingface_hub is not installed, there is no such model, or it is not in the cache and cannot be
+            downloaded.
     """
     try:
         from huggingface_hub import HfApi, hf_hub_download
@@ -163,7 +163,7 @@ def hub_folder(name: str) -> Path:
             for file in _weight_files(folder):
                 fetch(file.name, local_files_only=True)
             return folder
-        # Fails at once without a network, whereas downloads retry for half a minute.
+        # This call fails at once without a network; downloads would retry for half a minute.
         available = {entry.rfilename for entry in HfApi().model_info(name, timeout=10).siblings or ()}
         folder = Path(fetch(CONFIG)).parent
         form = next((form for form in _FORMS if form in available), WEIGHTS)

@@ -14,19 +14,19 @@ from lightning_gpt.config import UserError
 
 
 class MappedFile:
-    """A file of ``torch.save`` whose tensors are mapped; their bytes are read when they are copied.
+    """A file of ``torch.save`` with memory-mapped tensors, whose bytes are read when they are copied.
 
     Args:
         path: The file.
-        trust: Whether it may run code while it is read.
-        stand_ins: Safe substitutes for pickled classes: pairs of a class and the full name that it replaces.
+        trust: Whether the file may run code while it is read.
+        stand_ins: Safe substitutes for pickled classes: pairs of a class and the full name of the class it replaces.
         files: Number of files that are read in turn and share the budget of mapped bytes.
 
     Raises:
         UserError: The file is damaged, or holds Python objects and is not trusted.
     """
 
-    # Pages that were read count as memory of this process until the map is closed (nanoGPT#287).
+    # Pages of a memory map that were read count as memory until it is closed (nanoGPT#287).
     _RENEW_AFTER = 64 * 2**20
 
     def __init__(
@@ -42,7 +42,7 @@ class MappedFile:
 
     @property
     def content(self) -> Any:
-        """What was saved. Do not keep its tensors: they would keep the whole file mapped."""
+        """The saved object. Do not keep its tensors: they would keep the whole file mapped."""
         if self._content is None:
             if self._stat() != self._version:
                 raise UserError(f"{self.path} was replaced while it was read; try again")
@@ -50,7 +50,7 @@ class MappedFile:
         return self._content
 
     def read(self, get: Callable[[Any], Tensor]) -> Tensor:
-        """Copy the tensor that `get` picks from the content into memory of its own."""
+        """Return a copy of the tensor that `get` picks from the content."""
         tensor = get(self.content).detach().clone()
         self._bytes_read += tensor.nbytes
         if self._bytes_read > self._renew_after:
@@ -65,7 +65,7 @@ class MappedFile:
         return stat.st_mtime_ns, stat.st_size
 
     def _load(self) -> Any:
-        """Unpickle the file: the one place where its bytes become objects."""
+        """Unpickle the file: only tensors and primitives, or any object if the file is trusted."""
         try:
             with torch.serialization.safe_globals(list(self._stand_ins)):
                 return torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
@@ -77,7 +77,7 @@ class MappedFile:
 
 
 def read_header(path: Path, *, trust: bool) -> Any:
-    """Read a small file of ``torch.save`` completely; later changes of the file do not show in the result.
+    """Read a small file of ``torch.save`` completely; the result does not share the file's memory.
 
     Raises:
         UserError: As for ``MappedFile``.
@@ -94,6 +94,6 @@ def untrusted(path: Path, name: str) -> UserError:
 
 
 def unreadable(path: Path, error: BaseException) -> UserError:
-    """Return the error for a file that is damaged or of another kind."""
+    """Return the error for a damaged file or one of another kind."""
     reason = (str(error) or type(error).__name__).splitlines()[0]
     return UserError(f"{path} is not a readable checkpoint: {reason}")

@@ -1,4 +1,4 @@
-"""Read the files that nanoGPT and minGPT themselves save with ``torch.save``."""
+"""Read the files that the original nanoGPT and minGPT save with ``torch.save``."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from lightning_gpt.config import UserError
 from lightning_gpt.implementations.registry import IMPLEMENTATIONS
 from lightning_gpt.tokenizers import GPT2Tokenizer
 
-# File names that the two use, in the folder given as nanoGPT's out_dir or minGPT's work_dir.
+# Their file names, in nanoGPT's out_dir and minGPT's work_dir.
 FILES = ("ckpt.pt", "model.pt")
 
 _EMBEDDING, _HEAD = "transformer.wte.weight", "lm_head.weight"
@@ -25,7 +25,7 @@ _GPT2 = GPT2()
 
 
 class NanoGPTCheckpoint(ForeignCheckpoint):
-    """nanoGPT's ``ckpt.pt``: exact GELU, tied head; ``model_args`` says whether there are biases (older files: yes).
+    """nanoGPT's ``ckpt.pt``: exact GELU, tied head, and biases unless ``model_args`` says otherwise.
 
     Args:
         file: The opened file.
@@ -63,15 +63,15 @@ class NanoGPTCheckpoint(ForeignCheckpoint):
 
     @staticmethod
     def recognises(content: Any) -> bool:
-        """Whether the content of a file is of this form."""
+        """Return whether the content of a file has this form."""
         return isinstance(content, dict) and isinstance(content.get("model_args"), dict) and "model" in content
 
 
 class MinGPTCheckpoint(ForeignCheckpoint):
-    """A state dict of minGPT, which holds nothing but weights: tanh GELU, a head of its own, biases.
+    """minGPT's state dict, which holds only weights: tanh GELU, untied head, biases.
 
-    The number of heads comes from `n_head`, from the ``config.json`` that minGPT writes beside it, or from the preset
-    of the same size.
+    The number of heads comes from `n_head`, else from the ``config.json`` that minGPT writes beside it, else from the
+    preset of the same size.
 
     Args:
         file: The opened file.
@@ -108,7 +108,7 @@ class MinGPTCheckpoint(ForeignCheckpoint):
 
     @staticmethod
     def recognises(content: Any) -> bool:
-        """Whether the content of a file is of this form."""
+        """Return whether the content of a file has this form."""
         if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
             return False
         return {_EMBEDDING, _POSITIONS, _HEAD} <= _GPT2.plain_names(content).keys()
@@ -119,7 +119,7 @@ def _presets() -> dict[str, dict[str, int]]:
 
 
 def _heads_beside(path: Path) -> int | None:
-    """Return the heads in a ``config.json``: minGPT's own, which gives n_head or a preset, or ours, of an export."""
+    """Return the number of heads in a ``config.json``: minGPT's, with n_head or a preset, or that of our export."""
     try:
         content = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
         config = content["model_config" if content.get("format") == FORMAT else "model"]

@@ -1,4 +1,4 @@
-"""Read Lightning's checkpoint file, which training on one device and under DDP writes."""
+"""Read Lightning's checkpoint file, as training on one device or under DDP writes it."""
 
 import copy
 
@@ -10,13 +10,13 @@ from lightning_gpt.config import UserError
 
 
 class SingleFileCheckpoint(Checkpoint):
-    """A file of ``Trainer.save_checkpoint``.
+    """A file that ``Trainer.save_checkpoint`` wrote.
 
     Args:
         file: The opened file.
 
     Raises:
-        UserError: It is not a checkpoint of ours.
+        UserError: It is not one of our checkpoints.
     """
 
     kind = "lightning"
@@ -26,7 +26,7 @@ class SingleFileCheckpoint(Checkpoint):
         path, content = file.path, file.content
         if not isinstance(content, dict) or "state_dict" not in content:
             raise UserError(f"{path} is not a checkpoint that train.py wrote")
-        # Copied, because a tensor that is kept would keep the whole file mapped.
+        # Copied, because any tensor that is kept would keep the whole file mapped.
         rest = {key: value for key, value in content.items() if key not in ("state_dict", "optimizer_states")}
         super().__init__(path, copy.deepcopy(rest))
         self._keys = {key.removeprefix(PREFIX): key for key in content["state_dict"]}

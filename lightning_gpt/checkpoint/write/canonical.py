@@ -1,4 +1,4 @@
-"""Write the canonical form (see ``read/canonical.py``), and folders that appear whole or not at all."""
+"""Write the canonical form (see ``read/canonical.py``), in a folder that appears whole or not at all."""
 
 import contextlib
 import json
@@ -29,13 +29,13 @@ from lightning_gpt.config import UserError
 
 
 def convert(checkpoint: Checkpoint, folder: Path, *, optimizer: bool = False, pt: bool = False) -> Path:
-    """Write the canonical form of a checkpoint, one tensor at a time, replacing an older canonical folder.
+    """Write the canonical form of a checkpoint, one tensor at a time, replacing an earlier one.
 
     Args:
         checkpoint: The checkpoint.
         folder: The folder to create or replace.
         optimizer: Whether to include the optimizer state and the header, which training needs to resume.
-        pt: Whether to write the weights also as ``model.pt``, a plain state dict, which is built in memory.
+        pt: Whether to also write the weights as ``model.pt``, a plain state dict, which is built in memory.
 
     Returns:
         The folder.
@@ -129,7 +129,7 @@ def whole_folder(folder: Path, *, source: Path) -> Iterator[Path]:
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     before = fingerprint(source)
     try:
-        remove(part)  # left by a crash of a process with the same id
+        remove(part)  # left by a crashed process with the same id
         part.mkdir(parents=True)
         yield part
         if fingerprint(source) != before:
@@ -146,8 +146,8 @@ def whole_folder(folder: Path, *, source: Path) -> Iterator[Path]:
 def one_at_a_time(path: Path) -> Iterator[None]:
     """Let one process or thread at a time work on a checkpoint; the others wait.
 
-    The lock file lies hidden beside the checkpoint, so that it works for several machines with a shared folder, and is
-    removed afterwards. A crash releases the lock. In a folder that cannot be written nothing is locked.
+    The lock is a hidden file beside the checkpoint, so that it also works between machines that share the folder. It is
+    removed afterwards, and released by a crash. In a read-only folder nothing is locked.
     """
     lock = path.with_name(f".{path.name}.lock")
     with locked(lock):

@@ -1,9 +1,9 @@
-"""Export a checkpoint in a form that other programs open: Hugging Face's, safetensors, a plain state dict, nanoGPT's.
+"""Export a checkpoint for other programs: as a Hugging Face folder, safetensors, a plain state dict or nanoGPT's file.
 
 A format is a function that takes a checkpoint and its target folder and returns, for each file name, a function that
-writes the file. It refuses what the format cannot express before anything is written. A new format is one function and
-one row in ``FORMATS``. Every export also holds our own tokenizer file and ``lightning_gpt_export.txt``, which lists the
-written files, so that a later export knows that it may replace the folder.
+writes the file. It raises before anything is written if the format cannot express the model. A new format is one
+function and one row in ``FORMATS``. Every export also holds our own tokenizer file and ``lightning_gpt_export.txt``,
+which lists the written files: a later export may replace a folder that holds no others.
 """
 
 import pickle
@@ -150,12 +150,12 @@ def _architecture(
 
 
 def _hf(checkpoint: Checkpoint, folder: Path) -> Files:
-    """Write a folder that ``AutoModelForCausalLM`` opens as the same model and ``AutoTokenizer`` with its tokens."""
+    """Write a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` open as the same model and tokenizer."""
     architecture, settings = _architecture(checkpoint, form="hf")
     hf_config = architecture.hf_config(settings)
     layout, read = architecture.exported(checkpoint.layout(), checkpoint.weight)
     tokenizer = checkpoint.tokenizer
-    # Written even if there is none, because Hugging Face's defaults are token ids.
+    # Written even if there is no such token, because Hugging Face's defaults are token ids.
     hf_config |= dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.end_of_text if tokenizer else None)
     hf_config["torch_dtype"] = str(next(iter(layout.values())).dtype).removeprefix("torch.")
     files: Files = {CONFIG: _json(hf_config), WEIGHTS: partial(write_safetensors, layout=layout, read=read)}
@@ -163,13 +163,13 @@ def _hf(checkpoint: Checkpoint, folder: Path) -> Files:
         print(f"{checkpoint.path} does not know its tokenizer: AutoTokenizer cannot open the export", file=sys.stderr)
         return files
     text = tokenizer_json(tokenizer)
-    beside = tokenizer_config(tokenizer, text, block_size=checkpoint.model_config["block_size"])
+    hf_tokenizer_config = tokenizer_config(tokenizer, text, block_size=checkpoint.model_config["block_size"])
     files["tokenizer.json"] = lambda path: path.write_text(text, encoding="utf-8")
-    return files | {"tokenizer_config.json": _json(beside)}
+    return files | {"tokenizer_config.json": _json(hf_tokenizer_config)}
 
 
 def _nanogpt(checkpoint: Checkpoint, folder: Path) -> Files:
-    """Write a ``ckpt.pt`` that the original's sample.py reads, and if it has AdamW's state also its train.py."""
+    """Write a ``ckpt.pt`` for the original's sample.py and, if there is AdamW state, for its train.py."""
     _, settings = _architecture(checkpoint, form="nanogpt", model_type="gpt2")
     lacks = ["the tanh GELU"] if settings["gelu"] != "exact" else []
     lacks += [] if settings["tied_head"] else ["a head of its own"]
@@ -200,7 +200,7 @@ def _nanogpt(checkpoint: Checkpoint, folder: Path) -> Files:
             "model_args": args,
             "iter_num": checkpoint.step,
             "best_val_loss": _best_loss(checkpoint),
-            # The original looks for data/DATASET/meta.pkl below its own folder; an absolute DATASET leads here.
+            # The original reads data/DATASET/meta.pkl in its own folder; an absolute DATASET makes it read this one.
             "config": args | {"dataset": str(folder)},
         }
         if with_optimizer:
@@ -211,14 +211,14 @@ def _nanogpt(checkpoint: Checkpoint, folder: Path) -> Files:
 
 
 def _best_loss(checkpoint: Checkpoint) -> float:
-    """Return the lowest validation loss of the run; if unknown, nanoGPT's initial value."""
+    """Return the lowest validation loss of the run, or nanoGPT's initial value if it is unknown."""
     states = checkpoint.header.get("callbacks", {}).values()
     scores = [float(state["best_model_score"]) for state in states if state.get("best_model_score") is not None]
     return min(scores, default=1e9)
 
 
 def _adamw(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return the optimizer state with nanoGPT's numbering of parameters: first matrices, then the others."""
+    """Return the optimizer state with nanoGPT's numbering of parameters: matrices first, then the others."""
     model = empty_model(checkpoint.implementation, model_config=checkpoint.model_config).to("meta")
     parameters = dict(model.named_parameters())
     groups = ([n for n, p in parameters.items() if p.dim() >= 2], [n for n, p in parameters.items() if p.dim() < 2])

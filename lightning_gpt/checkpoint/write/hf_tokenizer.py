@@ -1,6 +1,6 @@
 """Write a tokenizer as the files that Hugging Face's ``AutoTokenizer`` opens.
 
-``TOKENIZER_JSON`` has a row for each kind of tokenizer, by the name in its saved form.
+``TOKENIZER_JSON`` has a row for each kind of tokenizer, keyed as in ``tokenizers.TOKENIZERS``.
 """
 
 import json
@@ -48,7 +48,7 @@ def _byte_characters() -> dict[int, str]:
 
 
 def _parts(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """Return the two parts of a token that byte-pair encoding merges last."""
+    """Return the two parts that byte-pair encoding merges last to form a token."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         joined = [ranks.get(left + right, len(ranks)) for left, right in zip(parts, parts[1:], strict=False)]
@@ -57,7 +57,7 @@ def _parts(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
     return parts
 
 
-def _written(*, model: dict[str, Any], added: list[dict[str, Any]], **steps: Any) -> str:
+def _to_json(*, model: dict[str, Any], added: list[dict[str, Any]], **steps: Any) -> str:
     """Return the text of a ``tokenizer.json``; steps that are not given are null."""
     fields = ("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder")
     content = {"version": "1.0", "added_tokens": added, **dict.fromkeys(fields), **steps, "model": model}
@@ -79,7 +79,7 @@ def _from_ranks(ranks: dict[bytes, int], *, pattern: str, specials: dict[str, in
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
     in_order = sorted(specials.items(), key=lambda item: item[1])
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    return _written(
+    return _to_json(
         added=[{"id": index, "content": token, **flags} for token, index in in_order],
         pre_tokenizer={"type": "Sequence", "pretokenizers": [_split(pattern), byte_level]},
         decoder=byte_level,
@@ -93,8 +93,8 @@ def _from_ranks(ranks: dict[bytes, int], *, pattern: str, specials: dict[str, in
 
 def _from_tiktoken(tokenizer: Tokenizer) -> str:
     encoding = load_encoding(tokenizer.name)
-    # Possessive in tiktoken; Hugging Face's library would read it as one or more times {1,3}. Nothing follows, so the
-    # plain {1,3} matches the same.
+    # In tiktoken {1,3}+ is possessive; Hugging Face's library would read it as a repeated {1,3}. Nothing follows it, so
+    # a plain {1,3} matches the same text.
     pattern = encoding._pat_str.replace("{1,3}+", "{1,3}")
     return _from_ranks(encoding._mergeable_ranks, pattern=pattern, specials=encoding._special_tokens)
 
@@ -106,11 +106,11 @@ def _from_bytes(tokenizer: Tokenizer) -> str:
 def _from_characters(tokenizer: Tokenizer) -> str:
     assert isinstance(tokenizer, CharTokenizer)
     vocabulary = {char: index for index, char in enumerate(tokenizer.chars)}
-    return _written(
+    return _to_json(
         added=[],
         pre_tokenizer=_split(r"[\s\S]"),
         decoder={"type": "Fuse"},
-        # The unknown token needs a name. It is not in the vocabulary, so an unknown character is an error, as in ours.
+        # The unknown token must have a name. It is not in the vocabulary, so unknown characters are errors, as in ours.
         model={"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unknown>"},
     )
 

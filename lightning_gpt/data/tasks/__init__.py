@@ -1,4 +1,4 @@
-"""The registry of tasks: generated questions and answers that `--data` can name in place of a text.
+"""The registry of tasks: generated questions and answers, which `--data` can name instead of a text.
 
 A task is one file with a frozen dataclass that subclasses `Task`, and a row in `TASKS`. Its fields become flags. A
 user's own task needs no row.

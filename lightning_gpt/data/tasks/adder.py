@@ -22,7 +22,7 @@ _MAX_HELD_OUT = 500
 class Adder(Task):
     """Add two numbers: 85 + 50 = 135 is the row 8550531. The sum is reversed, because carries run from the right.
 
-    The split is minGPT's: of a permutation of all pairs the first 20 %, at most 500, are held out.
+    As in minGPT, the first 20 % of a permutation of all pairs, at most 500, are held out.
 
     Raises:
         UserError: `ndigit` is not 1, 2 or 3.
@@ -43,12 +43,12 @@ class Adder(Task):
 
     @property
     def prompt_length(self) -> int:
-        """Return the digits of both numbers."""
+        """Return the number of digits of both numbers."""
         return 2 * self.ndigit
 
     @property
     def answer_length(self) -> int:
-        """Return the digits of the sum."""
+        """Return the number of digits of the sum."""
         return self.ndigit + 1
 
     def n_rows(self, split: Split) -> int:

@@ -31,12 +31,12 @@ class Task(ABC):
     @property
     @abstractmethod
     def prompt_length(self) -> int:
-        """Return the tokens of a question, at least 1."""
+        """Return the number of tokens of a question, at least 1."""
 
     @property
     @abstractmethod
     def answer_length(self) -> int:
-        """Return the tokens of an answer, at least 1."""
+        """Return the number of tokens of an answer, at least 1."""
 
     @abstractmethod
     def n_rows(self, split: Split) -> int:
@@ -44,7 +44,7 @@ class Task(ABC):
 
     @abstractmethod
     def rows(self, split: Split, indices: np.ndarray) -> np.ndarray:
-        """Return questions, each followed by its answer: a pure function of the indices.
+        """Return questions, each followed by its answer; must be a pure function of the indices.
 
         Args:
             split: "train" or "val".
@@ -61,7 +61,7 @@ class Task(ABC):
 
     @property
     def block_size(self) -> int:
-        """Return the inputs of a row: all its tokens but the last."""
+        """Return the number of inputs per row: all tokens but the last."""
         return self.prompt_length + self.answer_length - 1
 
     def prompt(self) -> str:
@@ -95,7 +95,7 @@ class Task(ABC):
         return torch.from_numpy(idx), torch.from_numpy(targets)
 
     def train_stream(self, *, block_size: int, seed: int) -> TaskStream:
-        """Return the endless training samples."""
+        """Return the endless stream of training samples."""
         assert block_size == self.block_size
         return TaskStream(self, seed=seed)
 

@@ -22,8 +22,8 @@ _MAX_HELD_OUT = 5000
 class Sort(Task):
     """Sort a sequence of symbols: 201012 is followed by 001122.
 
-    Of a permutation of all sequences the first quarter, at most 5,000, are held out. All others are equally likely,
-    while minGPT's demo prefers sequences with repeated symbols.
+    The first quarter of a permutation of all sequences, at most 5,000, is held out. All others are equally likely,
+    whereas minGPT's demo prefers sequences with repeated symbols.
 
     Raises:
         UserError: A field is out of range, or there are more than 2**62 sequences.

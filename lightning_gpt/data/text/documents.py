@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 from lightning_gpt.config import UserError
 
 BLOCK_BYTES = 1 << 20
-# A row is held in memory, several times while JSON is decoded. Text files are not, and may have any size.
+# Rows are held in memory, several times while JSON is decoded. Text files are streamed, and may have any size.
 MAX_ROW_BYTES = 64 << 20
 COMPRESSED = frozenset({".gz", ".zst"})
 ROW_SUFFIXES = frozenset({".jsonl", ".ndjson", ".parquet"})
@@ -31,7 +31,7 @@ class Block(NamedTuple):
         ends: Whether the document ends here.
         where: The file, and the row if it has rows, for messages.
         offset: Offset of the first byte in the document.
-        disk: How much of the documents' `size` has been read so far.
+        disk: Bytes read so far, of the documents' `size`.
     """
 
     data: bytes
@@ -46,7 +46,7 @@ class Documents(Protocol):
 
     @property
     def size(self) -> int | None:
-        """Return the bytes to read in total, or None if unknown."""
+        """Return the total number of bytes to read, or None if unknown."""
 
     def identity(self) -> list[Any]:
         """Return what identifies these documents and their content, in JSON types."""
@@ -103,19 +103,19 @@ class FileDocuments:
 
 
 def is_plain_text(path: Path) -> bool:
-    """Return whether a file is one document, perhaps compressed, instead of rows."""
+    """Return whether a file, possibly compressed, is one document instead of rows."""
     return _bare_suffix(path) not in _ROW_READERS
 
 
 def ending_in_newline(documents: Documents, first: int = 0, offset: int = 0) -> Iterator[Block]:
-    """Yield `Documents.blocks`, ending each non-empty document in a newline, which `offset` may count."""
+    """Yield `Documents.blocks`, ending each non-empty document in a newline; `offset` counts added newlines too."""
     last = b""
     for block in documents.blocks(first, max(0, offset - 1)):
         data = block.data
         last = data[-1:] or last
         if block.ends and last not in (b"", b"\n"):
             data += b"\n"
-        if offset:  # the byte before was read to know whether a newline is missing
+        if offset:  # one byte more was read, to know whether a newline is missing
             data, block, offset = data[1:], block._replace(offset=offset), 0
         if block.ends:
             last = b""
@@ -142,7 +142,7 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
                 stream = stack.enter_context(_decompressed_zst(path, file))
             yield stream, file.tell
         except (OSError, EOFError, zlib.error) as error:
-            if getattr(error, "errno", None) is not None:  # a disk error: a later start may continue
+            if getattr(error, "errno", None) is not None:  # a disk error, after which a later run may continue
                 raise
             raise UserError(f"{path} is damaged or not a {suffix} file: {error}") from error
 
@@ -158,7 +158,7 @@ def require(package: str, what: str) -> Any:
 
     Args:
         package: Name of the package.
-        what: What needs it, the start of the error message.
+        what: What needs it; the error message begins with this.
 
     Raises:
         UserError: The package is not installed.
@@ -170,7 +170,7 @@ def require(package: str, what: str) -> Any:
 
 
 def _text(path: Path, before: int, offset: int) -> Iterator[Block]:
-    with _opened(path) as (stream, told):
+    with _opened(path) as (stream, bytes_read):
         if path.suffix.lower() in COMPRESSED:
             for start in range(0, offset, BLOCK_BYTES):
                 stream.read(min(BLOCK_BYTES, offset - start))
@@ -179,14 +179,14 @@ def _text(path: Path, before: int, offset: int) -> Iterator[Block]:
         data = stream.read(BLOCK_BYTES)
         while True:
             after = stream.read(BLOCK_BYTES) if data else b""
-            yield Block(data, not after, str(path), offset, before + told())
+            yield Block(data, not after, str(path), offset, before + bytes_read())
             if not after:
                 return
             offset, data = offset + len(data), after
 
 
 def _json_rows(path: Path, field: str, skip: int, before: int) -> Iterator[Block]:
-    with _opened(path) as (stream, told):
+    with _opened(path) as (stream, bytes_read):
         for number in itertools.count(1):
             line = stream.readline(MAX_ROW_BYTES + 1)
             if not line:
@@ -198,7 +198,7 @@ def _json_rows(path: Path, field: str, skip: int, before: int) -> Iterator[Block
                 continue
             data = b"" if skip > 0 else _text_of_row(line, field, where)
             skip -= 1
-            yield Block(data, True, where, 0, before + told())
+            yield Block(data, True, where, 0, before + bytes_read())
 
 
 def _text_of_row(line: bytes, field: str, where: str) -> bytes:

@@ -60,8 +60,8 @@ def _tiny_shakespeare(from_file: str | None, field: str) -> Corpus:
 
 def _download(path: Path) -> None:
     try:
-        with urlopen(SHAKESPEARE_URL, timeout=_TIMEOUT_SECONDS) as answer:
-            content = answer.read()
+        with urlopen(SHAKESPEARE_URL, timeout=_TIMEOUT_SECONDS) as response:
+            content = response.read()
     except (URLError, OSError) as error:
         raise UserError(
             f"tiny Shakespeare cannot be fetched ({error}); save {SHAKESPEARE_URL} as {path}, or as any file and give "
@@ -78,7 +78,7 @@ class HubDocuments:
 
     Attributes:
         name: Name of the data set.
-        n_rows: Number of rows; with fewer the stream is incomplete.
+        n_rows: Expected number of rows; with fewer, the stream is incomplete.
         field: The column that holds the text.
     """
 
@@ -129,7 +129,7 @@ def _openwebtext(from_file: str | None, field: str) -> Corpus:
     if from_file:
         return find_corpus([from_file], field=field, flag="--from ")
     require("datasets", "openwebtext: reading the Hugging Face hub")
-    try:  # datasets itself would retry for minutes
+    try:  # fail early: datasets itself retries for minutes
         socket.create_connection(("huggingface.co", 443), timeout=_TIMEOUT_SECONDS).close()
     except OSError as error:
         raise UserError(f"huggingface.co cannot be reached ({error}); {_ADVICE}") from error

@@ -16,7 +16,7 @@ from lightning_gpt.tokenizers import Tokenizer
 
 # Bytes that a thread encodes at a time. The tokens do not depend on it.
 UNIT_BYTES = 1 << 19
-# Longest text without a safe place to cut. Longer text is cut anyway, which may add a few tokens.
+# Maximum length of text to search for a safe place to cut. Longer text is cut anyway, which may add a few tokens.
 LIMIT_BYTES = 4 << 20
 _AHEAD_BYTES = 1 << 12
 _IN_FLIGHT_BYTES = 16 << 20
@@ -30,11 +30,11 @@ class Span(NamedTuple):
     Attributes:
         data: The bytes; they may end inside a character.
         split: The split that the text belongs to.
-        ends_text: Whether the text ends here; no token crosses the end of a text.
+        ends_text: Whether the text ends here; no token spans two texts.
         ends_document: Whether the document ends here.
-        where: Name of the place for error messages.
-        offset: Offset of the first byte in `where`.
-        disk: How much of the documents' `size` has been read so far.
+        where: The file, and the row if it has rows, for error messages.
+        offset: Offset of the first byte in that place.
+        disk: Bytes read so far, of the documents' `size`.
     """
 
     data: bytes
@@ -55,17 +55,17 @@ class Position(NamedTuple):
 
 @dataclass
 class Piece:
-    """Bytes of one text that are encoded by themselves.
+    """Bytes of one text that are encoded independently.
 
     Attributes:
         data: The bytes.
         split: The split that the text belongs to.
         ends_text: Whether the text ends here.
         rough: Whether the cut at the end may have changed the tokens.
-        where: Name of the place for error messages.
-        offset: Offset of the first byte in `where`.
+        where: The file, and the row if it has rows, for error messages.
+        offset: Offset of the first byte in that place.
         after: Position of the end.
-        disk: How much of the documents' `size` has been read so far.
+        disk: Bytes read so far, of the documents' `size`.
     """
 
     data: bytes
@@ -89,18 +89,18 @@ class Unit:
 def pieces(spans: Iterable[Span], *, tokenizer: Tokenizer, start: Position) -> Iterator[Piece]:
     """Cut texts into pieces whose concatenated tokens equal the tokens of the whole texts.
 
-    The pieces depend only on the text from `start` on, so a resumed job gets the same further pieces.
+    The pieces depend only on the text from `start` on, so a resumed job gets the same remaining pieces.
 
     Args:
         spans: The text, in order.
         tokenizer: The tokenizer that will encode it, which decides where it may be cut.
         start: Position of the first span.
     """
-    document, document_start = start.document, -start.offset  # document_start counts like `taken`
+    document, document_start = start.document, -start.offset  # in bytes since `start`, like `taken`
     taken = read = 0  # bytes in pieces, bytes in spans
     buffer = bytearray()
-    ends: deque[int] = deque()
-    look = UNIT_BYTES + _AHEAD_BYTES
+    ends: deque[int] = deque()  # ends of documents, in bytes since `start`
+    look = UNIT_BYTES + _AHEAD_BYTES  # bytes to search for a cut
     where, offset = "", 0
     for span in spans:
         if not buffer:
@@ -135,12 +135,12 @@ def pieces(spans: Iterable[Span], *, tokenizer: Tokenizer, start: Position) -> I
 def _next_cut(buffer: bytearray, look: int, tokenizer: Tokenizer) -> int | None:
     if len(buffer) <= UNIT_BYTES:
         return None
-    # Search a part of fixed length, so that the block boundaries make no difference.
+    # Search a part of fixed length, so that the result does not depend on block boundaries.
     return tokenizer.cut(bytes(buffer[:look]), UNIT_BYTES)
 
 
 def _rough_cut(buffer: bytearray) -> int:
-    """Cut before the last word after a single space, which keeps most tokenizers' tokens, else between characters."""
+    """Cut before the last single space between words, which rarely changes the tokens; else between characters."""
     words = [found.start() for found in _WORD.finditer(buffer, LIMIT_BYTES // 2, LIMIT_BYTES)]
     if words:
         return words[-1]
@@ -151,7 +151,7 @@ def _rough_cut(buffer: bytearray) -> int:
 
 
 def units(cut: Iterable[Piece]) -> Iterator[Unit]:
-    """Group pieces, in order, into units that are worth a thread's time."""
+    """Group pieces, in order, into units that are large enough for a thread."""
     unit = Unit()
     for piece in cut:
         unit.pieces.append(piece)
@@ -181,7 +181,7 @@ class Encoder:
         """Return the tokens of a unit for each split, as the bytes of its file.
 
         Raises:
-            UserError: The text does not suit the tokenizer.
+            UserError: The tokenizer cannot encode the text.
         """
         dtype = np.dtype(self.dtype).newbyteorder("<")
         end = b"" if self.end_of_text is None else np.array([self.end_of_text], dtype).tobytes()
@@ -197,8 +197,8 @@ def encode_in_order(
 ) -> Iterator[tuple[Unit, dict[Split, bytes]]]:
     """Encode units on several threads and yield each with its tokens, in order.
 
-    Threads suffice because tokenizers release Python's global lock. Only enough units to keep every thread busy are
-    taken from `todo`, so memory does not depend on the length of the text.
+    Threads suffice, because tokenizers release the GIL. Only enough units to keep every thread busy are taken from
+    `todo`, so memory does not depend on the length of the text.
 
     Args:
         todo: The units; read by the calling thread.
@@ -206,16 +206,16 @@ def encode_in_order(
         workers: Number of threads.
 
     Raises:
-        UserError: The text does not suit the tokenizer.
+        UserError: The tokenizer cannot encode the text.
     """
     waiting: deque[tuple[Unit, Future[dict[Split, bytes]]]] = deque()
-    in_flight, most = 0, max(_IN_FLIGHT_BYTES, 2 * workers * UNIT_BYTES)
+    in_flight, max_in_flight = 0, max(_IN_FLIGHT_BYTES, 2 * workers * UNIT_BYTES)
     with ThreadPoolExecutor(workers, thread_name_prefix="encode") as pool:
         try:
             for unit in todo:
                 waiting.append((unit, pool.submit(encode, unit)))
                 in_flight += unit.n_bytes
-                while len(waiting) > 2 * workers or in_flight > most:
+                while len(waiting) > 2 * workers or in_flight > max_in_flight:
                     done, future = waiting.popleft()
                     in_flight -= done.n_bytes
                     yield done, future.result()

@@ -45,10 +45,10 @@ def prepare(
     processes start at once, one tokenizes and the others wait.
 
     Args:
-        data: A token folder, anything that `load_corpus` takes, or `chargpt:` followed by the latter.
+        data: A token folder, a corpus as for `load_corpus`, or `chargpt:` and a corpus.
         tokenizer: The value of ``--tokenizer``, or a tokenizer; None means the one stored with the tokens, or char for
             a corpus.
-        block_size: Context length of the model in tokens; the splits must be long enough for it.
+        block_size: Context length of the model in tokens; the training split must be longer.
         tokenizer_file: Tables of the tokenizer, which are checked and copied to the cache first.
         cache_dir: The cache folder; None means `cache_root()`.
 
@@ -86,7 +86,7 @@ def prepare(
 
 
 def prepare_folder(options: PrepareOptions) -> str:
-    """Create a token folder as the options of prepare.py say.
+    """Create the token folder that prepare.py was asked for.
 
     A single text file is one text, split by its tail. Otherwise every file, or every row, is a document.
 
@@ -177,12 +177,12 @@ def _cached(corpus: Corpus, *, tokenizer: str | Tokenizer, root: Path) -> TokenF
     if isinstance(tokenizer, str):
         folder = _folder(corpus, tokenizer, root)
     else:
-        # The text that a run was trained on is cached under the name of its tokenizer.
+        # The text of an earlier run is cached under the name of its tokenizer.
         files = _opened(_folder(corpus, tokenizer.name, root), root)
         if files and files.tokenizer and files.tokenizer.to_dict() == tokenizer.to_dict():
             return files
         folder = _folder(corpus, json.dumps(tokenizer.to_dict(), sort_keys=True), root)
-    # A folder appears complete or not at all, so a hit needs no lock and works in a read-only cache.
+    # Folders appear complete or not at all, so reading one needs no lock and works in a read-only cache.
     if files := _opened(folder, root):
         return files
     lock = folder.with_suffix(".lock")

@@ -1,4 +1,4 @@
-"""Split text into training and validation: by the tail of the text, or by drawing documents."""
+"""Split text into training and validation: by the tail of the text, or at random by document."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Reader = Callable[[int, int], Iterator[Block]]  # (first document, byte offset i
 
 @dataclass(frozen=True)
 class Survey:
-    """Facts about a whole text, from reading it once.
+    """Facts about a whole text, found by reading it once.
 
     Attributes:
         n_bytes: Length of the text.
@@ -50,7 +50,7 @@ def survey(
         read: Reads the text.
         val_fraction: Share of the characters for validation.
         alphabet: Whether to collect the distinct characters.
-        progress: Called with how much of the documents' `size` has been read.
+        progress: Called with the number of bytes read so far, of the documents' `size`.
         not_utf8: Called with the first block that is not UTF-8 and its first invalid bytes; may raise.
     """
     decoder, valid = codecs.getincrementaldecoder("utf-8")(), True
@@ -106,7 +106,7 @@ def by_tail(read: Reader, *, found: Survey, start: Position, done: int) -> Itera
 
 
 def by_document(read: Reader, *, val_fraction: float, seed: int, start: Position) -> Iterator[Span]:
-    """Yield each document as a text of its own, drawn for a split by the seed and its number.
+    """Yield each document as a text of its own; seed and document number determine its split.
 
     Args:
         read: Reads the text.
@@ -143,6 +143,7 @@ def _n_characters(data: bytes) -> int:
 
 
 def _byte_of_character(read: Reader, marks: list[tuple[int, int, Position]], character: int, n_bytes: int) -> int:
+    """Return the byte offset of a character, reading from the last mark before it."""
     chars, at, position = next((mark for mark in reversed(marks) if mark[0] <= character), (0, 0, Position(0, 0)))
     for block in read(*position):
         count = _n_characters(block.data)

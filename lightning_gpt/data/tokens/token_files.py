@@ -31,7 +31,7 @@ _SCAN_TOKENS = 1 << 24
 
 @dataclass(frozen=True)
 class TokenFiles:
-    """A checked token folder. It keeps no file open, so it can be sent to another process.
+    """A checked token folder; picklable, because it keeps no file open.
 
     Attributes:
         folder: The token folder.
@@ -81,7 +81,7 @@ class TokenFiles:
 
 
 def is_token_folder(folder: Path) -> bool:
-    """Return whether a folder holds at least one of the token files."""
+    """Return whether a folder holds train.bin or val.bin."""
     return any(os.path.isfile(folder / f"{split}.bin") for split in SPLITS)
 
 
@@ -166,7 +166,7 @@ def open_token_files(folder: Path, *, cache_dir: Path | None = None) -> TokenFil
 
     Args:
         folder: A folder with `train.bin`, `val.bin` and `meta.json`, or nanoGPT's with `meta.pkl` or no description;
-            without one the tokens are taken for GPT-2's.
+            without a description, the tokens are assumed to be GPT-2's.
         cache_dir: The cache folder; None means `cache_root()`.
 
     Raises:
@@ -295,6 +295,6 @@ def _check_vocabulary(files: TokenFiles, split: Split, *, cache_dir: Path) -> No
                 f"{files.folder}: {split}.bin holds token {chunk[at]} at position {start + at}, "
                 f"but the vocabulary has {files.vocab_size} symbols"
             )
-    with contextlib.suppress(OSError):  # without the stamp the next start checks again
+    with contextlib.suppress(OSError):  # without the stamp, the next run checks again
         stamp.parent.mkdir(parents=True, exist_ok=True)
         stamp.touch()

@@ -43,9 +43,9 @@ class Plan:
     Attributes:
         tokenizer: The value of ``--tokenizer``, or a tokenizer.
         split: "tail": all documents form one text whose last characters are for validation; "document": each document
-            ends in the end-of-text token and is drawn for one of the splits.
+            ends in the end-of-text token and is assigned to a split at random.
         val_fraction: Share of the characters, or of the documents, for validation.
-        seed: Seed of the draw.
+        seed: Seed of the assignment.
         workers: Encoding threads; None for one per core. The tokens do not depend on it.
     """
 
@@ -56,7 +56,7 @@ class Plan:
     workers: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what the tokens depend on, in JSON types."""
+        """Return everything that the tokens depend on, in JSON types."""
         tokenizer = self.tokenizer
         if isinstance(tokenizer, Tokenizer):
             tokenizer = hashlib.sha256(json.dumps(tokenizer.to_dict(), sort_keys=True).encode()).hexdigest()
@@ -91,10 +91,10 @@ class _State:
 def write_corpus(
     folder: Path, *, corpus: Corpus, plan: Plan, say: Callable[[str], object] = lambda line: None
 ) -> dict[str, Any]:
-    """Tokenize a corpus into a token folder, which appears when it is complete.
+    """Tokenize a corpus into a token folder, which appears only when it is complete.
 
-    If the job was interrupted at any point, by a full disk or a crash, the same call continues it. The result is the
-    same, byte for byte.
+    If the job was interrupted at any point, by a full disk or a crash, the same call continues it, with the same
+    result, byte for byte.
 
     Args:
         folder: The folder to create; an existing one must be empty or hold only token files, which are replaced.

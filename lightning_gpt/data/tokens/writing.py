@@ -1,4 +1,4 @@
-"""Write a token folder bit by bit: it appears complete or not at all, and an interrupted writer can continue."""
+"""Write a token folder incrementally: it appears complete or not at all, and an interrupted job can be resumed."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ _FILE_NAMES = frozenset({"train.bin", "val.bin", "meta.json"})
 class TokenWriter:
     """Write `train.bin` and `val.bin` in a hidden work folder, and move the finished folder to its place.
 
-    The work folder keeps a journal: how many bytes of each file are safely on disk, and which state of the job they
-    belong to. A later writer of the same job continues from there; a writer of another job starts over. As a context
-    manager it deletes the work folder after a `UserError`, because the input must change first, and keeps it after any
-    other error.
+    A journal in the work folder records how many bytes of each file are safely on disk, and the state of the job at
+    that point. A later writer of the same job continues from there; a writer of another job starts over. As a context
+    manager, the writer deletes the work folder after a `UserError`, because the input must change first, and keeps it
+    after any other error.
 
     Args:
         folder: The folder to create; an existing one must be empty or hold only token files, which are replaced.
-        job: What is written, in JSON types; a writer continues earlier work only if its job is equal.
+        job: Description of the job, in JSON types; a writer continues earlier work only if its job is equal.
         keep: False to delete the work folder after any error.
 
     Attributes:
         state: The last committed state; empty at first.
-        resumed: Whether unfinished work of the same job was found and continues.
-        finished: Whether the same job was found complete; only `discard` is left to call.
+        resumed: Whether unfinished work of the same job was found, which this writer continues.
+        finished: Whether the same job was found complete; then only `discard` remains to be called.
         discarded: Whether work of another job was found and deleted.
 
     Raises:
@@ -60,7 +60,7 @@ class TokenWriter:
         except Timeout:
             raise UserError(f"{self.folder} is being written by another process; wait for it, or stop it") from None
         try:
-            if (self._new / "meta.json").is_file():  # complete: an earlier writer was stopped before or in _replace
+            if (self._new / "meta.json").is_file():  # complete: an earlier writer was stopped in publish
                 self._replace()
             journal = self._read_journal()
             same_job = journal.get("job") == self._job
@@ -92,7 +92,7 @@ class TokenWriter:
         return {}
 
     def append(self, split: Split, tokens: bytes) -> None:
-        """Append little-endian token ids to a split; they count once `commit` is called.
+        """Append little-endian token ids to a split; the next `commit` makes them durable.
 
         Raises:
             OSError: The file cannot be written.
@@ -107,10 +107,10 @@ class TokenWriter:
         """Flush everything appended so far, then record it and `state` in the journal.
 
         Args:
-            state: Where to continue, in JSON types; becomes `state` of a later writer.
+            state: State of the job, in JSON types; a later writer finds it in `state`.
 
         Raises:
-            OSError: The disk failed; the previous commit still counts.
+            OSError: The disk failed; the previous commit stays valid.
         """
         for file in self._files.values():
             sync(file)
@@ -150,7 +150,7 @@ class TokenWriter:
     def close(self) -> None:
         """Close all files and release the lock; the work folder stays."""
         for file in self._files.values():
-            with contextlib.suppress(OSError):  # a full disk: what was not committed does not count
+            with contextlib.suppress(OSError):  # a full disk; uncommitted bytes are discarded anyway
                 file.close()
         self._lock.close()
 
