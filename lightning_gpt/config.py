@@ -147,14 +147,14 @@ class RunOptions:
     """continue a run, given by its folder or a checkpoint, under any strategy and number of devices; alone, continue
     the latest. Its saved settings are the defaults"""
     init_from: str | None = None
-    """start from trained weights: a run or checkpoint, a nanoGPT ckpt.pt, a minGPT state dict, a Hugging Face GPT-2
-    folder, or a hub name such as gpt2-xl. Its sizes and tokenizer are the defaults"""
+    """start from trained weights: a run or checkpoint, a nanoGPT ckpt.pt, a minGPT state dict, a Hugging Face
+    folder (GPT-2 or NanoChat), or a hub name such as gpt2-xl. Its sizes and tokenizer are the defaults"""
     pretrained_embeddings: str | None = None
     """start from these token embeddings: a .npy or .safetensors matrix, or a model as for --init_from"""
     freeze_embeddings: bool = False
-    """do not train the token embeddings, nor a head that is tied to them"""
+    """freeze the token embeddings, and the head if it is tied to them"""
     trust_checkpoint: bool = False
-    """allow a checkpoint that somebody else made to run the code that it may hold"""
+    """unpickle Python objects in a checkpoint, which can run any code; only for files whose author you trust"""
     seed: Seed = 1337
     """seed of the initial weights, the order of samples, and dropout"""
     logger: str = "tensorboard"
@@ -164,7 +164,7 @@ class RunOptions:
     sample_tokens: NonNegativeInt | None = None
     """length of the final sample in tokens; 0 for none (default: 200; for a task, its answer)"""
     dry_run: bool = False
-    """check all options, print what the run would need in memory and compute, and stop; needs none of the devices"""
+    """print the memory and compute that the run needs, and stop; the devices need not be present"""
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ class EvaluateOptions:
     out: str | None = None
     """folder that --export writes; it must be empty or hold an earlier export"""
     trust_checkpoint: bool = False
-    """allow a checkpoint that somebody else made to run the code that it may hold"""
+    """unpickle Python objects in a checkpoint, which can run any code; only for files whose author you trust"""
 
 
 @dataclass(frozen=True)
@@ -228,9 +228,9 @@ class SampleOptions:
     which: str = "best"
     """best or last checkpoint of a run folder"""
     prompt: str = "\n"
-    """text to continue (default: the content of stdin if it is no terminal, else a line break)"""
+    """text to continue (default: stdin if it is not a terminal, else a newline)"""
     prompt_file: str | None = None
-    """file with the prompt, taken to its last character; - is stdin"""
+    """file with the prompt, including trailing newlines; - reads stdin"""
     interactive: bool = False
     """continue each line that is typed; end with Ctrl-D"""
     num_samples: PositiveInt = 1
@@ -248,7 +248,7 @@ class SampleOptions:
     top_p: Probability = 1.0
     """sample from the most likely tokens with this total probability only"""
     repetition_penalty: PositiveFloat = 1.0
-    """above 1 makes tokens less likely that are in the text already"""
+    """above 1, makes tokens that are already in the text less likely"""
     stream: bool = False
     """write each token as soon as it is sampled"""
     seed: Seed = 1337
@@ -261,7 +261,7 @@ class SampleOptions:
     """torch.compile the decoding step, up to the model's block size, which takes seconds to minutes and pays off for
     many or long texts; alone, or with a backend or mode as for train.py"""
     trust_checkpoint: bool = False
-    """allow a checkpoint that somebody else made to run the code that it may hold"""
+    """unpickle Python objects in a checkpoint, which can run any code; only for files whose author you trust"""
 
 
 @dataclass(frozen=True)
@@ -273,7 +273,7 @@ class EmbeddingsOptions:
     out: str | None = None
     """file to write, .npy or .safetensors"""
     trust_checkpoint: bool = False
-    """allow a checkpoint that somebody else made to run the code that it may hold"""
+    """unpickle Python objects in a checkpoint, which can run any code; only for files whose author you trust"""
 
 
 @dataclass(frozen=True)
@@ -294,7 +294,7 @@ class PrepareOptions:
     seed: Seed = 2357
     """seed that selects the documents for validation"""
     workers: PositiveInt | None = None
-    """threads that tokenize; they do not change the tokens (default: one per processor core)"""
+    """number of tokenizing threads; the tokens do not depend on it (default: one per processor core)"""
     field: str = "text"
     """field of a JSON row, or column of a Parquet file, that holds the text"""
     from_file: str | None = None

@@ -247,7 +247,9 @@ def _require_known(ids: Sequence[int], module: GPTModule) -> None:
     """Raise a UserError for tokens outside the model's vocabulary, which may be smaller than the tokenizer's."""
     rows = module.model_config["vocab_size"]
     if max(ids) >= rows:
-        raise UserError(f"--prompt holds token {max(ids)}, but the model has {rows}: the tokenizer is another model's")
+        raise UserError(
+            f"--prompt holds token {max(ids)}, but the model has {rows}; the tokenizer does not match the model"
+        )
 
 
 def _prompts(options: SampleOptions) -> Iterator[str]:
@@ -294,7 +296,7 @@ def _warn_if_waiting() -> None:
     """Warn that the program waits for stdin."""
     with contextlib.suppress(OSError, ValueError):  # stdin is not a file, or the system cannot poll pipes
         if not select.select([sys.stdin], [], [], 0)[0]:
-            print("waiting for the prompt in stdin; give --prompt to skip this", file=sys.stderr, flush=True)
+            print("waiting for a prompt on stdin; give --prompt instead", file=sys.stderr, flush=True)
 
 
 def _typed() -> Iterator[str]:

@@ -244,7 +244,7 @@ class GPT(nn.Module):
         if (found := hf_config.activation_function) not in GPT2_GELU:
             raise ValueError(f"activation_function of {name_or_path} is {found!r}; this model needs a GELU")
         if not torch.equal(state_dict["lm_head.weight"], state_dict["transformer.wte.weight"]):
-            raise ValueError(f"{name_or_path} has a head of its own; this model's shares the token embedding")
+            raise ValueError(f"{name_or_path} has an untied head; this model's shares the token embedding")
         block_size = overrides.pop("block_size", hf_config.n_positions)
         sizes = {name: getattr(hf_config, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
         model = cls(GPTConfig(block_size=hf_config.n_positions, gelu=GPT2_GELU[found], **sizes, **overrides))

@@ -130,17 +130,19 @@ class Speeds:
             )
             for method, seconds in case.step_seconds.items():
                 step = f"; a {method} step {statistics.median(seconds) * 1e3:.2f} ms"
-                rows[-1] += f"{step}: {case.bandwidth_fraction(method):.0%} of that speed"
+                rows[-1] += f"{step}: {case.bandwidth_fraction(method):.0%} of the bandwidth limit"
             if case.compile_seconds is not None:
                 rows[-1] += f"; compiled in {case.compile_seconds:.0f} s"
             if case.same_tokens is False:
                 rows[-1] += "; NOT the same tokens"
         m = self.machine
         timed = (
-            f"{self.recompute_steps} steps, spread over the lengths, stand for all" if self.recompute_steps else "all"
+            f"extrapolated from {self.recompute_steps} steps, spread over the lengths"
+            if self.recompute_steps
+            else "all"
         )
         rows.append(
-            f"{self.implementation}, greedy, float32; {self.rounds} rounds in turns; recompute: {timed}\n"
+            f"{self.implementation}, greedy, float32; {self.rounds} alternating rounds; recompute: {timed}\n"
             f"{m['hardware']}, {m['cores']} cores, {m['threads']} threads; torch {m['torch']}, python {m['python']},"
             f" transformers {m['transformers']}"
         )
@@ -178,7 +180,7 @@ def measure_generation(
     """
     for name in shapes.split(","):
         if name not in SHAPES:
-            raise UserError(f"--shapes {name} is unknown; choose of {', '.join(SHAPES)}")
+            raise UserError(f"--shapes {name} is unknown; choose from {', '.join(SHAPES)}")
     if not all(size.isdecimal() and int(size) for size in batch_sizes.split(",")):
         raise UserError(f"--batch_sizes {batch_sizes} is not a list of positive numbers; separate them by commas")
     for name, value, least in (("rounds", rounds, 1), ("threads", threads, 1), ("recompute_steps", recompute_steps, 0)):

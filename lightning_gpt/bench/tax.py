@@ -89,7 +89,7 @@ class Tax:
             rows.append(f"{name:10}{statistics.median(values):16.3f}{min(values):10.3f}{max(values):10.3f}")
         m = self.machine
         rows.append(
-            f"{self.rounds} rounds in turns, {self.steps} timed steps each; {m['hardware']}, {m['cores']} cores,"
+            f"{self.rounds} alternating rounds, {self.steps} timed steps each; {m['hardware']}, {m['cores']} cores,"
             f" {m['threads']} threads\ntorch {m['torch']}, lightning {m['lightning']}, python {m['python']}"
         )
         return "\n".join(rows)

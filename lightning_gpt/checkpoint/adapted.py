@@ -117,7 +117,7 @@ class AdaptedCheckpoint(Checkpoint):
                     " leave it out"
                 )
             if not _is_tied_by_value(self.source):
-                raise UserError(f"{self.path} has a head of its own, and --implementation {self._row.name} has none")
+                raise UserError(f"{self.path} has an untied head, and --implementation {self._row.name} has none")
 
     def _names_sized_by(self, field: str) -> set[str]:
         """Return the source's weights whose size depends on a config field, such as embeddings on ``vocab_size``."""

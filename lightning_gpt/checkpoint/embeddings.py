@@ -54,7 +54,7 @@ def extract_embeddings(options: EmbeddingsOptions) -> Path:
         UserError: There is no such model, or the file cannot be written.
     """
     if len(options.checkpoint) != 1:
-        raise UserError("embeddings takes one model, for example gpt2 or a Hugging Face folder")
+        raise UserError("prepare.py embeddings: give one model, for example gpt2 or a Hugging Face folder")
     out = Path(options.out or "")
     if out.suffix not in _READERS:
         raise UserError(f"--out {options.out or 'is missing: it'} must end in {' or '.join(_READERS)}")

@@ -179,15 +179,15 @@ def require_resumable(checkpoint: Checkpoint, module: GPTModule, *, max_steps: i
             raise UserError(f"--{name} {ours} contradicts {checkpoint.path}, whose {name} is {theirs}; give the same")
     checkpoint.require_fit(module)
     if not checkpoint.has_optimizer:
-        raise UserError(f"{checkpoint.path} holds weights alone; start from it with --init_from")
+        raise UserError(f"{checkpoint.path} holds only weights; start from it with --init_from")
     theirs, ours = checkpoint.optimizer, module.optimizer_row.name
     if theirs != ours:
         raise UserError(
-            f"{checkpoint.path} was trained with --optimizer {theirs}, with whose state {ours} cannot continue; give"
+            f"{checkpoint.path} was trained with --optimizer {theirs}, and {ours} cannot use its state; give"
             f" --optimizer {theirs}, or start a new run from it with --init_from"
         )
     for name, parameter in module.model.named_parameters():
         if parameter.requires_grad and not checkpoint.was_trained(name):
             raise UserError(f"{checkpoint.path} did not train {name}; resume it with --freeze_embeddings")
     if checkpoint.step >= max_steps:
-        raise UserError(f"{checkpoint.path} is at step {checkpoint.step} of {max_steps} already; raise --max_steps")
+        raise UserError(f"{checkpoint.path} is already at step {checkpoint.step} of {max_steps}; raise --max_steps")

@@ -190,7 +190,7 @@ def _harness_score(checkpoint: Checkpoint, options: EvaluateOptions, devices: De
     assert options.lm_eval is not None
     tokenizer = checkpoint.tokenizer
     if tokenizer is None:
-        raise UserError(f"{checkpoint.path} does not know its tokenizer, which --lm_eval needs")
+        raise UserError(f"{checkpoint.path} does not record its tokenizer, which --lm_eval needs")
     config = checkpoint.model_config
     block_size = options.block_size or config["block_size"]
 
@@ -245,7 +245,7 @@ def _job(checkpoint: Checkpoint, options: EvaluateOptions) -> _Job:
     """Choose the data and windows on which to score a checkpoint, and check that they fit it."""
     data = options.data or checkpoint.data
     if data is None:
-        raise UserError(f"{checkpoint.path} does not say what it was trained on; give --data")
+        raise UserError(f"{checkpoint.path} does not record its training data; give --data")
     tokenizer = checkpoint.tokenizer
     block_size = options.block_size or checkpoint.model_config["block_size"]
     stride = options.stride or block_size
@@ -266,7 +266,7 @@ def _job(checkpoint: Checkpoint, options: EvaluateOptions) -> _Job:
             )
         files: Source = rows
     elif tokenizer is None and not is_token_folder(Path(data).expanduser()):
-        raise UserError(f"{checkpoint.path} does not know its tokenizer; give --data a folder of its tokens")
+        raise UserError(f"{checkpoint.path} does not record its tokenizer; give --data a folder of its tokens")
     else:
         files = prepare(data, tokenizer=tokenizer, block_size=block_size)
     fitted_vocabulary(files, pad=False, start=checkpoint, goes_on=True)
@@ -303,9 +303,9 @@ def _notes(jobs: Sequence[_Job], scores: Sequence[Score | None]) -> list[str]:
     if differ(json.dumps(tokenizer.to_dict(), sort_keys=True) if tokenizer else None for tokenizer in known):
         notes.append("loss and perplexity are per token, and the tokenizers differ: compare only bits_per_byte")
     elif differ(score.tokens for score in scores if score):
-        notes.append("different tokens were scored")
+        notes.append("the numbers of scored tokens differ")
     if differ(job.name for job in jobs):
-        notes.append("each was scored on the data of its own run; --data TEXT scores all on the same")
+        notes.append("each was scored on its own run's data; --data TEXT scores all on the same text")
     if differ((job.block_size, job.stride) for job in jobs):
         notes.append("the context lengths differ, and a longer context lowers the loss")
     return notes

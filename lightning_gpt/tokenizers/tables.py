@@ -182,7 +182,7 @@ def _download(url: str, expected: str | None) -> bytes:
     response.raise_for_status()
     actual = hashlib.sha256(response.content).hexdigest()
     if expected is not None and expected != actual:
-        raise UserError(f"{url} gave a file whose sha256 begins with {actual[:12]}, not {expected[:12]}; try again")
+        raise UserError(f"{url} returned a file whose sha256 begins with {actual[:12]}, not {expected[:12]}; try again")
     return response.content
 
 

@@ -204,7 +204,7 @@ def _tokenizer(config: TrainConfig, start: Checkpoint | None) -> str | Tokenizer
     own, name, resumes = start.tokenizer if start else None, config.data.tokenizer, config.run.resume
     if own is not None and name is not None and not own.answers_to(name):
         if resumes:
-            raise UserError(f"--tokenizer {name} is not what the run was trained with ({own.name}); leave it out")
+            raise UserError(f"--tokenizer {name} differs from the run's tokenizer ({own.name}); leave it out")
         return name
     is_tokenized = config.data.data != "stdlib" and is_token_folder(Path(config.data.data).expanduser())
     return name if is_tokenized and not resumes else own or name
@@ -363,4 +363,4 @@ def _trainer(
     try:
         return Trainer(**ours, **options.trainer)
     except (MisconfigurationException, TypeError, ValueError) as error:
-        raise UserError(f"lightning.Trainer refuses its options: {error}") from error
+        raise UserError(f"lightning.Trainer rejects its options: {error}") from error

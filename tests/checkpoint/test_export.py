@@ -329,7 +329,7 @@ def refused(refused, tmp_path):
 @pytest.mark.parametrize(
     ("implementation", "tokenizer", "fields", "mentions"),
     [
-        ("mingpt", CHAR, {}, ["the tanh GELU or a head of its own", "mingpt", "--export hf"]),
+        ("mingpt", CHAR, {}, ["the tanh GELU or an untied head", "mingpt", "--export hf"]),
         ("nanogpt", CHAR, {"gelu": "tanh"}, ["the tanh GELU", "--export hf"]),
         ("nanogpt", ByteTokenizer(), {}, ["byte tokenizer", "char and gpt2"]),
     ],

@@ -241,5 +241,5 @@ def test_without_lm_eval(saved_model, evaluation_refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     evaluation_refused("--checkpoint", saved_model("mingpt"), "--lm_eval=x", mentions=["requirements/lm_eval.txt"])
     evaluation_refused(
-        "--checkpoint", saved_model("mingpt", None), "--lm_eval=x", mentions=["does not know its tokenizer"]
+        "--checkpoint", saved_model("mingpt", None), "--lm_eval=x", mentions=["does not record its tokenizer"]
     )

@@ -372,7 +372,7 @@ def test_tokens_of_another_tokenizer_are_refused(byte_level_file, tmp_path: Path
     assert (
         prepare(folder("5", file), tokenizer=str(byte_level_file), block_size=8).tokenizer.to_dict() == file.to_dict()
     )
-    with pytest.raises(UserError, match="--tokenizer_file: .* does not say what its tokenizer is"):
+    with pytest.raises(UserError, match="--tokenizer_file: .* does not record its tokenizer"):
         prepare(folder("6", None), tokenizer=None, tokenizer_file="x", block_size=8)
 
 

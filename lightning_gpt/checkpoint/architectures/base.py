@@ -137,7 +137,7 @@ class Architecture(ABC):
         """
         for name, only in self.implied.items():
             if settings[name] != only:
-                raise ValueError(f"a model with --{name} {settings[name]} is no {self.name}")
+                raise ValueError(f"a model with --{name} {settings[name]} is not a {self.name}")
         settings = {**settings, "vocab_size": settings["vocab_size"] - settings.get("vocab_padding", 0)}
         return {
             "architectures": [self.hf_class],

@@ -56,7 +56,7 @@ class CanonicalCheckpoint(Checkpoint):
     def __init__(self, path: Path, *, trust: bool = False) -> None:
         config = read_config(path)
         if config is None:
-            raise UserError(f"{path / CONFIG} is not one that lightning-gpt wrote")
+            raise UserError(f"{path / CONFIG} was not written by lightning-gpt")
         if config.get("version") != VERSION:
             raise UserError(f"{path} has version {config.get('version')} of the format; this program reads {VERSION}")
         if (path / TRAINING).exists():

@@ -121,7 +121,7 @@ def _shards(index: Path) -> list[str]:
     except (AttributeError, LookupError, TypeError) as error:
         raise unreadable(index, error) from error
     if not files or any(Path(name).name != name for name in files):
-        raise UserError(f"{index} does not name files of its own folder")
+        raise UserError(f"{index} does not list files in its own folder")
     return files
 
 
@@ -174,7 +174,7 @@ def hub_folder(name: str) -> Path:
             fetch(_TOKENIZER)
     except Exception as error:  # no such model, no network, a full disk: each library raises its own errors
         raise UserError(
-            f"{name} is not a local path, and the Hugging Face hub did not give it ({type(error).__name__}); without a"
+            f"{name} is not a local path, and cannot be downloaded from the Hugging Face hub ({type(error).__name__}); without a"
             f" network, put its {CONFIG} and {WEIGHTS} into a folder and give that folder"
         ) from error
     return folder

@@ -102,7 +102,9 @@ def export(checkpoint: Checkpoint, folder: Path, *, form: str) -> Path:
 
 def _require_replaceable(folder: Path, *, source: Path) -> None:
     if source.is_relative_to(folder) or folder.is_relative_to(source):
-        raise UserError(f"--out {folder} and the checkpoint {source} lie one in the other; choose another folder")
+        raise UserError(
+            f"--out {folder} and the checkpoint {source} must not contain each other; choose another folder"
+        )
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder} is a file; give a folder")
     manifest = folder / MANIFEST
@@ -139,7 +141,7 @@ def _architecture(
     try:
         architecture = architecture_of(row)
         if model_type is not None and model_type != architecture.model_type:
-            raise ValueError(f"--implementation {row.name} is no {ARCHITECTURES[model_type].name}")
+            raise ValueError(f"--implementation {row.name} is not a {ARCHITECTURES[model_type].name}")
         settings = architecture.settings(row, checkpoint.model_config)
         architecture.hf_config(settings)
     except ValueError as error:
@@ -160,7 +162,7 @@ def _hf(checkpoint: Checkpoint, folder: Path) -> Files:
     hf_config["torch_dtype"] = str(next(iter(layout.values())).dtype).removeprefix("torch.")
     files: Files = {CONFIG: _json(hf_config), WEIGHTS: partial(write_safetensors, layout=layout, read=read)}
     if tokenizer is None:
-        print(f"{checkpoint.path} does not know its tokenizer: AutoTokenizer cannot open the export", file=sys.stderr)
+        print(f"{checkpoint.path} does not record its tokenizer: AutoTokenizer cannot open the export", file=sys.stderr)
         return files
     text = tokenizer_json(tokenizer)
     hf_tokenizer_config = tokenizer_config(tokenizer, text, block_size=checkpoint.model_config["block_size"])
@@ -172,7 +174,7 @@ def _nanogpt(checkpoint: Checkpoint, folder: Path) -> Files:
     """Write a ``ckpt.pt`` for the original's sample.py and, if there is AdamW state, for its train.py."""
     _, settings = _architecture(checkpoint, form="nanogpt", model_type="gpt2")
     lacks = ["the tanh GELU"] if settings["gelu"] != "exact" else []
-    lacks += [] if settings["tied_head"] else ["a head of its own"]
+    lacks += [] if settings["tied_head"] else ["an untied head"]
     if lacks:
         raise UserError(
             f"--export nanogpt cannot express {checkpoint.path}: nanoGPT does not have {' or '.join(lacks)}, as this"

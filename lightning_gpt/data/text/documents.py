@@ -218,7 +218,7 @@ def _text_of_row(line: bytes, field: str, where: str) -> bytes:
     try:
         return row[field].encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(f"{where} is not text: it escapes half a surrogate pair (character {error.start})") from None
+        raise UserError(f"{where} is not text: it has an unpaired surrogate escape (character {error.start})") from None
 
 
 def _parquet_rows(path: Path, field: str, skip: int, before: int) -> Iterator[Block]:

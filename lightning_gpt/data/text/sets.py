@@ -111,7 +111,7 @@ class HubDocuments:
             start, read = offset if number == first else 0, read + len(data)
             yield Block(data[start:], True, f"{self.name}, row {number + 1}", start, read)
         if number + 1 != self.n_rows:
-            raise UserError(f"{self.name} gave {number + 1:,} rows in place of {self.n_rows:,}; {_ADVICE}")
+            raise UserError(f"{self.name} returned {number + 1:,} rows instead of {self.n_rows:,}; {_ADVICE}")
 
     def _rows(self, first: int) -> Iterator[dict[str, Any]]:
         load = require("datasets", self.name).load_dataset

@@ -72,9 +72,7 @@ def prepare(
         _require_same(tokenizer, files, data=data)
         if tokenizer_file is not None:
             if files.tokenizer is None:
-                raise UserError(
-                    f"--tokenizer_file: {data} does not say what its tokenizer is; leave --tokenizer_file out"
-                )
+                raise UserError(f"--tokenizer_file: {data} does not record its tokenizer; leave --tokenizer_file out")
             keep_tables(files.tokenizer, tokenizer_file)
     else:
         tokenizer = tokenizer or DEFAULT_TOKENIZER
@@ -118,7 +116,7 @@ def prepare_folder(options: PrepareOptions) -> str:
     try:
         meta = write_corpus(folder, corpus=corpus, plan=plan, say=lambda line: print(line, file=sys.stderr))
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; run the same command again to continue", file=sys.stderr)
         raise
     return "\n".join(_summary(meta, folder, time.monotonic() - started))
 
@@ -127,10 +125,10 @@ def _named_corpus(options: PrepareOptions) -> tuple[Corpus, NamedSet] | None:
     names = [name for name in options.inputs if name in NAMED_SETS]
     if names and len(options.inputs) > 1:
         raise UserError(
-            f"{names[0]} is prepared by itself; give it alone, or ./{names[0]} for a file or folder of that name"
+            f"{names[0]} cannot be combined with other inputs; give it alone, or ./{names[0]} for a file or folder of that name"
         )
     if options.from_file is not None and not names:
-        raise UserError(f"--from {options.from_file}: it is the text of a named data set; name {', '.join(NAMED_SETS)}")
+        raise UserError(f"--from {options.from_file}: it needs a named data set; add one of {', '.join(NAMED_SETS)}")
     if not options.inputs:
         raise UserError(f"name what to prepare: {', '.join(NAMED_SETS)}, or files and folders")
     if not names:

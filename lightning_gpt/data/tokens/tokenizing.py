@@ -117,11 +117,11 @@ def write_corpus(
                 writer.discard()
                 return json.loads((folder / "meta.json").read_text(encoding="ascii"))
             if writer.discarded:
-                say("unfinished work of other inputs or settings was deleted: beginning anew")
+                say("deleted unfinished work for other inputs or settings; starting over")
             return _write(writer, corpus, plan, say, documents=documents)
     except OSError as error:
         raise UserError(
-            f"{error.filename or folder}: {error.strerror or error}; the same command goes on with the work so far"
+            f"{error.filename or folder}: {error.strerror or error}; run the same command again to continue"
         ) from error
 
 
