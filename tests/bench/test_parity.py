@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
     "strategy",
     [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in STRATEGIES if name != "auto"],
 )
-def test_matrix(strategy, folder, text_file):
+def test_strategy_matches_single_process(strategy, folder, text_file):
     if strategy.startswith("deepspeed"):
         pytest.importorskip("deepspeed")
     settings = dict(devices=DEVICES, accelerator=ACCELERATOR, steps=10, data=str(text_file))
@@ -46,7 +46,7 @@ def test_matrix(strategy, folder, text_file):
         assert other is losses or abs(losses[-1] / other[-1] - 1) > 5e-5
 
 
-def test_bench_prints_the_table(text_file, tmp_path, capsys, monkeypatch):
+def test_parity_prints_the_table(text_file, tmp_path, capsys, monkeypatch):
     two = [Case("nanogpt", accumulate=1, clip=0.5), Case("nanogpt", accumulate=2, clip=0.5, optimizer="muon")]
     monkeypatch.setattr(parity, "cases", lambda strategy: two)
     monkeypatch.chdir(text_file.parent)

@@ -63,7 +63,7 @@ def assert_opens_in_hf(folder: Path, checkpoint: Path) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_hf_gives_the_same_logits(saved_model, export, name):
+def test_hf_export_has_the_same_logits(saved_model, export, name):
     implementation, fields = MODELS[name]
     checkpoint = saved_model(implementation, **fields)
     folder, _ = export(checkpoint, "hf")
@@ -79,18 +79,18 @@ def test_hf_gives_the_same_logits(saved_model, export, name):
     assert model.config.eos_token_id is None
 
 
-def test_hf_keeps_the_precision(saved_model, export):
+def test_hf_export_keeps_the_dtype(saved_model, export):
     folder, _ = export(saved_model("nanogpt", dtype=torch.bfloat16, bias=False), "hf")
     model, report = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(report.values()) and {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("run", ["tiny_run", "nano_run"])
-def test_hf_of_a_run(request, export, run):
+def test_hf_export_of_a_run(request, export, run):
     checkpoint = request.getfixturevalue(run) / "checkpoints" / "best.ckpt"
-    folder, said = export(request.getfixturevalue(run), "hf")
+    folder, stderr = export(request.getfixturevalue(run), "hf")
     assert_opens_in_hf(folder, checkpoint)
-    assert said == "" and open_checkpoint(folder).hash() == open_checkpoint(checkpoint).hash()
+    assert stderr == "" and open_checkpoint(folder).hash() == open_checkpoint(checkpoint).hash()
     tokenizer, theirs = open_checkpoint(checkpoint).tokenizer, transformers.AutoTokenizer.from_pretrained(folder)
     for text in ("the cat sat\n\n on  a mat", "moon", " "):
         ids = tokenizer.encode(text).tolist()
@@ -103,15 +103,15 @@ def test_hf_of_a_run(request, export, run):
         theirs("\u00fc")  # as with us, a character that the text did not have is an error
 
 
-def test_a_tokenizer_that_is_not_known(saved_model, export):
+def test_hf_export_without_a_tokenizer_warns(saved_model, export):
     checkpoint = saved_model("mingpt", None)
-    folder, said = export(checkpoint, "hf")
+    folder, stderr = export(checkpoint, "hf")
     assert_opens_in_hf(folder, checkpoint)
-    assert said.count("\n") == 1 and "AutoTokenizer cannot open" in said and str(checkpoint) in said
+    assert stderr.count("\n") == 1 and "AutoTokenizer cannot open" in stderr and str(checkpoint) in stderr
 
 
 @pytest.mark.parametrize("implementation", ["mingpt", "nanogpt"])
-def test_gpt2_in_and_out_again(export, text_file, byte_level_file, tmp_path, implementation):
+def test_hf_export_of_a_fine_tuned_gpt2(export, text_file, byte_level_file, tmp_path, implementation):
     """Hugging Face's GPT-2, fine-tuned with a padded vocabulary, is theirs again."""
     config = transformers.GPT2Config(
         n_layer=2, n_head=2, n_embd=16, n_positions=32, vocab_size=300, bos_token_id=0, eos_token_id=0
@@ -138,7 +138,7 @@ def test_gpt2_in_and_out_again(export, text_file, byte_level_file, tmp_path, imp
 
 
 @pytest.mark.slow
-def test_hf_of_a_sharded_checkpoint(export, text_file, tmp_path):
+def test_hf_export_of_a_sharded_checkpoint(export, text_file, tmp_path):
     flags = "--strategy=fsdp --devices=2 --accelerator=cpu --implementation=nanogpt --n_layer=2 --n_head=3 --n_embd=9"
     flags += " --block_size=15 --max_steps=2 --eval_interval=2 --eval_batches=1 --sample_tokens=0 --logger=none"
     command = [sys.executable, "train.py", *flags.split(), f"--data={text_file}", f"--out_dir={tmp_path / 'run'}"]
@@ -155,7 +155,7 @@ def test_hf_of_a_sharded_checkpoint(export, text_file, tmp_path):
 
 
 @pytest.mark.parametrize("run", ["tiny_run", "nano_run"])
-def test_safetensors_are_the_canonical_form(request, export, run):
+def test_safetensors_export_is_the_canonical_form(request, export, run):
     checkpoint = request.getfixturevalue(run) / "checkpoints" / "best.ckpt"
     folder, _ = export(checkpoint, "safetensors")
     before, after = open_checkpoint(checkpoint), open_checkpoint(folder)
@@ -163,14 +163,14 @@ def test_safetensors_are_the_canonical_form(request, export, run):
     assert after.tokenizer.to_dict() == before.tokenizer.to_dict()
 
 
-def test_a_plain_state_dict_has_the_heads_of_its_config_not_of_the_preset_of_its_size(saved_model, export):
+def test_pt_export_keeps_the_number_of_heads(saved_model, export):
     path = saved_model("mingpt", n_layer=3, n_head=4, n_embd=48)  # gpt-nano has 3
     assert open_checkpoint(export(path, "pt")[0] / "model.pt").model_config["n_head"] == 4
 
 
 @pytest.mark.parametrize("implementation", ["mingpt", "nanogpt"])
 @pytest.mark.parametrize("form", ["safetensors", "pt"])
-def test_padding_is_cut(saved_model, export, implementation, form):
+def test_export_removes_vocabulary_padding(saved_model, export, implementation, form):
     checkpoint = saved_model(implementation, vocab_padding=5)
     folder, _ = export(checkpoint, form)
     config = json.loads((folder / "config.json").read_text())["model_config"]
@@ -215,7 +215,7 @@ def foreign(tmp_path, monkeypatch, saved_model):
     return saved_model("exported_model:MyGPT")
 
 
-def test_a_model_of_the_users_own(foreign, export):
+def test_export_of_a_foreign_model(foreign, export):
     weight = open_checkpoint(foreign).weight("all.weight")
     assert torch.equal(torch.load(export(foreign, "pt")[0] / "model.pt")["all.weight"], weight)
     assert torch.equal(open_checkpoint(export(foreign, "safetensors")[0]).weight("all.weight"), weight)
@@ -240,7 +240,7 @@ def original_layout(args: dict) -> dict[str, tuple[int, ...]]:
     return names | pair("transformer.ln_f", wide)
 
 
-def as_the_original_reads(folder: Path) -> tuple[dict, torch.nn.Module]:
+def read_as_original_nanogpt(folder: Path) -> tuple[dict, torch.nn.Module]:
     """What is in ckpt.pt, and a model of its layout; what sample.py would fail on, fails."""
     content = torch.load(folder / "ckpt.pt")
     args = content["model_args"]
@@ -264,10 +264,10 @@ def as_the_original_reads(folder: Path) -> tuple[dict, torch.nn.Module]:
 
 
 @pytest.mark.parametrize("fields", [EXACT, EXACT | {"bias": False, "vocab_padding": 5, "dropout": 0.1}])
-def test_nanogpt_reads_the_same_model(saved_model, export, fields):
+def test_nanogpt_export_has_the_same_logits(saved_model, export, fields):
     checkpoint = saved_model("nanogpt", **fields)
     folder, _ = export(checkpoint, "nanogpt")
-    content, model = as_the_original_reads(folder)
+    content, model = read_as_original_nanogpt(folder)
     idx = torch.randint(5, (2, 12))
     with torch.no_grad():
         torch.testing.assert_close(model(idx).logits, logits(checkpoint, idx, 5), atol=1e-4, rtol=0)
@@ -280,10 +280,10 @@ def test_nanogpt_reads_the_same_model(saved_model, export, fields):
     assert again.tokenizer is not None and again.tokenizer.to_dict() == CHAR.to_dict()
 
 
-def test_nanogpt_goes_on_with_the_training(nano_run, export):
+def test_nanogpt_export_has_the_optimizer_state(nano_run, export):
     checkpoint = nano_run / "checkpoints" / "last.ckpt"
     folder, _ = export(checkpoint, "nanogpt")
-    content, _ = as_the_original_reads(folder)
+    content, _ = read_as_original_nanogpt(folder)
     again = open_checkpoint(folder / "ckpt.pt")
     assert again.hash() == open_checkpoint(checkpoint).hash()
     header = torch.load(checkpoint)
@@ -306,7 +306,7 @@ def test_nanogpt_goes_on_with_the_training(nano_run, export):
     adamw.step()
 
 
-def test_nanogpt_with_gpt2_tokens(saved_model, export):
+def test_nanogpt_export_with_gpt2_tokens(saved_model, export):
     folder, _ = export(saved_model("nanogpt", GPT2Tokenizer(), **EXACT), "nanogpt")
     assert not (folder / "meta.pkl").exists()  # then the original takes GPT-2's tokens
 
@@ -334,26 +334,28 @@ def refused(refused, tmp_path):
         ("nanogpt", ByteTokenizer(), {}, ["byte tokenizer", "char and gpt2"]),
     ],
 )
-def test_what_nanogpt_cannot_express(saved_model, refused, tmp_path, implementation, tokenizer, fields, mentions):
+def test_nanogpt_export_refuses_unsupported_models(
+    saved_model, refused, tmp_path, implementation, tokenizer, fields, mentions
+):
     checkpoint = saved_model(implementation, tokenizer, **fields)
     out = tmp_path / "new" / "out"
     refused(f"--checkpoint={checkpoint}", "--export=nanogpt", f"--out={out}", mentions=(checkpoint, *mentions))
 
 
 @pytest.mark.parametrize("form", ["hf", "nanogpt"])
-def test_a_foreign_layout_is_refused(foreign, refused, tmp_path, form):
+def test_export_of_a_foreign_layout_is_refused(foreign, refused, tmp_path, form):
     mentions = ("exported_model:MyGPT", "GPT-2's", "layout")
     refused(f"--checkpoint={foreign}", f"--export={form}", f"--out={tmp_path / 'out'}", mentions=mentions)
 
 
-def test_missing_tables_are_refused(saved_model, refused, tmp_path, monkeypatch):
+def test_export_without_tables_is_refused(saved_model, refused, tmp_path, monkeypatch):
     checkpoint = saved_model("nanogpt", GPT2Tokenizer())
     monkeypatch.setitem(sys.modules, "tiktoken", None)
     load_encoding.cache_clear()
     refused(f"--checkpoint={checkpoint}", "--export=hf", f"--out={tmp_path / 'out'}", mentions=["tiktoken"])
 
 
-def test_flags_that_do_not_go_together(saved_model, refused, tmp_path):
+def test_conflicting_export_flags_are_refused(saved_model, refused, tmp_path):
     checkpoint = f"--checkpoint={saved_model('mingpt')}"
     out = f"--out={tmp_path / 'out'}"
     refused(checkpoint, "--export=hf", mentions=["--out", "give both"])
@@ -362,7 +364,7 @@ def test_flags_that_do_not_go_together(saved_model, refused, tmp_path):
     refused(checkpoint, "--export=hf", out, "--convert_only", mentions=["--convert_only", "give one"])
 
 
-def test_folders_that_are_something_else(saved_model, refused, export, tmp_path):
+def test_export_into_other_folders_is_refused(saved_model, refused, export, tmp_path):
     checkpoint = saved_model("mingpt")
     mine = tmp_path / "mine"
     mine.mkdir()
@@ -379,7 +381,7 @@ def test_folders_that_are_something_else(saved_model, refused, export, tmp_path)
     assert open_checkpoint(whole).hash() == open_checkpoint(checkpoint).hash()
 
 
-def test_an_export_that_fails_leaves_the_earlier_one(saved_model, refused, export, tmp_path, monkeypatch):
+def test_failed_export_leaves_the_earlier_one(saved_model, refused, export, tmp_path, monkeypatch):
     checkpoint = saved_model("nanogpt")
     folder, _ = export(checkpoint, "pt")
     state = torch.load(folder / "model.pt")

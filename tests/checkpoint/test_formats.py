@@ -33,7 +33,7 @@ HAS_DEEPSPEED = find_spec("deepspeed") is not None
 SIZES = "--n_layer=2 --n_head=3 --n_embd=9 --block_size=15 --batch_size=4 --max_steps=3 --eval_interval=3"
 
 # DeepSpeed's own tools, in a process of their own: one argument for each folder, the results beside them.
-DEEPSPEED_SAYS = """
+DEEPSPEED_TOOLS = """
 import sys, types
 from pathlib import Path
 import torch
@@ -89,7 +89,7 @@ def references(runs, tmp_path_factory) -> dict[str, dict[str, dict[str, torch.Te
     if folders:
         env = os.environ | {"DS_ACCELERATOR": "cpu"}
         done = subprocess.run(
-            [sys.executable, "-c", DEEPSPEED_SAYS, *folders], env=env, capture_output=True, text=True, timeout=600
+            [sys.executable, "-c", DEEPSPEED_TOOLS, *folders], env=env, capture_output=True, text=True, timeout=600
         )
         assert done.returncode == 0, done.stderr[-3000:]
     for kind, path in runs.items():
@@ -158,7 +158,7 @@ def equal(a: Checkpoint, b: Checkpoint) -> bool:
     return a.names() == b.names()
 
 
-def test_weights_and_moments_are_those_of_the_training(runs, references, kind):
+def test_weights_and_moments_equal_the_reference_tools(runs, references, kind):
     checkpoint, seen = open_checkpoint(runs[kind]), 0
     shapes = checkpoint.shapes()
     for name, expected in references[kind].items():
@@ -173,7 +173,7 @@ def test_weights_and_moments_are_those_of_the_training(runs, references, kind):
     assert seen >= 2 * len(checkpoint.names()) and checkpoint.step == 3 and checkpoint.has_optimizer
 
 
-def test_hash_and_module_are_the_same_for_every_form(runs, references, kind, tmp_path):
+def test_hash_and_module_are_equal_for_every_form(runs, references, kind, tmp_path):
     checkpoint = open_checkpoint(runs[kind])
     weights = {f"model.{name}": state["weight"].clone() for name, state in references[kind].items()}
     torch.save(checkpoint.header | {"state_dict": weights}, tmp_path / "one.ckpt")
@@ -187,15 +187,15 @@ def test_hash_and_module_are_the_same_for_every_form(runs, references, kind, tmp
     assert open_checkpoint(tmp_path / "one.ckpt").hash() != checkpoint.hash()
 
 
-def test_round_trip(runs, kind, tmp_path):
-    _round_trip(open_checkpoint(runs[kind]), tmp_path / "out")
+def test_conversion_round_trip_of_shards(runs, kind, tmp_path):
+    _assert_round_trip(open_checkpoint(runs[kind]), tmp_path / "out")
 
 
-def test_round_trip_of_a_file(single, tmp_path):
-    _round_trip(open_checkpoint(single), tmp_path / "out")
+def test_conversion_round_trip_of_a_file(single, tmp_path):
+    _assert_round_trip(open_checkpoint(single), tmp_path / "out")
 
 
-def _round_trip(checkpoint: Checkpoint, folder: Path) -> None:
+def _assert_round_trip(checkpoint: Checkpoint, folder: Path) -> None:
     assert convert(checkpoint, folder, optimizer=True, pt=True) == folder
     again = open_checkpoint(folder)
     assert equal(checkpoint, again) and again.hash() == checkpoint.hash()
@@ -213,7 +213,7 @@ def _round_trip(checkpoint: Checkpoint, folder: Path) -> None:
     assert not open_checkpoint(folder).has_optimizer and open_checkpoint(folder).step == checkpoint.step
 
 
-def test_ties(tied_file):
+def test_tied_weights_are_read_from_either_name(tied_file):
     wte, head = "model.transformer.wte.weight", "model.lm_head.weight"
     whole = open_checkpoint(tied_file())
     assert whole.ties == {"lm_head.weight": "transformer.wte.weight"}
@@ -231,7 +231,7 @@ def test_ties(tied_file):
         open_checkpoint(tied_file(lambda weights: (weights.pop(wte), weights.pop(head)))).require_fit(on_meta)
 
 
-def test_model_is_built_without_memory_and_randomness():
+def test_empty_model_uses_no_memory_and_no_randomness():
     config = {"n_layer": 1, "n_head": 1, "n_embd": 8, "vocab_size": 5, "block_size": 4}
     before = torch.get_rng_state()
     model = empty_model("nanogpt", model_config=config)
@@ -239,7 +239,7 @@ def test_model_is_built_without_memory_and_randomness():
     assert tied_names(model) == {"lm_head.weight": "transformer.wte.weight"}
 
 
-def test_reading_shards_asks_no_other_process(runs, monkeypatch):
+def test_reading_shards_uses_no_collectives(runs, monkeypatch):
     def talk(*args: object, **kwargs: object) -> None:
         raise AssertionError("a collective")
 
@@ -301,7 +301,7 @@ def test_own_runs_are_trusted(single, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("cut", [False, True], ids=["missing", "cut off"])
-def test_incomplete_folders(copied, kind, cut):
+def test_incomplete_folders_are_refused(copied, kind, cut):
     path = copied(kind)
     files = [f for f in path.rglob("*") if f.is_file() and f.name != "latest" and not f.name.endswith(".py")]
     if kind == "zero3":
@@ -317,7 +317,7 @@ def test_incomplete_folders(copied, kind, cut):
     assert open_checkpoint(path).hash()
 
 
-def test_damaged_and_unknown(single, tmp_path):
+def test_damaged_and_unknown_folders_are_refused(single, tmp_path):
     folder = convert(open_checkpoint(single), tmp_path / "out", optimizer=True)
     for name in ("model.safetensors", "optimizer.safetensors", "config.json", "training.pt"):
         whole = (folder / name).read_bytes()
@@ -335,7 +335,7 @@ def test_damaged_and_unknown(single, tmp_path):
         find_checkpoint(str(tmp_path / "empty"), which="best")
 
 
-def test_conversion_beside_the_checkpoint(copied, single):
+def test_conversion_is_cached_beside_the_checkpoint(copied, single):
     assert ensure_canonical(single).path == single
     path = copied("fsdp")
     assert find_checkpoint(str(path), which="best") == find_checkpoint(str(path.parent.parent), which="best") == path
@@ -354,7 +354,7 @@ def test_conversion_beside_the_checkpoint(copied, single):
         ensure_canonical(path)
 
 
-def test_conversion_that_fails_leaves_nothing(runs, tmp_path, monkeypatch):
+def test_failed_conversion_leaves_nothing(runs, tmp_path, monkeypatch):
     checkpoint = open_checkpoint(runs["fsdp"])
     read = checkpoint._read
     monkeypatch.setattr(checkpoint, "_read", lambda name: read(name) if "wte" in name else 1 / 0)
@@ -369,7 +369,7 @@ def test_conversion_that_fails_leaves_nothing(runs, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_maps_are_renewed(tied_file, monkeypatch):
+def test_mapped_file_is_reopened_and_checked(tied_file, monkeypatch):
     monkeypatch.setattr(MappedFile, "_RENEW_AFTER", 0)
     file = tied_file()
     checkpoint = open_checkpoint(file)
@@ -379,7 +379,7 @@ def test_maps_are_renewed(tied_file, monkeypatch):
         checkpoint.hash()
 
 
-def test_entry_points_take_folders(runs, references, kind, text_file, capsys):
+def test_entry_points_open_sharded_folders(runs, references, kind, text_file, capsys):
     import evaluate
     import sample
 

@@ -72,7 +72,7 @@ def folder(tmp_path_factory, text_file) -> Path:
 
 
 @pytest.mark.parametrize("implementation", ["nanogpt", "mingpt"])
-def test_fine_tuning_starts_from_the_weights_and_lowers_the_loss(folder, tmp_path, text_file, capsys, implementation):
+def test_fine_tuning_starts_at_the_loss_of_the_weights(folder, tmp_path, text_file, capsys, implementation):
     before = score(capsys, tmp_path, "--checkpoint", folder, "--data", text_file)
     run = tmp_path / "run"
     flags = [*RUN, f"--init_from={folder}", f"--data={text_file}", f"--out_dir={run}"]
@@ -93,7 +93,7 @@ def test_fine_tuning_starts_from_the_weights_and_lowers_the_loss(folder, tmp_pat
 
 
 @pytest.mark.parametrize("pad", [False, True])
-def test_a_run_from_weights_is_resumed_as_if_never_stopped(folder, tmp_path, text_file, capsys, refused, pad):
+def test_resume_of_a_fine_tuning_run_is_exact(folder, tmp_path, text_file, capsys, refused, pad):
     flags = [*RUN, f"--init_from={folder}", f"--data={text_file}", *(["--pad_vocab"] if pad else []), "--dropout=0.2"]
     flags.append("--lr_decay_steps=4")
     train.main([*flags, f"--out_dir={tmp_path / 'whole'}"])
@@ -124,7 +124,7 @@ def test_a_run_from_weights_is_resumed_as_if_never_stopped(folder, tmp_path, tex
         assert "vocabulary cut to 20" in capsys.readouterr().out
 
 
-def test_our_own_checkpoint_decides_sizes_and_tokenizer(tiny_run, tmp_path, text_file, capsys):
+def test_own_checkpoint_determines_sizes_and_tokenizer(tiny_run, tmp_path, text_file, capsys):
     other = tmp_path / "other.txt"
     other.write_text("the cat sat on the moon\n" * 60)  # fewer characters
     before = score(capsys, tmp_path, "--checkpoint", tiny_run, "--data", text_file)
@@ -139,7 +139,7 @@ def test_our_own_checkpoint_decides_sizes_and_tokenizer(tiny_run, tmp_path, text
     assert checkpoint.step == 4 and checkpoint.header["TokenData"]["consumed_samples"] == 16
 
 
-def test_nanogpts_padded_vocabulary_is_kept_and_known(tmp_path, text_file, capsys):
+def test_padded_vocabulary_of_nanogpt_is_detected(tmp_path, text_file, capsys):
     """nanoGPT rounds the vocabulary up and does not say so."""
     from nanogpt.model import GPT, GPTConfig
 
@@ -155,7 +155,7 @@ def test_nanogpts_padded_vocabulary_is_kept_and_known(tmp_path, text_file, capsy
     assert losses[0] == pytest.approx(np.log(64), abs=0.1)
 
 
-def test_padding_needs_a_model_that_knows_it(text_file, refused):
+def test_pad_vocab_is_refused_by_a_model_without_padding(text_file, refused):
     flags = [
         "--implementation=tests.checkpoint.test_weights_in:Other",
         "--pad_vocab",
@@ -172,7 +172,7 @@ def matrix(tmp_path_factory) -> np.ndarray:
 
 @pytest.mark.parametrize("implementation", ["mingpt", "nanogpt"])
 @pytest.mark.parametrize("freeze", [True, False])
-def test_embeddings_from_a_file(tmp_path, text_file, matrix, capsys, refused, implementation, freeze):
+def test_pretrained_embeddings_from_a_file(tmp_path, text_file, matrix, capsys, refused, implementation, freeze):
     np.save(tmp_path / "wte.npy", matrix)
     flags = [*RUN, *SIZES, f"--data={text_file}", f"--implementation={implementation}", "--pad_vocab"]
     flags += [f"--pretrained_embeddings={tmp_path / 'wte.npy'}", f"--freeze_embeddings={freeze}"]
@@ -191,7 +191,7 @@ def test_embeddings_from_a_file(tmp_path, text_file, matrix, capsys, refused, im
         refused(*bare, mentions="--freeze_embeddings")
 
 
-def test_embeddings_of_a_gpt2_by_every_way(folder, tmp_path, text_file, capsys):
+def test_pretrained_embeddings_of_gpt2_from_every_form(folder, tmp_path, text_file, capsys):
     expected = open_checkpoint(folder).weight(WTE)
     for wrong in ([], ["--out=a.txt"], ["other", "--out=a.npy"]):
         with pytest.raises(SystemExit):
@@ -210,7 +210,7 @@ def test_embeddings_of_a_gpt2_by_every_way(folder, tmp_path, text_file, capsys):
         assert torch.equal(trained(run).weight(WTE), expected)
 
 
-def test_embeddings_that_do_not_fit_are_refused_in_one_line(tmp_path, text_file, matrix, refused):
+def test_embeddings_that_do_not_fit_are_refused(tmp_path, text_file, matrix, refused):
     flags = [*SIZES, f"--data={text_file}", f"--out_dir={tmp_path / 'run'}", "--pretrained_embeddings"]
     np.save(tmp_path / "narrow.npy", matrix[:, :5])
     np.save(tmp_path / "whole.npy", matrix.astype(int))

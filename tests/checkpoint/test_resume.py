@@ -80,7 +80,7 @@ def test_resume_is_bit_identical(
     assert_bit_identical(whole, parts)
 
 
-def test_resume_after_a_crash_goes_on_from_the_last_save(tmp_path: Path, text: str) -> None:
+def test_resume_after_a_crash_continues_from_the_last_save(tmp_path: Path, text: str) -> None:
     flags = ["--data", text, *SIZES, *LOGGED, "--batch_size", "4", "--eval_interval", "4"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train.main([*flags, "--max_steps", str(STEPS), "--out_dir", str(whole)])
@@ -102,7 +102,7 @@ def test_resume_after_a_crash_goes_on_from_the_last_save(tmp_path: Path, text: s
     assert ours["TokenData"] == theirs["TokenData"]
 
 
-def test_resume_when_the_machine_died_between_two_moves(tmp_path: Path, text: str) -> None:
+def test_resume_after_a_crash_between_two_renames(tmp_path: Path, text: str) -> None:
     """While a folder is replaced there is a moment when only the old one is there, under another name."""
     flags = ["--data", text, *SIZES, *LOGGED, "--batch_size", "4"]
     train.main([*flags, "--max_steps", "2", "--out_dir", str(tmp_path / "r")])

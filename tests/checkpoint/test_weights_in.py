@@ -48,7 +48,7 @@ def saved(model, folder: Path, form: str = "safetensors") -> Path:
     return folder
 
 
-def originals_names(model) -> dict[str, torch.Tensor]:
+def original_state_dict(model) -> dict[str, torch.Tensor]:
     """The weights as minGPT and nanoGPT name and lay them out, with the mask that their attention keeps."""
     weights = {name: w.t().contiguous() if name.endswith(TURNED) else w for name, w in model.state_dict().items()}
     mask = torch.ones(16, 16).tril().view(1, 1, 16, 16)
@@ -82,7 +82,7 @@ def refused(refused):
 
 @pytest.mark.parametrize("form", ["safetensors", "shards", "bin"])
 @pytest.mark.parametrize(("tied", "own"), [(True, "nanogpt"), (False, "mingpt")])
-def test_a_hugging_face_folder_has_their_logits(tmp_path, form, tied, own):
+def test_hugging_face_folder_has_the_same_logits(tmp_path, form, tied, own):
     theirs = hugging_face(tie_word_embeddings=tied)
     checkpoint = open_checkpoint(find_checkpoint(str(saved(theirs, tmp_path / "hf", form)), which="best"))
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) == {"safetensors": 1, "bin": 0}.get(form, 3)
@@ -92,14 +92,14 @@ def test_a_hugging_face_folder_has_their_logits(tmp_path, form, tied, own):
     assert_same_logits(adapted(checkpoint, own, block_size=5).module().model, theirs, length=5)
 
 
-def test_weights_without_a_head_and_their_prefix(tmp_path):
+def test_hugging_face_folder_without_head_and_prefix(tmp_path):
     theirs = hugging_face()
     theirs.transformer.save_pretrained(tmp_path / "hf")
     assert_same_logits(open_checkpoint(tmp_path / "hf").module().model, theirs)
 
 
 @pytest.mark.parametrize("implementation", MODELS)
-def test_from_pretrained_has_their_logits(tmp_path, implementation):
+def test_from_pretrained_has_the_same_logits(tmp_path, implementation):
     theirs = hugging_face()
     folder, cls = str(saved(theirs, tmp_path / "hf")), MODELS[implementation]
     assert_same_logits(cls.from_pretrained(folder), theirs)
@@ -113,7 +113,7 @@ def test_from_pretrained_has_their_logits(tmp_path, implementation):
             cls.from_pretrained(folder, **override)
 
 
-def test_from_pretrained_refuses_what_a_model_cannot_express(tmp_path):
+def test_from_pretrained_refuses_unsupported_settings(tmp_path):
     untied = str(saved(hugging_face(tie_word_embeddings=False), tmp_path / "untied"))
     assert_same_logits(mingpt.model.GPT.from_pretrained(untied), hugging_face(tie_word_embeddings=False))
     exact = str(saved(hugging_face(activation_function="gelu"), tmp_path / "exact"))
@@ -130,12 +130,12 @@ def test_from_pretrained_refuses_what_a_model_cannot_express(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
-def test_an_original_nanogpt_checkpoint(tmp_path, prefix):
+def test_original_nanogpt_checkpoint_has_the_same_logits(tmp_path, prefix):
     theirs = hugging_face(activation_function="gelu")
     args = {"n_layer": 2, "n_head": 3, "n_embd": 12, "block_size": 16, "vocab_size": 20, "dropout": 0.2}
     if prefix:
         args["bias"] = True  # old ones do not say it
-    state = {prefix + name: tensor for name, tensor in originals_names(theirs).items()}
+    state = {prefix + name: tensor for name, tensor in original_state_dict(theirs).items()}
     content = {"model": state, "optimizer": {"state": {}, "param_groups": []}, "model_args": args, "iter_num": 7}
     content |= {"best_val_loss": torch.tensor(1.5), "config": {"dataset": "shakespeare_char"}}
     (tmp_path / "out").mkdir()
@@ -146,13 +146,13 @@ def test_an_original_nanogpt_checkpoint(tmp_path, prefix):
     assert_same_logits(checkpoint.module().model, theirs)
 
 
-def test_a_nanogpt_without_biases(tmp_path, text_file, refused):
+def test_original_nanogpt_checkpoint_without_biases(tmp_path, text_file, refused):
     theirs = hugging_face(activation_function="gelu")
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             if name.endswith(".bias"):
                 parameter.zero_()
-    state = {name: w for name, w in originals_names(theirs).items() if not name.endswith(".bias")}
+    state = {name: w for name, w in original_state_dict(theirs).items() if not name.endswith(".bias")}
     args = {"n_layer": 2, "n_head": 3, "n_embd": 12, "block_size": 16, "vocab_size": 20, "bias": False}
     torch.save({"model": state, "model_args": args}, tmp_path / "ckpt.pt")
     checkpoint = open_checkpoint(tmp_path / "ckpt.pt")
@@ -164,7 +164,7 @@ def test_a_nanogpt_without_biases(tmp_path, text_file, refused):
     refused("--init_from", tmp_path / "ckpt.pt", *flags, mentions="--gelu tanh")
 
 
-def test_nanogpts_padded_gpt2_vocabulary_is_known_as_such(tmp_path):
+def test_padded_gpt2_vocabulary_of_nanogpt_is_detected(tmp_path):
     args = {"n_layer": 1, "n_head": 1, "n_embd": 4, "block_size": 4, "vocab_size": 50304, "bias": False}
     model = nanogpt.model.GPT(nanogpt.model.GPTConfig(**args))
     torch.save({"model": model.state_dict(), "model_args": args}, tmp_path / "ckpt.pt")
@@ -172,28 +172,28 @@ def test_nanogpts_padded_gpt2_vocabulary_is_known_as_such(tmp_path):
     assert checkpoint.model_config["vocab_padding"] == 47 and checkpoint.tokenizer.name == "gpt2"
 
 
-@pytest.mark.parametrize("said", ["config", "preset", "flag", None])
-def test_an_original_mingpt_state_dict(tmp_path, said, refused):
+@pytest.mark.parametrize("source_of_n_head", ["config", "preset", "flag", None])
+def test_original_mingpt_state_dict_has_the_same_logits(tmp_path, source_of_n_head, refused):
     theirs = hugging_face(tie_word_embeddings=False)
-    torch.save(originals_names(theirs), tmp_path / "model.pt")
-    if said == "config":  # the heads of a preset, as minGPT writes it before it builds the model
+    torch.save(original_state_dict(theirs), tmp_path / "model.pt")
+    if source_of_n_head == "config":  # the heads of a preset, as minGPT writes it before it builds the model
         theirs = hugging_face(tie_word_embeddings=False, n_layer=3, n_embd=48)
-        weights = originals_names(theirs) | {"transformer.h.2.attn.bias": torch.ones(1, 1, 16, 16)}
+        weights = original_state_dict(theirs) | {"transformer.h.2.attn.bias": torch.ones(1, 1, 16, 16)}
         torch.save(weights, tmp_path / "model.pt")
         config = {"system": {}, "model": {"model_type": "gpt-nano", "n_layer": None, "n_head": None, "n_embd": None}}
         (tmp_path / "config.json").write_text(json.dumps(config))
-    elif said == "preset":
+    elif source_of_n_head == "preset":
         theirs = hugging_face(tie_word_embeddings=False, n_layer=3, n_embd=48)
-        torch.save(originals_names(theirs), tmp_path / "model.pt")
-    if said is None:
+        torch.save(original_state_dict(theirs), tmp_path / "model.pt")
+    if source_of_n_head is None:
         refused("--init_from", tmp_path / "model.pt", mentions="--n_head")
         return
-    checkpoint = open_checkpoint(tmp_path / "model.pt", n_head=3 if said == "flag" else None)
+    checkpoint = open_checkpoint(tmp_path / "model.pt", n_head=3 if source_of_n_head == "flag" else None)
     assert (checkpoint.implementation, checkpoint.model_config["n_head"]) == ("mingpt", 3)
     assert_same_logits(checkpoint.module().model, theirs)
 
 
-def test_a_tokenizer_of_another_size_than_the_embedding(tmp_path, capsys):
+def test_tokenizer_of_another_size_than_the_embedding(tmp_path, capsys):
     for name, rows in (("more", 20), ("fewer", 3)):
         folder = saved(hugging_face(vocab_size=rows), tmp_path / name)
         (folder / "tokenizer.json").write_text(tokenizer_json(CharTokenizer("abcdefgh")))
@@ -206,7 +206,7 @@ def test_a_tokenizer_of_another_size_than_the_embedding(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("own", ["mingpt", "nanogpt"])
-def test_padding_costs_little_and_is_never_sampled(tmp_path, own):
+def test_vocabulary_padding_is_never_sampled(tmp_path, own):
     """Even where all logits are far below the 0 that rows of zeros would have."""
     theirs = hugging_face(tie_word_embeddings=own == "nanogpt")
     with torch.no_grad():
@@ -249,13 +249,13 @@ def test_padding_costs_little_and_is_never_sampled(tmp_path, own):
         ({}, ["--implementation=moderngpt"], "GPT-2's layout, and moderngpt NanoChat's"),
     ],
 )
-def test_what_does_not_fit_is_refused_in_one_line(tmp_path, text_file, refused, changes, flags, words):
+def test_weights_that_do_not_fit_are_refused(tmp_path, text_file, refused, changes, flags, words):
     folder = saved(hugging_face(**changes), tmp_path / "hf")
     flags = [*flags, "--data", text_file, *([] if any("block" in flag for flag in flags) else ["--block_size=8"])]
     refused("--init_from", folder, *flags, mentions=words)
 
 
-def test_folders_that_are_no_gpt2_are_refused_in_one_line(tmp_path, text_file, refused):
+def test_folders_that_are_not_gpt2_are_refused(tmp_path, text_file, refused):
     folder = saved(hugging_face(), tmp_path / "hf")
     config = json.loads((folder / "config.json").read_text())
     for changed, words in (
@@ -309,7 +309,7 @@ def test_files_that_could_run_code_are_refused(tmp_path, refused, name):
     assert not (tmp_path / "ran").exists()
 
 
-def test_hub_names(tmp_path, monkeypatch, refused):
+def test_hub_names_are_found_in_the_cache(tmp_path, monkeypatch, refused):
     constants = pytest.importorskip("huggingface_hub.constants")
     names = ("gpt2", "gpt2-xl", "someone/their-gpt2.x", "gpt3", "runs/a/b", "./gpt2", "~/gpt2", "/gpt2")
     assert [is_hub_name(name) for name in names] == [True, True, True, False, False, False, False, False]

@@ -253,7 +253,7 @@ def test_files_to_install_exist():
 
 
 @pytest.mark.parametrize("block", SHELL, ids=_name)
-def test_flags_are_known(block, clone, monkeypatch, capsys):
+def test_flags_of_shell_block_parse(block, clone, monkeypatch, capsys):
     for command in block.commands():
         if _rule(command).how != "skip":
             _parse(command, monkeypatch)
@@ -287,12 +287,12 @@ def test_python_block_runs(block, clone, capsys):
 
 
 @pytest.mark.parametrize("block", FILES, ids=_name)
-def test_file_is_used(block):
+def test_file_block_is_used_by_a_command(block):
     ast.parse(block.text)
     assert any(f" {block.file_name.removesuffix('.py')}:" in shell.text for shell in SHELL)
 
 
-def test_first_run_prints_what_the_readme_shows(clone, monkeypatch, capsys):
+def test_first_run_prints_the_output_in_the_readme(clone, monkeypatch, capsys):
     (shown,) = (block.text for block in BLOCKS if block.language == "text")
     _call("train", [*shlex.split(TINY), "--log_every_n_steps=1", "--trainer.enable_progress_bar=false"], monkeypatch)
     assert _shape(shown) == _shape(capsys.readouterr().out)

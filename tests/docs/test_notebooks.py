@@ -38,12 +38,12 @@ def _text(notebook: nbformat.NotebookNode) -> str:
     return "".join(output.get("text", "") for output in _outputs(notebook)).replace("\r\n", "\n")
 
 
-def test_there_are_three():
+def test_notebooks_are_the_known_ones():
     assert {path.stem for path in NOTEBOOKS} == set(FOUND)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_saved_as_run_and_clean(path):
+def test_saved_output_is_complete_and_clean(path):
     notebook = _read(path)
     counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
     assert counts == list(range(1, len(counts) + 1)), "run it from top to bottom, then save it"
@@ -57,7 +57,7 @@ def test_saved_as_run_and_clean(path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
+def test_notebook_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
     places = {name: tmp_path / name for name in ("TMPDIR", "IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "HF_HUB_CACHE")}
     for name, place in places.items():
         place.mkdir()

@@ -109,7 +109,7 @@ def held_out(file: Path) -> list[int]:
 
 @given(st.data(), st.integers(2, 200), st.integers(1, 20), st.integers(1, 4), st.integers(1, 3))
 @settings(deadline=None, max_examples=60)
-def test_every_token_is_scored_once_with_the_most_context(data, n_tokens, block_size, batch_size, world_size):
+def test_windows_score_every_token_once_with_the_most_context(data, n_tokens, block_size, batch_size, world_size):
     stride = data.draw(st.integers(1, block_size))
     context = {}
     for rank in range(world_size):
@@ -135,7 +135,7 @@ def test_every_token_is_scored_once_with_the_most_context(data, n_tokens, block_
 
 
 @pytest.mark.parametrize("implementation", ["mingpt", "nanogpt"])
-def test_stride_and_block_size_against_each_token_by_itself(implementation, saved_model, letters, scored):
+def test_loss_equals_token_by_token_loss_for_any_stride_and_block_size(implementation, saved_model, letters, scored):
     checkpoint = saved_model(implementation)
     given = ("--checkpoint", checkpoint, "--data", letters)
     for block_size, stride in ((BLOCK, 1), (BLOCK, 5), (7, 7), (7, 3)):
@@ -153,7 +153,7 @@ def test_stride_and_block_size_against_each_token_by_itself(implementation, save
     assert part["loss"] == pytest.approx(expected, rel=1e-6)
 
 
-def test_stride_against_transformers(tmp_path, scored):
+def test_stride_equals_the_transformers_guide(tmp_path, scored):
     """The loop of its guide to the perplexity of models with a fixed length."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -181,7 +181,7 @@ def test_stride_against_transformers(tmp_path, scored):
     assert found["loss"] == pytest.approx(total / 100, rel=1e-5) and found["tokens"] == 100
 
 
-def test_longer_context_where_positions_go_on(saved_model, mean_model, letters, scored, evaluation_refused):
+def test_longer_context_with_a_model_that_extends(saved_model, mean_model, letters, scored, evaluation_refused):
     checkpoint = saved_model(mean_model)
     given = ("--checkpoint", checkpoint, "--data", letters)
     for stride in (30, 4):
@@ -196,7 +196,7 @@ def test_longer_context_where_positions_go_on(saved_model, mean_model, letters, 
 
 
 @pytest.mark.parametrize("implementation", ["mingpt", "nanogpt"])
-def test_longer_context_where_positions_end(implementation, saved_model, letters, evaluation_refused):
+def test_longer_context_refused_by_learned_positions(implementation, saved_model, letters, evaluation_refused):
     given = ("--checkpoint", saved_model(implementation), "--data", letters)
     evaluation_refused(
         *given, "--block_size=13", mentions=["--block_size 13", "positions", f"--implementation {implementation}"]
@@ -215,11 +215,11 @@ def test_longer_context_where_positions_end(implementation, saved_model, letters
         (["--convert_only", "--checkpoint", "b"], ["--convert_only", "any.ckpt, b"]),
     ],
 )
-def test_refused(flags, mentions, saved_model, letters, evaluation_refused):
+def test_wrong_options_are_refused(flags, mentions, saved_model, letters, evaluation_refused):
     evaluation_refused("--checkpoint", saved_model("mingpt"), f"--data={letters}", *flags, mentions=mentions)
 
 
-def test_several_checkpoints_on_the_command_line_and_in_a_file(tmp_path):
+def test_several_checkpoints_from_flags_and_yaml(tmp_path):
     file = tmp_path / "evaluate.yaml"
     file.write_text("checkpoint: [a, b c]\n")
     for flags in (["--checkpoint", "a", "b c"], ["--checkpoint=a", "--which=best", "--checkpoint", "b c"]):
@@ -238,7 +238,7 @@ def two_kinds(saved_model, letters) -> list[Path]:
     return folders
 
 
-def test_several_checkpoints_side_by_side(two_kinds, saved_model, letters, scored, capsys):
+def test_several_checkpoints_make_a_table_with_notes(two_kinds, saved_model, letters, scored, capsys):
     chars, bytes_ = two_kinds
     singles = [scored("--checkpoint", path, "--data", letters) for path in two_kinds]
     capsys.readouterr()
@@ -268,7 +268,7 @@ def test_several_checkpoints_side_by_side(two_kinds, saved_model, letters, score
     ]
 
 
-def test_accuracy_stands_beside_the_others(saved_model, scored, capsys):
+def test_table_shows_accuracy_of_tasks(saved_model, scored, capsys):
     checkpoint = saved_model("mingpt", Sort().tokenizer, block_size=Sort().block_size)
     found = scored("--checkpoint", checkpoint, checkpoint, "--data=sort", "--eval_batches=1")
     header, first, second = capsys.readouterr().out.splitlines()
@@ -277,7 +277,7 @@ def test_accuracy_stands_beside_the_others(saved_model, scored, capsys):
 
 
 @pytest.mark.slow
-def test_two_ranks_score_what_one_does(two_kinds, letters, scored, tmp_path):
+def test_two_ranks_score_the_same_as_one(two_kinds, letters, scored, tmp_path):
     flags = ["--checkpoint", *two_kinds, "--data", letters, "--batch_size=3", "--stride=5"]
     file = tmp_path / "ranks.json"
     command = [sys.executable, REPO / "evaluate.py", *flags, "--accelerator=cpu", "--strategy=ddp", "--devices=2"]

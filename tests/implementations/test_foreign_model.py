@@ -88,7 +88,7 @@ def losses(column):
         return [float(row[column]) for row in csv.DictReader(file) if row[column]]
 
 
-def test_help_lists_its_fields(name, capsys):
+def test_help_lists_the_fields_of_the_model(name, capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(["--implementation", name, "--help"])
     out = capsys.readouterr().out
@@ -97,7 +97,7 @@ def test_help_lists_its_fields(name, capsys):
     assert "--n_layer" not in out and "--vocab_size" not in out
 
 
-def test_loss_falls_and_there_is_a_sample(trained):
+def test_training_lowers_the_loss_and_prints_a_sample(trained):
     found = losses("train_loss")
     assert len(found) == 8 and found[-1] < found[0] - 0.5
     assert "--- sample ---" in trained.stdout
@@ -113,7 +113,7 @@ def test_evaluate_reports_the_loss_of_the_best_validation(capsys):
 
 
 @pytest.mark.usefixtures("trained")
-def test_sample_works_without_a_generate_of_its_own(capsys):
+def test_sample_works_without_a_generate_method(capsys):
     sample.main(["--checkpoint=out", "--accelerator=cpu", "--prompt=the", "--max_new_tokens=30"])
     out = capsys.readouterr().out
     assert out.startswith("the") and len(out) == 3 + 30 + 1

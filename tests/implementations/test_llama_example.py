@@ -43,7 +43,7 @@ def module(folder, text_file):
 
 
 @pytest.fixture
-def reads(module, monkeypatch):
+def input_shapes(module, monkeypatch):
     """The shapes of idx in each call of forward."""
     shapes, forward = [], type(module.model).forward
 
@@ -80,25 +80,25 @@ PROMPTS = {
 
 
 @pytest.mark.parametrize("prompts", PROMPTS.values(), ids=PROMPTS)
-def test_greedy_text_is_the_same_with_and_without_the_cache(module, prompts):
+def test_greedy_text_is_unchanged_by_the_cache(module, prompts):
     found = generated(module, prompts, 2 * BLOCK)
     assert found == [generated_without_cache(module, prompt, 2 * BLOCK) for prompt in prompts]
     assert len(set(found[0])) > 2
 
 
-def test_each_step_after_the_prompt_reads_one_token_per_row(module, reads):
+def test_cached_step_reads_one_token_per_row(module, input_shapes):
     generated(module, PROMPTS["different lengths"], 6)
-    assert reads == [(3, 5)] + 5 * [(3, 1)]
+    assert input_shapes == [(3, 5)] + 5 * [(3, 1)]
 
 
-def test_sample_uses_the_cache(module, reads, capsys):
+def test_sample_uses_the_cache(module, input_shapes, capsys):
     sample.main(["--checkpoint=runs/llama", "--accelerator=cpu", "--prompt=the cat", "--max_new_tokens=9", "--greedy"])
     out = capsys.readouterr().out
     assert out.startswith("the cat") and len(out) == 7 + 9 + 1
-    assert reads == [(1, 7)] + 8 * [(1, 1)]
+    assert input_shapes == [(1, 7)] + 8 * [(1, 1)]
 
 
-def test_compiled_text_is_the_same(module):
+def test_compiled_text_is_unchanged(module):
     expected = generated(module, PROMPTS["same length"], 10)
     assert module.compile_generation("eager")
     try:

@@ -105,13 +105,13 @@ def _check(case: Case, tmp_path: Path) -> None:
     [Case(), Case(recompute=True, dropout=0.1, accumulate=2), Case(optimizer="muon")],
     ids=["plain", "recompute-dropout-accumulate", "muon"],
 )
-def test_single_device_as_measured(case, tmp_path):
+def test_plan_matches_measurement_on_a_single_device(case, tmp_path):
     _check(case, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [Case(precision="bf16-mixed"), Case(implementation="nanogpt", dropout=0.1)], ids=str)
-def test_single_device_as_measured_further(case, tmp_path):
+def test_plan_matches_measurement_on_a_single_device_slow(case, tmp_path):
     _check(case, tmp_path)
 
 
@@ -119,13 +119,13 @@ def test_single_device_as_measured_further(case, tmp_path):
 @pytest.mark.parametrize(
     ("strategy", "optimizer"), [("fsdp", "muon"), *((name, "adamw") for name in ("ddp", "fsdp", *DEEPSPEED))]
 )
-def test_two_ranks_as_measured(strategy, optimizer, tmp_path):
+def test_plan_matches_measurement_on_two_ranks(strategy, optimizer, tmp_path):
     if strategy in DEEPSPEED:
         pytest.importorskip("deepspeed")
     _check(Case(strategy=strategy, optimizer=optimizer), tmp_path)
 
 
-def test_large_model_takes_no_memory():
+def test_planning_a_large_model_allocates_nothing():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     large = {"n_layer": 56, "n_head": 16, "n_embd": 8192, "vocab_size": 50304, "block_size": 1024}
     planned = _plan(Case(strategy="fsdp"), fields=large, world_size=64, devices_per_node=8)
@@ -136,13 +136,13 @@ def test_large_model_takes_no_memory():
     assert planned.flops_per_step == pytest.approx(6 * planned.parameters * planned.tokens_per_step, rel=0.05)
 
 
-def test_muon_keeps_one_moment_of_hidden_matrices_and_two_of_the_rest():
+def test_muon_stores_one_moment_for_hidden_matrices():
     adamw, muon = (_plan(Case(optimizer=name)).memory for name in ("adamw", "muon"))
     hidden = SIZES["n_layer"] * 12 * SIZES["n_embd"] ** 2
     assert adamw.optimizer - muon.optimizer == pytest.approx(4 * hidden, rel=1e-4)  # AdamW counts its steps, too
 
 
-def test_recomputation_saves_what_blocks_keep():
+def test_recomputation_reduces_activations():
     kept, recomputed = (_plan(Case(recompute=r), fields={"n_layer": 12}).memory.activations for r in (False, True))
     assert recomputed < kept / 4
     assert _plan(Case(recompute=True)).flops_per_step == _plan(Case()).flops_per_step, (
@@ -150,7 +150,7 @@ def test_recomputation_saves_what_blocks_keep():
     )
 
 
-def test_attention_under_dropout_keeps_no_probabilities_on_a_gpu():
+def test_attention_with_dropout_stores_no_probabilities_on_a_gpu():
     cpu, cuda = (
         _plan(Case(dropout=0.1), fields={"block_size": 512}, device_type=d).memory.activations for d in ("cpu", "cuda")
     )
@@ -164,14 +164,14 @@ def test_offloading_moves_the_optimizer_to_the_host():
     assert "host" in offloaded.table() and "host" not in here.table()
 
 
-def test_table_says_everything_and_its_sources():
+def test_table_lists_all_parts_and_its_source():
     table = _plan(Case()).table()
     for text in ("parameters      7,344,384", "weights         28.0 MiB", "optimizer       56.0 MiB", "1910.02054"):
         assert text in table
     assert table.isascii() and all(len(line) < 200 for line in table.splitlines())
 
 
-def test_flops_count_a_tied_head_once_and_no_positions():
+def test_flops_count_a_tied_head_once_and_skip_positions():
     from lightning_gpt.implementations.registry import get_implementation
 
     model = get_implementation("nanogpt").build(Case(implementation="nanogpt").fields, meta=True)
@@ -179,7 +179,7 @@ def test_flops_count_a_tied_head_once_and_no_positions():
     assert flops_per_token(model, block_size=128) == 6 * n + 12 * 4 * 384 * 128
 
 
-def test_model_that_looks_at_values_is_refused_in_one_line(tmp_path, monkeypatch):
+def test_plan_refuses_a_model_that_reads_values(tmp_path, monkeypatch):
     (tmp_path / "nosy.py").write_text(
         "from dataclasses import dataclass\nimport torch\n"
         "@dataclass\nclass Config:\n    vocab_size: int = 8\n    block_size: int = 8\n"

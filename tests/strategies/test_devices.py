@@ -26,29 +26,29 @@ PEAKS = [
 
 
 @pytest.fixture
-def card(monkeypatch):
+def set_card(monkeypatch):
     monkeypatch.setattr("lightning.fabric.accelerators.cuda._is_ampere_or_later", lambda: True)
     return lambda name: monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(("name", "half", "single"), PEAKS)
-def test_peak_is_dense_and_unknown_is_none(name, half, single, card):
-    card(name)
+def test_peak_flops_of_known_and_unknown_cards(name, half, single, set_card):
+    set_card(name)
     device = torch.device("cuda")
     for precision, peak in (("bf16-mixed", half), ("16-true", half), ("32-true", single)):
         assert peak_flops(device, precision=precision) == (peak and pytest.approx(peak * 1e12, rel=1e-3)), precision
 
 
 @pytest.mark.parametrize(("name", "tf32"), [("NVIDIA A100-SXM4-40GB", 156), ("NVIDIA B200", 1100)])
-def test_tf32_counts_where_it_is_on(name, tf32, card, monkeypatch):
-    card(name)
+def test_peak_flops_with_tf32(name, tf32, set_card, monkeypatch):
+    set_card(name)
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
     assert peak_flops(torch.device("cuda"), precision="32-true") == pytest.approx(tf32 * 1e12)
 
 
-def test_no_peak_where_there_are_no_tensor_cores_to_fill(card):
-    card("Tesla V100-SXM2-16GB")
+def test_peak_flops_without_tensor_cores_is_none(set_card):
+    set_card("Tesla V100-SXM2-16GB")
     assert peak_flops(torch.device("cuda"), precision="16-mixed") == 125e12
     assert peak_flops(torch.device("cuda"), precision="bf16-mixed") is None  # emulated
     assert peak_flops(torch.device("cuda"), precision="64-true") is None

@@ -34,7 +34,7 @@ STEPS = 3
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 
 # A user's model: blocks, a tie, and a weight matrix outside of any Linear. The second can be built without memory.
-MINE = """
+USER_MODEL = """
 from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
@@ -148,7 +148,7 @@ class LiveBytes(TorchDispatchMode):
         self.live -= self.sizes.pop(key)
 
 
-def whole(parameter):
+def full(parameter):
     """Return a copy of a full parameter, however it is sharded; call it on all ranks."""
     if hasattr(parameter, "ds_id"):
         import deepspeed
@@ -187,7 +187,7 @@ class Record(Callback):
     def on_fit_start(self, trainer, pl_module):
         seen, model = self.seen, pl_module.model
         named = dict(model.named_parameters())
-        seen.initial = {name: whole(p) for name, p in named.items()}
+        seen.initial = {name: full(p) for name, p in named.items()}
         seen.held = {name: held(p) for name, p in named.items()}
         every = dict(model.named_parameters(remove_duplicate=False))
         seen.ties = {name for name, p in every.items() if any(p is q for n, q in every.items() if n != name)}
@@ -215,7 +215,7 @@ class Record(Callback):
 
     def on_train_end(self, trainer, pl_module):
         self.seen.kept = {name: held(p) for name, p in pl_module.model.named_parameters()}
-        self.seen.final = {name: whole(p) for name, p in pl_module.model.named_parameters()}
+        self.seen.final = {name: full(p) for name, p in pl_module.model.named_parameters()}
         self.seen.graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
@@ -249,7 +249,7 @@ def group(tmp_path_factory, text_file):
 
     def launch(runs, *, ranks=RANKS):
         folder = tmp_path_factory.mktemp("group")
-        (folder / "mine.py").write_text(MINE)
+        (folder / "mine.py").write_text(USER_MODEL)
         batch = [f"--batch_size={8 // ranks}", f"--data={text_file}"]
         (folder / "runs.json").write_text(json.dumps({n: [*COMMON, *batch, *flags] for n, flags in runs.items()}))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
@@ -300,7 +300,7 @@ def expected_std(name):
 
 @every_row
 @pytest.mark.parametrize("model", MODELS)
-def test_initial_weights_are_the_single_process_ones_bit_for_bit(under, alone, strategy, model):
+def test_initial_weights_equal_single_process(under, alone, strategy, model):
     for seen in under(strategy)[model]:
         assert seen.initial.keys() == alone[model].initial.keys()
         for name, weight in alone[model].initial.items():
@@ -308,7 +308,7 @@ def test_initial_weights_are_the_single_process_ones_bit_for_bit(under, alone, s
 
 
 @pytest.mark.parametrize("model", ["mingpt", "nanogpt"])
-def test_initial_weights_have_the_standard_deviation_of_the_closed_form(alone, model):
+def test_initial_weights_match_closed_form(alone, model):
     for name, weight in alone[model].initial.items():
         std = expected_std(name)
         if std is None:
@@ -335,7 +335,7 @@ def decays(model, name):
 
 @every_row
 @pytest.mark.parametrize("model", MODELS)
-def test_decay_groups(under, alone, strategy, model):
+def test_decay_groups_by_name(under, alone, strategy, model):
     names = alone[model].initial.keys()
     decayed = sorted(name for name in names if decays(model, name))
     rest = sorted(name for name in names if not decays(model, name))
@@ -345,7 +345,7 @@ def test_decay_groups(under, alone, strategy, model):
 
 @every_row
 @pytest.mark.parametrize("model", ["mine", "applied", "alibi"])
-def test_trains_as_a_single_process_does(under, alone, strategy, model):
+def test_training_equals_single_process(under, alone, strategy, model):
     """Compare three losses, and the final weights, which depend on decay and clipping."""
     ranks = under(strategy)[model]
     assert mean_losses(ranks) == pytest.approx(alone[model].losses, rel=1e-4) and len(alone[model].losses) == STEPS
@@ -357,14 +357,14 @@ def test_trains_as_a_single_process_does(under, alone, strategy, model):
 
 @every_row
 @pytest.mark.parametrize("model", RECOMPUTED)
-def test_recompute_runs_each_block_twice_and_changes_nothing(under, alone, strategy, model):
+def test_recompute_runs_each_block_twice(under, alone, strategy, model):
     kept, recomputed = under(strategy)[model], under(strategy)[f"{model} recompute"]
     assert mean_losses(recomputed) == pytest.approx(mean_losses(kept), rel=1e-6)
     assert [seen.forwards for seen in (*kept, *recomputed)] == [STEPS, STEPS, 2 * STEPS, 2 * STEPS]
 
 
 @every_row
-def test_recompute_draws_the_same_dropout_again(under, strategy):
+def test_recompute_repeats_dropout(under, strategy):
     kept, recomputed = under(strategy)["dropout"], under(strategy)["dropout recompute"]
     assert mean_losses(kept) != pytest.approx(mean_losses(under(strategy)["nanogpt"]), rel=1e-4)
     assert mean_losses(recomputed) == pytest.approx(mean_losses(kept), rel=1e-6)
@@ -372,7 +372,7 @@ def test_recompute_draws_the_same_dropout_again(under, strategy):
 
 @every_row
 @pytest.mark.parametrize("model", MODELS)
-def test_weights_are_shared_out_exactly_where_the_strategy_says_so(under, alone, strategy, model):
+def test_weights_are_sharded_by_sharding_strategies(under, alone, strategy, model):
     for seen in under(strategy)[model]:
         for name, weight in alone[model].initial.items():
             share = -(-weight.numel() // RANKS) if strategy in SHARDS_WEIGHTS else weight.numel()
@@ -381,7 +381,7 @@ def test_weights_are_shared_out_exactly_where_the_strategy_says_so(under, alone,
 
 @pytest.mark.parametrize("strategy", [row for row in ROWS if row.values[0] in SHARDS_WEIGHTS])
 @pytest.mark.parametrize("model", ["mingpt", "nanogpt"])
-def test_no_rank_ever_holds_the_whole_model_while_it_is_built(under, alone, strategy, model):
+def test_no_rank_holds_the_whole_model_while_building(under, alone, strategy, model):
     """A rank holds its shards, and some copies of one module, of which the largest is an eighth of a block."""
     weights = 4 * sum(w.numel() for w in alone[model].initial.values())
     assert alone[model].peak >= weights
@@ -390,7 +390,7 @@ def test_no_rank_ever_holds_the_whole_model_while_it_is_built(under, alone, stra
 
 
 @every_row
-def test_bf16_is_what_moves_where_weights_are_gathered(under, alone, strategy):
+def test_bf16_weights_are_gathered_in_bf16(under, alone, strategy):
     runs = under(strategy)
     half, full = {torch.bfloat16}, {torch.float32}
     casts = strategy != "ddp"  # under DDP and alone autocast casts operation by operation
@@ -403,7 +403,7 @@ def test_bf16_is_what_moves_where_weights_are_gathered(under, alone, strategy):
 
 
 @every_row
-def test_strategy_and_optimizer_are_those_of_the_row(under, strategy):
+def test_strategy_and_optimizer_match_the_row(under, strategy):
     kind = {"ddp": "DDPStrategy", "fsdp": "FSDP"}.get(strategy, "DeepSpeed")
     offload = strategy.endswith("offload")
     for seen in under(strategy)["mingpt"]:
@@ -416,20 +416,20 @@ def test_strategy_and_optimizer_are_those_of_the_row(under, strategy):
 
 @needs_deepspeed
 @pytest.mark.parametrize("file", FILES)
-def test_deepspeed_json_is_used(under, alone, file):
+def test_deepspeed_config_is_used(under, alone, file):
     """Its stage and its threshold are used: in stage 3 small weights are sharded too, not kept whole by default."""
     ranks, wanted = under("deepspeed_stage_3")[file], FILES[file]["zero_optimization"]
     assert mean_losses(ranks) == pytest.approx(alone["nanogpt"].losses, rel=1e-4)
     for seen in ranks:
         assert (seen.strategy, seen.zero["stage"]) == ("DeepSpeed", wanted["stage"])
-        whole, kept = (sum(counts.values()) for counts in (seen.held, seen.kept))
-        assert kept == whole
+        total, kept = (sum(counts.values()) for counts in (seen.held, seen.kept))
+        assert kept == total
         assert kept == sum(w.numel() for w in alone["nanogpt"].initial.values()) // (wanted["stage"] - 1)
 
 
 @pytest.mark.slow
 @every_row
-def test_compiled_blocks_train_as_eager_ones_do(group, under, strategy):
+def test_compiled_blocks_train_as_eager_ones(group, under, strategy):
     """Every implementation, and one recomputed, has the same losses and the same keys in the checkpoint."""
     # Offloading does not touch what blocks compute, so one model is enough.
     names = ["nanogpt"] if strategy.endswith("offload") else [name for name in MODELS if name != "applied"]
