@@ -1,4 +1,4 @@
-"""atomic.py: after a kill at any step, an error or a full disk, the old or the new content is complete."""
+"""atomic.py: a kill, an error or a full disk leaves either the complete old or the complete new content."""
 
 import errno
 import itertools
@@ -19,12 +19,12 @@ from lightning_gpt.atomic import atomic_file, locked, remove, swap_in
 from lightning_gpt.data.tokens.writing import SPLITS, TokenWriter
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
-# The calls that change the names on a disk, as CPython audits them.
+# Audit events of the calls that change names on a disk.
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
 
 
 def _killed_before(step, work, *args, events=CHANGES) -> bool:
-    """Run `work` in a process that SIGKILLs itself before event number `step`; tell whether it got that far."""
+    """Run `work` in a process that SIGKILLs itself before event number `step`; return whether it was killed."""
 
     def child():
         steps = itertools.count()
@@ -90,7 +90,7 @@ def _save(path: Path, number: int) -> None:
 
 
 def test_folder_survives_two_kills_at_any_steps(tmp_path, monkeypatch):
-    monkeypatch.setattr(atomic.os, "fsync", lambda descriptor: None)  # slow, and of no use against a kill
+    monkeypatch.setattr(atomic.os, "fsync", lambda descriptor: None)  # slow, and a kill does not need it
     path, old, start = tmp_path / "last.ckpt", tmp_path / "last.ckpt.old", tmp_path / "start"
     between = 0
     for first in itertools.count():

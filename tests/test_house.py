@@ -1,4 +1,7 @@
-"""House rules: imports between rooms, file lengths, and text that is not allowed."""
+"""House rules: imports between rooms, file lengths, and forbidden code.
+
+A room is a package or module directly below lightning_gpt.
+"""
 
 import ast
 import subprocess
@@ -16,7 +19,7 @@ CODE = [*ENTRY_POINTS, *LIBRARY]
 HEAVY = {"deepspeed", "transformers", "tiktoken", "tokenizers", "datasets", "pyarrow", "zstandard", "huggingface_hub"}
 HEAVY |= {"lm_eval", "matplotlib"}
 
-# Rooms of lightning_gpt, highest first, and the rooms below that each one imports. A folder is one room.
+# The rooms from the highest to the lowest, each with the rooms that it imports.
 MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": {
         *("training", "sampling", "checkpoint", "models", "data", "strategies", "tokenizers", "implementations"),
@@ -55,7 +58,7 @@ def _imported(statement: ast.AST) -> list[str]:
         return [alias.name for alias in statement.names]
     if isinstance(statement, ast.ImportFrom):
         assert statement.level == 0, "imports are absolute"
-        # `from lightning_gpt import data` imports a room, too.
+        # `from lightning_gpt import data` also imports a room.
         return [f"{statement.module}.{alias.name}" for alias in statement.names]
     return []
 
@@ -97,7 +100,7 @@ def test_file_imports_only_allowed_rooms(path):
     package, *rest = path.relative_to(REPO).with_suffix("").parts
     assert not packages & {p.stem for p in ENTRY_POINTS}, "nothing imports an entry point"
     if package in MODELS:
-        # transformers only inside functions, see the test of heavy packages
+        # transformers only inside functions; another test checks that
         assert packages - set(sys.stdlib_module_names) <= {"torch", "transformers", package}
         return
     room = rest[0]

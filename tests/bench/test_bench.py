@@ -1,4 +1,4 @@
-"""Benchmarks run, report what they measured, and clean up. No test asserts a speed."""
+"""Benchmarks run, report their measurements, and leave no files. No test asserts a speed."""
 
 import importlib.util
 import json

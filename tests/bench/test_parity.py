@@ -1,4 +1,4 @@
-"""Every strategy trains the same model as a single process: the matrix that bench.py parity prints."""
+"""bench.py parity: every strategy trains the same model as a single process."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ QUICK = ("fsdp", "deepspeed_stage_2")  # one of each kind; CI runs the others
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Folder shared by all strategies, so that the single-process runs are made once."""
+    """Return a folder that all strategies share, so that single-process runs are made once."""
     return tmp_path_factory.mktemp("parity")
 
 
@@ -35,13 +35,13 @@ def test_strategy_matches_single_process(strategy, folder, text_file):
     found = deviations(strategy, folder=folder, which=which, **settings)
     assert [d.case for d in found] == which and all(len(d.losses) == 10 for d in found)
     for deviation in found:
-        print(deviation)  # pytest shows it with a failure
+        print(deviation)  # shown if the test fails
         assert deviation.loss < 1e-5
         assert deviation.norm < 1e-4
         assert deviation.weights < 3e-5
     by_case = {d.case: d.losses for d in found}
     for case, losses in by_case.items():
-        # Each setting changes the losses by more than the tolerance, so that ignoring it would be noticed.
+        # Each setting changes the losses by more than the tolerance, so that a strategy that ignores it fails.
         other = by_case[Case(case.implementation, case.accumulate, 0.0)]
         assert other is losses or abs(losses[-1] / other[-1] - 1) > 5e-5
 

@@ -1,4 +1,4 @@
-"""bench.py time_to_loss: runs equal train.py's, only training is timed, and the target is found seed by seed."""
+"""bench.py time_to_loss: runs equal train.py's, only training is timed, and each seed has its own time to target."""
 
 import json
 import sys
@@ -24,7 +24,7 @@ MACHINE = {"hardware": "a CPU", "cores": 2, "threads": 1, "torch": "2", "lightni
 
 @pytest.fixture
 def tiny_rows(monkeypatch):
-    """Replace the CPU recipe by a slow row and a fast one, which is half as long and validated twice as often."""
+    """Replace the CPU recipe by two rows; "fast" has half as many steps and validates twice as often."""
     rows = {"slow": Row("--learning_rate=1e-4", 80, 20), "fast": Row("--learning_rate=1e-2", 40, 10)}
     monkeypatch.setitem(RECIPES, "cpu", Recipe(TINY, "cpu", rows))
 

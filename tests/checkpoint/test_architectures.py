@@ -1,4 +1,4 @@
-"""Adapters: each maps config and weights both ways; NanoChat folders are read and written."""
+"""Architecture adapters: config and weights map both ways; NanoChat folders are read and written."""
 
 import json
 from ast import literal_eval
@@ -36,7 +36,7 @@ NANOCHAT = {
 
 
 def nanochat(folder: Path, *, shard_size: str = "1GB", **changes):
-    """Save a random NanoChat with save_pretrained, with a tokenizer of its 8 tokens, and return it."""
+    """Save a random NanoChat and a tokenizer of its 8 tokens, and return the model."""
     torch.manual_seed(1)
     model = transformers.NanoChatForCausalLM(transformers.NanoChatConfig(**NANOCHAT | changes)).eval()
     with torch.no_grad():
@@ -55,7 +55,7 @@ def assert_same_logits(model, theirs, vocab_size: int) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-# The tables
+# Weight tables
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -83,7 +83,7 @@ def test_import_inverts_export(implementation):
     assert hf_config["model_type"] == architecture.model_type
     again, fields = architecture.implementation_for(architecture.settings_from_hf(hf_config))
     complete = row.complete(SIZES)
-    complete["n_kv_head"] = SIZES["n_head"]  # the meaning of moderngpt's default
+    complete["n_kv_head"] = SIZES["n_head"]  # what moderngpt's default None means
     assert again is row and fields.items() <= complete.items() and SIZES.items() <= fields.items()
     layout, read = architecture.imported(state_dict, state_dict.__getitem__)
     assert layout.keys() == model.state_dict().keys()

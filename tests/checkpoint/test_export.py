@@ -1,4 +1,4 @@
-"""Weights out: what ``evaluate.py --export`` writes, opened by the programs that it is written for."""
+"""Exported weights: the target programs open what ``evaluate.py --export`` writes."""
 
 import json
 import os
@@ -37,7 +37,7 @@ CHAR = CharTokenizer("abc\n ")
 
 @pytest.fixture(scope="session")
 def nano_run(tmp_path_factory, text_file, tiny_flags) -> Path:
-    """The folder of a finished run of nanogpt; look, do not write."""
+    """Train a tiny nanogpt and return its run folder; read-only."""
     out_dir = tmp_path_factory.mktemp("runs") / "nano"
     train.main([*tiny_flags, "--implementation=nanogpt", f"--data={text_file}", f"--out_dir={out_dir}"])
     return out_dir
@@ -74,7 +74,7 @@ def test_hf_export_has_the_same_logits(saved_model, export, name):
     assert (model.transformer.ln_f.bias.abs().max() == 0) == (fields.get("bias") is False)
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         assert ("lm_head.weight" in file.keys()) != tied
-    # What the file says of the end of texts is not GPT-2's, which a vocabulary of 5 does not have.
+    # The generation config must not have GPT-2's end-of-text id, which a vocabulary of 5 lacks.
     assert model.generate(torch.zeros(1, 2, dtype=torch.long), max_new_tokens=3, do_sample=False).shape == (1, 5)
     assert model.config.eos_token_id is None
 
@@ -100,7 +100,7 @@ def test_hf_export_of_a_run(request, export, run):
         (folder / "lightning_gpt_tokenizer.json").read_text()
     )
     with pytest.raises(Exception, match="Missing"):
-        theirs("\u00fc")  # as with us, a character that the text did not have is an error
+        theirs("\u00fc")  # as in our tokenizer, an unknown character is an error
 
 
 def test_hf_export_without_a_tokenizer_warns(saved_model, export):
@@ -112,7 +112,7 @@ def test_hf_export_without_a_tokenizer_warns(saved_model, export):
 
 @pytest.mark.parametrize("implementation", ["mingpt", "nanogpt"])
 def test_hf_export_of_a_fine_tuned_gpt2(export, text_file, byte_level_file, tmp_path, implementation):
-    """Hugging Face's GPT-2, fine-tuned with a padded vocabulary, is theirs again."""
+    """Fine-tune a GPT-2 of transformers with a padded vocabulary, and export it again."""
     config = transformers.GPT2Config(
         n_layer=2, n_head=2, n_embd=16, n_positions=32, vocab_size=300, bos_token_id=0, eos_token_id=0
     )
@@ -164,7 +164,7 @@ def test_safetensors_export_is_the_canonical_form(request, export, run):
 
 
 def test_pt_export_keeps_the_number_of_heads(saved_model, export):
-    path = saved_model("mingpt", n_layer=3, n_head=4, n_embd=48)  # gpt-nano has 3
+    path = saved_model("mingpt", n_layer=3, n_head=4, n_embd=48)  # the preset gpt-nano of this size has 3 heads
     assert open_checkpoint(export(path, "pt")[0] / "model.pt").model_config["n_head"] == 4
 
 
@@ -208,7 +208,7 @@ class MyGPT(nn.Module):
 
 @pytest.fixture
 def foreign(tmp_path, monkeypatch, saved_model):
-    """A checkpoint of a user's own model."""
+    """Save a checkpoint of a user's own model."""
     (tmp_path / "exported_model.py").write_text(MY_MODEL)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "exported_model", raising=False)
@@ -225,7 +225,7 @@ def test_export_of_a_foreign_model(foreign, export):
 
 
 def original_layout(args: dict) -> dict[str, tuple[int, ...]]:
-    """Parameters of the original nanoGPT in its order, the head that is the embedding left out."""
+    """Return names and shapes of the original nanoGPT's parameters in its order, without the tied head."""
     wide, bias = args["n_embd"], args["bias"]
 
     def pair(name: str, *shape: int) -> dict[str, tuple[int, ...]]:
@@ -241,7 +241,7 @@ def original_layout(args: dict) -> dict[str, tuple[int, ...]]:
 
 
 def read_as_original_nanogpt(folder: Path) -> tuple[dict, torch.nn.Module]:
-    """What is in ckpt.pt, and a model of its layout; what sample.py would fail on, fails."""
+    """Return the content of ckpt.pt, and the model; fail where nanoGPT's sample.py would."""
     content = torch.load(folder / "ckpt.pt")
     args = content["model_args"]
     assert set(args) == {"n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout"}
@@ -272,7 +272,7 @@ def test_nanogpt_export_has_the_same_logits(saved_model, export, fields):
     with torch.no_grad():
         torch.testing.assert_close(model(idx).logits, logits(checkpoint, idx, 5), atol=1e-4, rtol=0)
     assert content["iter_num"] == 7 and content["model_args"]["dropout"] == fields.get("dropout", 0.0)
-    # sample.py looks for it so, from its own folder.
+    # nanoGPT's sample.py opens this path, relative to its own folder.
     meta = pickle.loads(Path(os.path.join("data", content["config"]["dataset"], "meta.pkl")).read_bytes())
     assert meta["vocab_size"] == 5 and [meta["stoi"][c] for c in "cab"] == CHAR.encode("cab").tolist()
     assert "".join(meta["itos"][i] for i in (0, 3, 2)) == CHAR.decode([0, 3, 2])
@@ -289,7 +289,7 @@ def test_nanogpt_export_has_the_optimizer_state(nano_run, export):
     header = torch.load(checkpoint)
     scores = [state["best_model_score"] for state in header["callbacks"].values() if "best_model_score" in state]
     assert content["best_val_loss"] == pytest.approx(min(float(s) for s in scores if s is not None))
-    # The original's groups: first what has two dimensions, then the rest.
+    # nanoGPT's parameter groups: tensors of two dimensions, then the rest.
     shapes = original_layout(content["model_args"])
     groups = [[n for n in shapes if len(shapes[n]) == 2], [n for n in shapes if len(shapes[n]) == 1]]
     parameters = {n: torch.nn.Parameter(content["model"][n].clone()) for n in shapes}
@@ -308,15 +308,15 @@ def test_nanogpt_export_has_the_optimizer_state(nano_run, export):
 
 def test_nanogpt_export_with_gpt2_tokens(saved_model, export):
     folder, _ = export(saved_model("nanogpt", GPT2Tokenizer(), **EXACT), "nanogpt")
-    assert not (folder / "meta.pkl").exists()  # then the original takes GPT-2's tokens
+    assert not (folder / "meta.pkl").exists()  # without it, nanoGPT uses GPT-2's tokens
 
 
-# What is refused, and what becomes of folders
+# Refusals, and existing folders
 
 
 @pytest.fixture
 def refused(refused, tmp_path):
-    """Call evaluate.py, which must refuse in one line and leave every file as it was."""
+    """Return a function that calls evaluate.py, and checks that it refuses and creates no file."""
 
     def call(*flags: object, mentions: Sequence[object]) -> None:
         before = sorted(tmp_path.rglob("*"))
@@ -368,7 +368,7 @@ def test_export_into_other_folders_is_refused(saved_model, refused, export, tmp_
     checkpoint = saved_model("mingpt")
     mine = tmp_path / "mine"
     mine.mkdir()
-    export(checkpoint, "hf", mine)  # it was empty
+    export(checkpoint, "hf", mine)  # an empty folder is accepted
     export(checkpoint, "pt", mine)
     assert not (mine / "model.safetensors").exists() and (mine / "model.pt").exists()
     (mine / "notes.txt").write_text("my own")

@@ -1,4 +1,4 @@
-"""Tokenizers out: what ``evaluate.py --export hf`` writes, opened by ``AutoTokenizer``."""
+"""Exported tokenizers: ``AutoTokenizer`` opens what ``evaluate.py --export hf`` writes."""
 
 import json
 import os
@@ -65,7 +65,7 @@ def test_hf_export_has_the_published_merges_of_gpt2(saved_model, export):
 
 
 def test_hf_export_has_the_tokens_of_another_encoding(saved_model, export, monkeypatch):
-    """With cl100k's pattern, whose {1,3}+ means something else to Hugging Face's library."""
+    """Use cl100k's pattern, whose {1,3}+ has another meaning in Hugging Face's library."""
     tiktoken = pytest.importorskip("tiktoken")
     joined = [b"12", b"34", b"1234", b"th", b"the", b" the", b"\n\n", b"\r\n", b"!!", b"!!\n"]
     ranks = {bytes([(i + 7) % 256]): i for i in range(256)} | {token: 256 + i for i, token in enumerate(joined)}

@@ -1,4 +1,4 @@
-"""Checkpoints of every strategy: read lazily, converted, checked, refused."""
+"""Checkpoints of every strategy: lazy reading, conversion, checks and refusals."""
 
 import json
 import os
@@ -29,10 +29,10 @@ RUNS = {
     "zero3": ("deepspeed_stage_3", "nanogpt"),
 }
 HAS_DEEPSPEED = find_spec("deepspeed") is not None
-# Odd sizes, which no number of ranks divides.
+# Odd sizes, which two ranks do not divide.
 SIZES = "--n_layer=2 --n_head=3 --n_embd=9 --block_size=15 --batch_size=4 --max_steps=3 --eval_interval=3"
 
-# DeepSpeed's own tools, in a process of their own: one argument for each folder, the results beside them.
+# Script: read each checkpoint folder in the arguments with DeepSpeed's own tools, and save the result beside it.
 DEEPSPEED_TOOLS = """
 import sys, types
 from pathlib import Path
@@ -60,7 +60,7 @@ for argument in sys.argv[1:]:
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory, text_file) -> dict[str, Path]:
-    """A checkpoint of each sharded strategy, all trained at the same time on two ranks each; do not write to it."""
+    """Train with each sharded strategy on two ranks, all at the same time; return the checkpoints, read-only."""
     folder = tmp_path_factory.mktemp("formats")
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     jobs = {}
@@ -79,7 +79,7 @@ def runs(tmp_path_factory, text_file) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def references(runs, tmp_path_factory) -> dict[str, dict[str, dict[str, torch.Tensor]]]:
-    """Weight, exp_avg and exp_avg_sq of each parameter, as torch's and DeepSpeed's own tools read them."""
+    """Return weight, exp_avg and exp_avg_sq of each parameter, read with torch's and DeepSpeed's own tools."""
     file = tmp_path_factory.mktemp("dcp") / "all.pt"
     dcp_to_torch_save(runs["fsdp"], file)
     merged = torch.load(file, weights_only=False)
@@ -108,7 +108,7 @@ def kind(request) -> str:
 
 @pytest.fixture
 def copied(runs, tmp_path):
-    """Copy a checkpoint to where a test may change it."""
+    """Return a function that copies a checkpoint, so that a test may change it."""
 
     def copy(kind: str) -> Path:
         return Path(shutil.copytree(runs[kind], tmp_path / kind / "checkpoints" / "last.ckpt"))
@@ -123,7 +123,7 @@ def single(tiny_run) -> Path:
 
 @pytest.fixture
 def tied_file(tmp_path):
-    """Write a checkpoint file of a tied model, after a change of its weights."""
+    """Return a function that changes the weights of a tied model and writes its checkpoint file."""
     config = {"n_layer": 1, "n_head": 1, "n_embd": 8, "vocab_size": 5, "block_size": 4}
     header = {"hyper_parameters": {"implementation": "nanogpt", "model_config": config}, "global_step": 1}
 
@@ -139,7 +139,7 @@ def tied_file(tmp_path):
 
 
 def assert_cannot_be_read(path: Path, *mentions: object, **settings: bool) -> None:
-    """Opening the checkpoint or reading its weights raises a UserError of one line."""
+    """Check that opening the checkpoint or reading its weights raises a UserError of one line."""
     with pytest.raises(UserError) as caught:
         checkpoint = open_checkpoint(path, **settings)
         checkpoint.hash()
@@ -148,7 +148,7 @@ def assert_cannot_be_read(path: Path, *mentions: object, **settings: bool) -> No
 
 
 def equal(a: Checkpoint, b: Checkpoint) -> bool:
-    """Whether two checkpoints hold the same bits."""
+    """Return whether two checkpoints are bit-identical."""
     for name in a.names():
         ours, theirs = a.optimizer_state(name), b.optimizer_state(name)
         assert torch.equal(a.weight(name), b.weight(name)) and a.weight(name).dtype == b.weight(name).dtype
@@ -202,13 +202,13 @@ def _assert_round_trip(checkpoint: Checkpoint, folder: Path) -> None:
     assert again.header.keys() == checkpoint.header.keys() and again.header["loops"] == checkpoint.header["loops"]
     assert again.tokenizer.to_dict() == checkpoint.tokenizer.to_dict() and again.data == checkpoint.data
     with safe_open(folder / "model.safetensors", "pt") as file:
-        assert sorted(file.keys()) == checkpoint.names()  # a tie is stored once
+        assert sorted(file.keys()) == checkpoint.names()  # tied weights are stored once
     config = json.loads((folder / "config.json").read_text())
     assert config["format"] == "lightning-gpt" and config["ties"] == checkpoint.ties
     model = empty_model(checkpoint.implementation, model_config=checkpoint.model_config).to_empty(device="cpu")
     model.load_state_dict(torch.load(folder / "model.pt", weights_only=True), strict=True)
     assert all(torch.equal(tensor, checkpoint.weight(name)) for name, tensor in model.state_dict().items())
-    convert(again, folder)  # onto itself, and the older form is replaced
+    convert(again, folder)  # in place, which replaces the older conversion
     assert sorted(p.name for p in folder.parent.iterdir()) == [folder.name]
     assert not open_checkpoint(folder).has_optimizer and open_checkpoint(folder).step == checkpoint.step
 
@@ -257,7 +257,7 @@ def test_reading_shards_uses_no_collectives(runs, monkeypatch):
 
 
 class Foreign:
-    """Creates a file when it is unpickled."""
+    """Create a file when unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -295,7 +295,7 @@ def test_own_runs_are_trusted(single, tmp_path, monkeypatch):
     remember_run(run)
     assert open_checkpoint(run / "x.ckpt").hash()
     assert (tmp_path / "cache" / "runs.txt").read_text().splitlines() == [str(run)]
-    monkeypatch.setenv("LIGHTNING_GPT_CACHE", str(single))  # a file: nothing can be written there
+    monkeypatch.setenv("LIGHTNING_GPT_CACHE", str(single))  # a file, so that nothing can be written below it
     remember_run(run)
     assert_cannot_be_read(run / "x.ckpt", "--trust_checkpoint")
 
@@ -305,7 +305,7 @@ def test_incomplete_folders_are_refused(copied, kind, cut):
     path = copied(kind)
     files = [f for f in path.rglob("*") if f.is_file() and f.name != "latest" and not f.name.endswith(".py")]
     if kind == "zero3":
-        files = [f for f in files if "rank_1_mp_rank_00_model" not in f.name]  # only rank 0's has what is needed
+        files = [f for f in files if "rank_1_mp_rank_00_model" not in f.name]  # only rank 0's file is needed
     assert len(files) >= 3
     for file in files:
         whole = file.read_bytes()
@@ -345,7 +345,7 @@ def test_conversion_is_cached_beside_the_checkpoint(copied, single):
     assert first.path == folder == find_checkpoint(str(folder), which="best")
     made = (folder / "config.json").stat().st_mtime_ns
     assert ensure_canonical(path).hash() == first.hash() and (folder / "config.json").stat().st_mtime_ns == made
-    os.utime(path / "meta.pt")  # saved anew
+    os.utime(path / "meta.pt")  # as if saved again
     ensure_canonical(path)
     assert (folder / "config.json").stat().st_mtime_ns > made
     shutil.rmtree(folder)
@@ -383,7 +383,7 @@ def test_entry_points_open_sharded_folders(runs, references, kind, text_file, ca
     import evaluate
     import sample
 
-    # Score the windows of the validation split with the weights that torch's or DeepSpeed's own tools read.
+    # Expected score: the validation windows with the weights that torch's or DeepSpeed's own tools read.
     checkpoint = open_checkpoint(runs[kind])
     model = GPTModule(checkpoint.implementation, model_config=checkpoint.model_config).model.eval()
     model.load_state_dict({name: state["weight"] for name, state in references[kind].items()})

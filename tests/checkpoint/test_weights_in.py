@@ -1,4 +1,4 @@
-"""Weights that other programs wrote: the same logits as Hugging Face's, in both models, by every door."""
+"""Weights of other programs: both models compute the logits of transformers, from every format."""
 
 import json
 import math
@@ -27,7 +27,7 @@ TURNED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
 
 def hugging_face(**changes):
-    """A random GPT-2 of theirs, in which no bias is zero and no norm is one."""
+    """Build a random GPT-2 with transformers, in which no bias is 0 and no norm weight is 1."""
     torch.manual_seed(1)
     config = transformers.GPT2Config(**SIZES | {"bos_token_id": 0, "eos_token_id": 0} | changes)
     model = transformers.GPT2LMHeadModel(config).eval()
@@ -41,7 +41,7 @@ def saved(model, folder: Path, form: str = "safetensors") -> Path:
     if form == "bin":
         folder.mkdir(parents=True)
         model.config.save_pretrained(folder)
-        mask = torch.ones(1, 1, 16, 16, dtype=torch.bool)  # as older versions of theirs saved it
+        mask = torch.ones(1, 1, 16, 16, dtype=torch.bool)  # older versions of transformers saved it
         torch.save(model.state_dict() | {"transformer.h.0.attn.bias": mask}, folder / "pytorch_model.bin")
     else:
         model.save_pretrained(folder, max_shard_size="8KB" if form == "shards" else "1GB")
@@ -49,7 +49,7 @@ def saved(model, folder: Path, form: str = "safetensors") -> Path:
 
 
 def original_state_dict(model) -> dict[str, torch.Tensor]:
-    """The weights as minGPT and nanoGPT name and lay them out, with the mask that their attention keeps."""
+    """Return the weights with the names and layout of minGPT and nanoGPT, including their attention masks."""
     weights = {name: w.t().contiguous() if name.endswith(TURNED) else w for name, w in model.state_dict().items()}
     mask = torch.ones(16, 16).tril().view(1, 1, 16, 16)
     return weights | {f"transformer.h.{i}.attn.bias": mask for i in range(2)}
@@ -61,7 +61,7 @@ def adapted(checkpoint, implementation: str, **fields) -> AdaptedCheckpoint:
 
 
 def logits(model, idx: torch.Tensor) -> torch.Tensor:
-    """At all positions, which nanoGPT gives where there are targets."""
+    """Return the logits of all positions; nanogpt computes them only if there are targets."""
     with torch.no_grad():
         return model.eval()(idx, idx)[0]
 
@@ -70,13 +70,13 @@ def assert_same_logits(model, theirs, *, length: int = 16) -> None:
     idx = torch.randint(0, 20, (3, length), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = theirs(idx).logits
-    assert expected.std() > 0.5  # something to compare
+    assert expected.std() > 0.5  # the logits are not trivial
     torch.testing.assert_close(logits(model, idx), expected, rtol=0, atol=1e-4)
 
 
 @pytest.fixture
 def refused(refused):
-    """Call train.py, check that it refuses in one line, and return that line."""
+    """Return a function that calls train.py --dry_run, checks that it refuses, and returns the line."""
     return lambda *flags, mentions=(): refused(train.main, *flags, "--accelerator=cpu", "--dry_run", mentions=mentions)
 
 
@@ -134,7 +134,7 @@ def test_original_nanogpt_checkpoint_has_the_same_logits(tmp_path, prefix):
     theirs = hugging_face(activation_function="gelu")
     args = {"n_layer": 2, "n_head": 3, "n_embd": 12, "block_size": 16, "vocab_size": 20, "dropout": 0.2}
     if prefix:
-        args["bias"] = True  # old ones do not say it
+        args["bias"] = True  # old checkpoints lack it
     state = {prefix + name: tensor for name, tensor in original_state_dict(theirs).items()}
     content = {"model": state, "optimizer": {"state": {}, "param_groups": []}, "model_args": args, "iter_num": 7}
     content |= {"best_val_loss": torch.tensor(1.5), "config": {"dataset": "shakespeare_char"}}
@@ -176,7 +176,7 @@ def test_padded_gpt2_vocabulary_of_nanogpt_is_detected(tmp_path):
 def test_original_mingpt_state_dict_has_the_same_logits(tmp_path, source_of_n_head, refused):
     theirs = hugging_face(tie_word_embeddings=False)
     torch.save(original_state_dict(theirs), tmp_path / "model.pt")
-    if source_of_n_head == "config":  # the heads of a preset, as minGPT writes it before it builds the model
+    if source_of_n_head == "config":  # minGPT writes the config before it resolves the preset
         theirs = hugging_face(tie_word_embeddings=False, n_layer=3, n_embd=48)
         weights = original_state_dict(theirs) | {"transformer.h.2.attn.bias": torch.ones(1, 1, 16, 16)}
         torch.save(weights, tmp_path / "model.pt")
@@ -198,7 +198,7 @@ def test_tokenizer_of_another_size_than_the_embedding(tmp_path, capsys):
         folder = saved(hugging_face(vocab_size=rows), tmp_path / name)
         (folder / "tokenizer.json").write_text(tokenizer_json(CharTokenizer("abcdefgh")))
     flags = ["--accelerator=cpu", "--max_new_tokens=300", "--temperature=50", "--prompt=h"]
-    sample.main([f"--checkpoint={tmp_path / 'more'}", *flags])  # rows beyond the tokens are padding
+    sample.main([f"--checkpoint={tmp_path / 'more'}", *flags])  # rows without a token are padding
     assert len(capsys.readouterr().out) == 302
     with pytest.raises(SystemExit):
         sample.main([f"--checkpoint={tmp_path / 'fewer'}", *flags])
@@ -207,7 +207,7 @@ def test_tokenizer_of_another_size_than_the_embedding(tmp_path, capsys):
 
 @pytest.mark.parametrize("own", ["mingpt", "nanogpt"])
 def test_vocabulary_padding_is_never_sampled(tmp_path, own):
-    """Even where all logits are far below the 0 that rows of zeros would have."""
+    """Check padding where all logits are far below 0, the logit of an all-zero row."""
     theirs = hugging_face(tie_word_embeddings=own == "nanogpt")
     with torch.no_grad():
         theirs.lm_head.weight[:, 0] = 1.0
@@ -224,7 +224,7 @@ def test_vocabulary_padding_is_never_sampled(tmp_path, own):
     torch.manual_seed(0)
     assert padded.generate(idx[:, :3], 50, do_sample=True, temperature=50.0).max() < 20
     again = adapted(adapted(checkpoint, own, vocab_size=64, vocab_padding=44), own, vocab_size=20, vocab_padding=0)
-    assert_same_logits(again.module().model, theirs)  # what was padded is cut
+    assert_same_logits(again.module().model, theirs)  # the padding is removed again
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ class OtherConfig:
 
 
 class Other(torch.nn.Embedding):
-    """A model of another layout."""
+    """A model with another layout than GPT-2's."""
 
     def __init__(self, config: OtherConfig) -> None:
         super().__init__(config.vocab_size, config.vocab_size)
@@ -292,7 +292,7 @@ class Other(torch.nn.Embedding):
 
 
 class Planted:
-    """Writes a file when it is unpickled."""
+    """Write a file when unpickled."""
 
     def __init__(self, file: Path) -> None:
         self.file = file

@@ -1,4 +1,4 @@
-"""Every mistake of a user is answered by one line on stderr and exit code 2, and leaves nothing behind."""
+"""Every mistake of a user gives one line on stderr and exit code 2, and leaves no file behind."""
 
 import json
 import os
@@ -21,7 +21,7 @@ needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a 
 
 @pytest.fixture
 def refused(refused, tmp_path, monkeypatch):
-    """Call an entry point in an empty folder; check that it refuses in one line and leaves nothing behind."""
+    """Return a function that calls an entry point in an empty folder, and checks that it refuses and leaves no file."""
     folder = tmp_path / "cwd"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -36,7 +36,7 @@ def refused(refused, tmp_path, monkeypatch):
 
 @pytest.fixture
 def refused_training(refused, tiny_flags, text_file):
-    """Call train.py for a tiny run with further flags; otherwise like ``refused``."""
+    """Return a function like ``refused`` for train.py, with the flags of a tiny run."""
 
     def call(*flags, mentions=()):
         return refused(train.main, *tiny_flags, f"--data={text_file}", *flags, mentions=mentions)
@@ -226,7 +226,7 @@ def test_unreadable_yaml_is_refused(refused, tmp_path):
 
 @pytest.mark.parametrize("logger", ["none", "csv", "tensorboard"])
 def test_unwritable_run_folder_is_refused(logger, refused_training, tmp_path):
-    # Below a file: permissions alone would not stop root.
+    # A path below a file, because permissions do not stop root.
     file = tmp_path / "file"
     file.write_text("")
     refused_training(f"--out_dir={file / 'run'}", f"--logger={logger}", mentions=["--out_dir", "cannot be written"])
@@ -259,7 +259,7 @@ def test_missing_run_is_refused(refused_training, refused, tmp_path):
 
 @pytest.fixture
 def not_checkpoints(tmp_path):
-    """Files that are not checkpoints of ours."""
+    """Write files that are not our checkpoints."""
     garbage, empty, weights, listed, code = (
         tmp_path / f"{n}.ckpt" for n in ("garbage", "empty", "weights", "listed", "code")
     )
@@ -341,7 +341,7 @@ def test_missing_value_of_a_model_field_is_refused(refused, monkeypatch, tmp_pat
 
 
 def test_shell_command_prints_one_line_only(tmp_path):
-    """In a real process nothing else is on stderr, such as a warning of Lightning."""
+    """Check in a real process that stderr has nothing else, such as warnings of Lightning."""
     command = [sys.executable, REPO / "train.py", "--strategy", "dpp", "--data"]
     done = subprocess.run([*command, REPO / "train.py"], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")

@@ -1,4 +1,4 @@
-"""Flags and YAML files to one resolved configuration."""
+"""Parsing flags and YAML files into one resolved configuration."""
 
 import dataclasses
 import subprocess
@@ -57,7 +57,7 @@ def test_optimizer_options_as_flags_yaml_and_arguments():
 
 
 def test_new_optimizer_option_is_declared_once(monkeypatch, refused, tiny_flags, text_file):
-    """A row and a dataclass give it a flag with a help line and a limit, a default, and refusal beside others."""
+    """Check that a row and a dataclass give a flag with limits, a default, and refusal by other optimizers."""
 
     @dataclasses.dataclass(frozen=True)
     class Options:
@@ -81,7 +81,7 @@ def test_value_may_begin_with_a_dash():
 
 
 def test_prompt_is_not_parsed_as_yaml():
-    # A YAML parser would make a number, a switch or nothing of these.
+    # YAML would parse these as numbers, booleans, null and so on.
     for text in ("12", "true", "null", "{a: 1}", " padded ", "\n", "2024-01-01", "caf\u00e9"):
         assert parse_sample(["--prompt", text]).prompt == text
         assert parse_train(["--prompt", text]).run.prompt == text
@@ -104,7 +104,7 @@ def test_later_config_overrides_an_earlier_one(tmp_path):
 
 
 def test_scientific_notation_without_a_point_is_a_number(tmp_path):
-    # YAML 1.1 reads 1e-3 as a text.
+    # YAML 1.1 parses 1e-3 as a string.
     assert parse_train(["--config", _yaml(tmp_path, "learning_rate: 1e-3\n")]).optim.learning_rate == 1e-3
 
 

@@ -1,4 +1,4 @@
-"""Corpora: which files, in which order, and the one-line errors."""
+"""Corpora: which files are read, in which order, and one-line errors."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def test_stdlib_is_large_ascii_library_code() -> None:
     content = _content(corpus)
     assert len(content) > 4_000_000
     assert content.isascii()
-    assert b"class TestProgram(" in content  # unittest is library, not a test
+    assert b"class TestProgram(" in content  # unittest is part of the library, not a test
     assert b"class BaseTestUUID" not in content
 
 

@@ -1,4 +1,4 @@
-"""prepare.py: tokens and splits do not depend on threads, pieces or interruptions."""
+"""prepare.py: tokens and splits do not depend on threads, piece sizes or interruptions."""
 
 import json
 import os
@@ -22,13 +22,13 @@ from lightning_gpt.data.tokens.token_files import open_token_files
 from lightning_gpt.tokenizers import ByteTokenizer, CharTokenizer, build_tokenizer
 
 REPO = Path(__file__).parents[2]
-# Kinds of white space, and of characters that patterns tell apart.
+# White space and characters that tokenizer patterns distinguish.
 TRICKY = st.text(alphabet=" \t\r\n\u00a0ab'sB1.!\u00e9\u0301\u65e5\U0001f600", max_size=60)
 
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory) -> Path:
-    """A text of 150 kB with lines, empty lines, indentation and characters of one to four bytes."""
+    """Write 150 kB of text with lines, empty lines, indentation and characters of one to four bytes."""
     draw = random.Random(1)
     words = "the Cat sat, on it's  mat\u00e9 \u65e5\u672c \U0001f600 1234 <|endoftext|> don't --- x".split(" ")
     lines = (" " * draw.randrange(3) + " ".join(draw.choices(words, k=draw.randrange(14))) for _ in range(3000))
@@ -39,7 +39,7 @@ def story(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def small_units(monkeypatch) -> None:
-    """Cut often and commit every unit, so that a small text takes every path of a large one."""
+    """Make units small and commit each, so that a small text exercises the code paths of a large one."""
     monkeypatch.setattr(encoding, "UNIT_BYTES", 2000)
     monkeypatch.setattr(tokenizing, "COMMIT_SECONDS", 0.0)
 
@@ -117,7 +117,7 @@ def test_documents_are_drawn_and_end_in_end_of_text(tmp_path, byte_level_file, s
         prepare.main([str(rows), f"--out={out}", *flags])
         files = open_token_files(out)
         assert found.setdefault(seed, _files(out)) == _files(out)
-    # An independent draw of the same documents is not possible; but each is in one split, whole, and in order.
+    # The draw cannot be repeated independently. Check that each document is in one split, whole and in order.
     for seed in found:
         splits = {}
         for name in ("train.bin", "val.bin"):
@@ -291,7 +291,8 @@ def test_prepare_restarts_after_inputs_change(story, tmp_path, small_units, caps
         _stop_after(patch, commits=1)
         with pytest.raises(_Stopped):
             prepare.main(command)
-    assert (tmp_path / "out" / "train.bin").read_bytes() == b"x\0" * 4500  # the old folder stays until then
+    # The old folder stays until the new one is complete.
+    assert (tmp_path / "out" / "train.bin").read_bytes() == b"x\0" * 4500
     prepare.main([*command, "--val_fraction=0.5"])
     assert "beginning anew" in capsys.readouterr().err
     assert (tmp_path / "out" / "train.bin").read_bytes() == b"x\0" * 2500
@@ -363,7 +364,7 @@ def test_train_on_a_prepared_folder(story, tmp_path, tiny_flags, monkeypatch, ca
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
 
 
-# getrusage would count the parent's memory, too.
+# Reads VmHWM, because getrusage would include the parent's memory.
 _MEASURED = """
 import re, sys
 import prepare

@@ -1,4 +1,4 @@
-"""prepare.py: every input format gives the tokens of the plain text, and bad input is one line."""
+"""prepare.py: every input format gives the tokens of the plain text; bad input gives a one-line error."""
 
 import gzip
 import hashlib
@@ -44,7 +44,7 @@ def _parquet(path: Path, texts: list, column: str = "text", **options) -> None:
 
 
 def _gz(path: Path, content: bytes) -> None:
-    path.write_bytes(gzip.compress(content[:99]) + gzip.compress(content[99:]))  # as `cat a.gz b.gz` makes it
+    path.write_bytes(gzip.compress(content[:99]) + gzip.compress(content[99:]))  # two members, as `cat a.gz b.gz` gives
 
 
 def _write(path: Path, content: bytes) -> Path:

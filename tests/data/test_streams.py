@@ -1,4 +1,4 @@
-"""Streams: the training order is a permutation that ranks, workers and resuming do not change; evaluation is exact."""
+"""Streams: the training order does not depend on ranks, workers or resuming; evaluation scores each token once."""
 
 import functools
 import itertools
@@ -21,7 +21,7 @@ def _opener(n_tokens: int):
 
 
 def _never() -> np.ndarray:
-    raise AssertionError("the tokens are not needed for this")
+    raise AssertionError("the order must not read tokens")
 
 
 def _stream(n_tokens: int = 1000, block_size: int = 8, seed: int = 3) -> TokenStream:
@@ -109,7 +109,7 @@ def test_passes_and_seeds_differ() -> None:
     stream, other = _stream(), _stream(seed=4)
     n = stream.n_windows
     passes = stream.starts(np.arange(50 * n)).reshape(50, n)
-    assert set((passes[:, 0] % 8).tolist()) == set(range(8))  # the text is cut at every place
+    assert set((passes[:, 0] % 8).tolist()) == set(range(8))  # passes begin at every offset
     orders = {tuple(np.argsort(one).tolist()) for one in passes}
     assert len(orders) == 50
     assert not np.array_equal(other.starts(np.arange(n)), passes[0])

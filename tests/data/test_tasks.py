@@ -31,7 +31,7 @@ def all_rows(task, split):
 
 
 def mingpt_adder(ndigit):
-    """Build the rows of both splits as minGPT's code does, one at a time."""
+    """Build the rows of both splits as minGPT does, one at a time."""
     order = torch.randperm(100**ndigit, generator=torch.Generator().manual_seed(1337)).tolist()
     held_out = min(int(len(order) * 0.2), 500)
     rows = []
@@ -112,7 +112,7 @@ def test_validation_scores_each_row_once_on_three_ranks(limit, scored):
 
 def test_count_right_requires_whole_answers():
     targets = torch.tensor([[-1, 2, 1], [-1, 2, 1], [-1, 0, 0], [-1, -1, -1]])
-    predicted = torch.tensor([[0, 2, 1], [1, 2, 0], [2, 0, 0], [0, 0, 0]])  # right, half right, right, padding
+    predicted = torch.tensor([[0, 2, 1], [1, 2, 0], [2, 0, 0], [0, 0, 0]])  # answers: right, half right, right, padding
     assert count_right(torch.nn.functional.one_hot(predicted).float(), targets).tolist() == [2, 3]
 
 
@@ -124,7 +124,7 @@ def train_sort(folder, *, steps):
 
 
 def test_accuracy_ignores_vocabulary_padding():
-    logits = torch.tensor([[[0.0, 1.0, 2.0]]])  # 1 is the likeliest of what can be sampled
+    logits = torch.tensor([[[0.0, 1.0, 2.0]]])  # token 2 may be padding; then 1 is the likeliest
     for padding, accuracy in ((1, 1.0), (0, 0.0)):
         sums = ScoreSums(torch.device("cpu"), has_answers=True, padding=padding)
         sums.add(logits, torch.tensor(0.5), torch.tensor([[1]]))
@@ -134,7 +134,7 @@ def test_accuracy_ignores_vocabulary_padding():
 
 @pytest.fixture(scope="module")
 def sort_run(tmp_path_factory):
-    """A run that has learnt to sort."""
+    """Train a run that has learned to sort; read-only."""
     folder = tmp_path_factory.mktemp("sort") / "run"
     train_sort(folder, steps=100)
     return folder

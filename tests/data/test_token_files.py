@@ -1,4 +1,4 @@
-"""Token files: format, cache, nanoGPT's folders, and the one-line errors."""
+"""Token files: format, cache, nanoGPT's folders, and one-line errors."""
 
 import json
 import multiprocessing

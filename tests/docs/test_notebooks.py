@@ -1,4 +1,4 @@
-"""Test that the notebooks run from top to bottom, and that their saved output is current and clean.
+"""Notebooks: they run from top to bottom, and their saved output is current and clean.
 
 To save new output: ``HF_HUB_OFFLINE=1 jupyter execute --inplace examples/*.ipynb``.
 """
@@ -16,7 +16,7 @@ from lightning_gpt.models import GPTModule
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
-# What the output of each must contain.
+# Pattern that the output of each notebook must match.
 FOUND = {
     "demo": r"^201012 -> 001122\n[\s\S]*^1[78]\d of 182 sorted$",
     "generate": r"^Training a small model instead\.\n[\s\S]*^def main\(",

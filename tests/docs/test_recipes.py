@@ -1,4 +1,4 @@
-"""Test that every recipe of configs/ parses and says what it should, and that each kind runs at a reduced size."""
+"""Recipes of configs/: all parse with the expected values, and one of each kind runs at a reduced size."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ KINDS = {
     "train_gpt2_alibi": [],
     "train_gpt2_flash": [],
 }
-RUN_ELSEWHERE = {"train_gpt2_flash", "mingpt_1.7b_offload"}  # below; for 8 GPUs, in tests/planning/test_dry_run.py
+RUN_ELSEWHERE = {"train_gpt2_flash", "mingpt_1.7b_offload"}  # in a test below, and in tests/planning/test_dry_run.py
 REDUCED = (
     "--n_layer=1 --n_head=1 --n_embd=8 --block_size=16 --batch_size=2 --max_steps=2 --eval_interval=2 --eval_batches=1"
     " --accelerator=cpu --precision=32 --sample_tokens=0 --logger=none --compile=false --lr_decay_steps=2"
@@ -40,7 +40,7 @@ REDUCED = (
 
 @pytest.fixture(scope="module")
 def small_gpt2(tmp_path_factory) -> Path:
-    """Return a folder of a random GPT-2 with byte tokens, as transformers writes it."""
+    """Save a random GPT-2 with transformers, with a byte tokenizer, and return the folder."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     folder = tmp_path_factory.mktemp("gpt2")

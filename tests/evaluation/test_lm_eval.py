@@ -1,4 +1,4 @@
-"""lm-eval's tasks over a model of ours: what the adapter says, against logits by hand and our own scores."""
+"""lm-eval: compare the adapter's answers with hand-computed logits and with evaluate.py's own scores."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from lightning_gpt.tokenizers import ByteTokenizer, CharTokenizer
 
 HAS_LM_EVAL = find_spec("lm_eval") is not None
 needs_lm_eval = pytest.mark.skipif(not HAS_LM_EVAL, reason="lm-eval is not installed")
-CHARS = CharTokenizer("abc\n ")  # and the block size, of the models of `saved_model`
+CHARS = CharTokenizer("abc\n ")  # the tokenizer of `saved_model`; BLOCK is its block size
 BLOCK = 12
 
 QUESTIONS = [
@@ -60,7 +60,7 @@ metric_list:
 
 @pytest.fixture
 def tasks(tmp_path, monkeypatch):
-    """A folder of three tasks over a local file; one has code that needs Hugging Face's ``evaluate``, not ours."""
+    """Write three tasks over a local file; one imports Hugging Face's ``evaluate``, named like our script."""
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     folder = tmp_path / "tasks"
@@ -82,10 +82,10 @@ def scorer_of(checkpoint):
 
 
 def by_hand(model, context: list[int], answer: list[int], *, vocab: int = 5) -> tuple[float, bool]:
-    """The sum of log-softmax and whether each token is the likeliest, one forward pass for each token."""
+    """Return the sum of log-probabilities, and whether all tokens are the likeliest; one forward pass per token."""
     total, is_greedy = 0.0, True
     for at, token in enumerate(answer):
-        # All of the answer is read in one window, which ends before its last token.
+        # The whole answer is scored in one window, which ends before its last token.
         window = (context + answer)[:-1][-BLOCK:]
         idx = torch.tensor([window[: len(window) - (len(answer) - 1 - at)]])
         with torch.no_grad():
@@ -136,7 +136,7 @@ def test_first_token_of_a_text():
 @needs_lm_eval
 @pytest.mark.parametrize("text", ["abc abc\ncab cab bcb aabc", "abcab c" * 5])
 def test_rolling_loglikelihood_equals_evaluate(text, saved_model, tmp_path):
-    """Of a text of whole windows side by side; of another, each last window has more context than ours."""
+    """Compare with evaluate.py if the text is a whole number of windows; else the last window has more context."""
     checkpoint = saved_model("mingpt")
     model, scorer = scorer_of(checkpoint)
     nats = adapter(scorer, CHARS).loglikelihood_rolling([SimpleNamespace(args=(text,))])
@@ -210,7 +210,7 @@ def test_tasks_run_from_the_command_line(saved_model, tasks, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "mentions"),
     [
-        pytest.param(  # all of lm-eval's own tasks are looked through
+        pytest.param(  # slow: searches all of lm-eval's tasks
             ["--lm_eval=tiny_chioce"], ["tiny_chioce", "did you mean tiny_choice?"], marks=pytest.mark.slow
         ),
         (["--lm_eval=tiny_choice,lost"], ["--lm_eval", "lost.jsonl"]),

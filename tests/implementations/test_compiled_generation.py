@@ -1,4 +1,4 @@
-"""sample.py --compile: the same text, compiled once for texts of all lengths."""
+"""sample.py --compile: the text is unchanged, and one compilation serves texts of all lengths."""
 
 import shutil
 
@@ -26,7 +26,7 @@ MODELS = {
 
 @pytest.fixture
 def graphs():
-    """How many graphs were compiled so far."""
+    """Return a function that returns the number of graphs compiled so far."""
     torch.compiler.reset()
     counters.clear()
     yield lambda: counters["stats"]["unique_graphs"]
@@ -55,7 +55,7 @@ def test_compiled_text_is_unchanged_and_compiles_once_per_batch_size(name, greed
     assert graphs() == 0
     assert module.compile_generation("eager")
     assert generate(texts) == expected[0] and graphs() == 1
-    assert generate(more) == expected[1] and graphs() == 2  # torch compiles a dimension of one apart
+    assert generate(more) == expected[1] and graphs() == 2  # torch compiles a batch size of 1 separately
 
 
 def test_compiled_rows_of_different_lengths(graphs):
@@ -78,7 +78,7 @@ def test_compiled_rows_of_different_lengths(graphs):
 
 def test_generation_compiles_only_on_request(graphs):
     module = module_of("nanogpt")
-    module.compile_setting = "eager"  # of training
+    module.compile_setting = "eager"  # the setting of training
     idx = torch.tensor([[1, 2, 3]])
     expected = module.generate(idx, 6, do_sample=False)
     assert graphs() == 0

@@ -1,4 +1,4 @@
-"""New tokens: with the cache as without it, drawn from the right distribution, for any model and any prompts."""
+"""Generation: same tokens with and without the cache, drawn from the right distribution, for any model and prompts."""
 
 import inspect
 import math
@@ -25,7 +25,7 @@ MODELS = {
 
 
 def model_of(name, *, block_size=BLOCK, vocab_size=VOCAB, **fields):
-    """A model whose next token depends on all that it reads, in eval mode."""
+    """Build a model in eval mode whose next token depends on its whole input."""
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": block_size, "vocab_size": vocab_size}
     torch.manual_seed(0)
     model = get_implementation(name).build(sizes | fields)
@@ -42,7 +42,7 @@ def model(request):
 
 
 class Plain(nn.Module):
-    """Another's forward, with nothing else of it; keeps the shapes that it was asked to read."""
+    """Wrap a model's forward, without its other methods, and record the shapes of the inputs."""
 
     def __init__(self, model):
         super().__init__()
@@ -59,7 +59,7 @@ def prompts_of(lengths):
 
 
 def rows(model, prompts, settings, **options):
-    """The new tokens of each row."""
+    """Return the new tokens of each row."""
     new = [[] for _ in prompts]
     sizes = {"block_size": BLOCK, "vocab_size": VOCAB, "device": CPU} | options
     for step in generate_tokens(model, prompts, settings, **sizes):
@@ -69,7 +69,7 @@ def rows(model, prompts, settings, **options):
 
 
 def original_loop(model, prompt, steps, *, vocab_size=VOCAB):
-    """What both originals do when they are greedy: read the last tokens again for each new one."""
+    """Generate as minGPT and nanoGPT do when greedy: read the whole window again for each new token."""
     text = list(prompt)
     with torch.no_grad():
         for _ in range(steps):
@@ -97,7 +97,7 @@ def test_greedy_tokens_equal_the_original_loop(model, lengths):
     prompts = prompts_of(lengths)
     found = rows(model, prompts, GenerationSettings(max_new_tokens=3 * BLOCK, greedy=True))
     assert found == [original_loop(model, prompt, 3 * BLOCK) for prompt in prompts]
-    assert len({token for row in found for token in row}) > 2  # not one token for ever
+    assert len({token for row in found for token in row}) > 2  # not the same token forever
 
 
 def test_model_generate_equals_the_original_loop(model):
@@ -142,7 +142,7 @@ def test_accepts_cache_detects_the_parameter(model):
 
 
 class Cached(Plain):
-    """The same for a model that accepts a cache."""
+    """The same wrapper for a model that accepts a cache."""
 
     def forward(self, idx, targets=None, *, cache=None):
         self.read.append(tuple(idx.shape))
@@ -178,13 +178,13 @@ def test_seed_repeats_draws_and_keeps_the_global_state(model):
     state, prompts = torch.get_rng_state(), [[1, 2, 3]] * 2
     first, again, other = (rows(model, prompts, GenerationSettings(max_new_tokens=15, seed=s)) for s in (5, 5, 6))
     assert first == again and first[0] != first[1]
-    assert other[0] == first[1] and other != first  # row r has the seed's r-th successor
+    assert other[0] == first[1] and other != first  # row r uses seed + r
     assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("top_k", [None, 4])
 def test_first_draws_follow_the_softmax(top_k):
-    """Chi-squared over 20,000 first tokens, against softmax of logits / temperature among the top_k."""
+    """Test 20,000 first tokens by chi-squared against the softmax of logits / temperature over the top_k."""
     model, prompt, n = model_of("nanogpt", vocab_size=8), [1, 5, 2], 20_000
     logits = model(torch.tensor([prompt]))[0][0, -1].detach() / 6
     if top_k:
@@ -196,11 +196,11 @@ def test_first_draws_follow_the_softmax(top_k):
     possible = expected > 0
     assert counts[~possible].sum() == 0 and expected[possible].min() > 5
     chi_squared = float(((counts - expected)[possible] ** 2 / expected[possible]).sum())
-    assert chi_squared < {8: 24.3, 4: 16.3}[int(possible.sum())]  # 0.1 % with 7 and with 3 degrees of freedom
+    assert chi_squared < {8: 24.3, 4: 16.3}[int(possible.sum())]  # 0.1 % quantiles for 7 and 3 degrees of freedom
 
 
 def test_second_draws_follow_the_softmax():
-    """The pair of two tokens: the second step's numbers are independent of the first's."""
+    """Test pairs of tokens by chi-squared: the second draw is independent of the first."""
     model, n = model_of("mingpt", vocab_size=3), 12_000
     drawn = torch.tensor(rows(model, [[1]] * n, GenerationSettings(max_new_tokens=2, temperature=6), vocab_size=3))
     counts = torch.bincount(drawn[:, 0] * 3 + drawn[:, 1], minlength=9)
@@ -209,7 +209,7 @@ def test_second_draws_follow_the_softmax():
         second = model(torch.tensor([[1, token] for token in range(3)]))[0][:, -1].div(6).softmax(-1)
     expected = (first[:, None] * second).flatten() * n
     assert expected.min() > 5
-    assert float(((counts - expected) ** 2 / expected).sum()) < 26.1  # 0.1 % with 8 degrees of freedom
+    assert float(((counts - expected) ** 2 / expected).sum()) < 26.1  # 0.1 % quantile for 8 degrees of freedom
 
 
 def test_draw_maps_a_number_to_its_token():
@@ -234,7 +234,7 @@ def test_processors_match_transformers():
     )(ids, logits.clone())
     found = warp(penalise(logits, seen, penalty=1.3), settings)
     torch.testing.assert_close(found, expected)
-    assert 1 <= found.isfinite().sum(-1).min() and found.isfinite().sum(-1).max() < 60  # both cut
+    assert 1 <= found.isfinite().sum(-1).min() and found.isfinite().sum(-1).max() < 60  # top_k and top_p both cut
     narrow = warp(logits, GenerationSettings(max_new_tokens=1, top_p=1e-6))
     assert torch.equal(narrow.isfinite().nonzero()[:, 1], logits.argmax(-1))
 
@@ -292,7 +292,7 @@ def test_module_generates_as_its_model(name):
     torch.manual_seed(3)
     first = module.generate(idx, 20, do_sample=True)
     torch.manual_seed(3)
-    assert torch.equal(module.generate(idx, 20, do_sample=True), first)  # torch's seed counts where none is given
+    assert torch.equal(module.generate(idx, 20, do_sample=True), first)  # without a seed, torch's global one decides
     assert torch.equal(module.generate(idx, 0), idx)
 
 

@@ -19,7 +19,7 @@ SIZES = f"--n_layer=2 --n_head=4 --n_kv_head=2 --n_embd=32 --block_size={BLOCK}"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with the page's my_llama.py, which is also the working directory."""
+    """Write the page's my_llama.py to a folder, which becomes the working directory."""
     code = re.search(r"```python\n(# my_llama\.py\n.*?)```", DOCS.read_text(encoding="ascii"), re.DOTALL)
     assert code
     folder = tmp_path_factory.mktemp("llama")
@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def module(folder, text_file):
-    """The module of a short run, in eval mode."""
+    """Return the module of a short run, in eval mode."""
     flags = "--batch_size=8 --max_steps=30 --eval_interval=30 --warmup_steps=0 --learning_rate=1e-2 --logger=none"
     options = [*flags.split(), f"--data={text_file}", "--accelerator=cpu", "--sample_tokens=8", "--out_dir=runs/llama"]
     train.main(["--implementation=my_llama:Llama", *SIZES, *options])
@@ -44,7 +44,7 @@ def module(folder, text_file):
 
 @pytest.fixture
 def input_shapes(module, monkeypatch):
-    """The shapes of idx in each call of forward."""
+    """Record the shape of idx in each call of forward."""
     shapes, forward = [], type(module.model).forward
 
     def watched(self, idx, targets=None, *, cache=None):

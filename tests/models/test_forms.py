@@ -1,4 +1,4 @@
-"""The modules and their forms for strategies that shard, from Python; and what a strategy refuses."""
+"""The LightningModules and their FSDP and DeepSpeed forms, from Python; options that strategies refuse."""
 
 import json
 import sys
@@ -31,7 +31,7 @@ SIZES = dict(vocab_size=10, block_size=8, model_type=None, n_layer=2, n_head=2, 
 
 
 def fit(module: GPTModule, **settings) -> Trainer:
-    """Train on counting up from 0, under a plain Trainer."""
+    """Train to count up from 0 under a plain Trainer."""
     idx = torch.arange(9).repeat(64, 1)
     loader = DataLoader(TensorDataset(idx[:, :-1], idx[:, 1:]), batch_size=8)
     quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
@@ -77,7 +77,7 @@ def test_form_is_on_meta_until_configured_and_saves_a_plain_checkpoint(form, pla
 
 @pytest.mark.parametrize("cls", [*PLAIN, *(form for form, _ in PAIRS)])
 def test_load_from_checkpoint_of_own_and_other_forms(cls, tmp_path):
-    """Arguments of the model, training arguments and the optimizer's options come back; changed ones win."""
+    """Check that model, training and optimizer arguments are restored, and that given arguments override them."""
     plain = next(base for base in PLAIN if issubclass(cls, base))
     module = fit(plain(**SIZES, learning_rate=0.3, optimizer="muon", muon_learning_rate=0.05), max_steps=1)
     module.save_checkpoint(tmp_path / "plain.ckpt")
@@ -86,7 +86,7 @@ def test_load_from_checkpoint_of_own_and_other_forms(cls, tmp_path):
     again = cls.load_from_checkpoint(tmp_path / "own.ckpt", weights_only=True, strict=True, weight_decay=0.7)
     assert again.recompute and again.weight_decay == 0.7 and again.model_config == written.model_config
     torch.testing.assert_close(again.model.state_dict(), written.model.state_dict(), rtol=0, atol=0)
-    if not issubclass(cls, FORMS["deepspeed"]):  # which refuses muon
+    if not issubclass(cls, FORMS["deepspeed"]):  # DeepSpeed refuses muon
         again = cls.load_from_checkpoint(tmp_path / "plain.ckpt", weights_only=True)
         assert again.learning_rate == 0.3 and again.optimizer_options == {"muon_learning_rate": 0.05}
     if cls is plain:
@@ -95,7 +95,7 @@ def test_load_from_checkpoint_of_own_and_other_forms(cls, tmp_path):
 
 
 def test_load_from_checkpoint_of_earlier_versions(tmp_path):
-    """They hold muon's learning rate for every optimizer."""
+    """Load a checkpoint that stores muon's learning rate although its optimizer is AdamW."""
     module = NanoGPT(**SIZES)
     fit(module, max_steps=1).save_checkpoint(tmp_path / "own.ckpt")
     content = torch.load(tmp_path / "own.ckpt", weights_only=True)
@@ -148,7 +148,7 @@ def test_offload_trains_under_a_plain_trainer_with_cpu_adam():
 
 
 def test_fused_adam_is_chosen_if_it_compiles(monkeypatch):
-    """FusedAdam needs a GPU. A stand-in shows that it is chosen, and with which arguments."""
+    """Replace FusedAdam, which needs a GPU, to check that it is chosen, and its arguments."""
     adam = pytest.importorskip("deepspeed.ops.adam")
     monkeypatch.setattr(adam, "FusedAdam", lambda groups, **settings: (groups, settings))
     weight = torch.nn.Parameter(torch.ones(2))
@@ -192,7 +192,7 @@ def test_strategy_names_and_aliases():
 
 
 class Stop(Exception):
-    """Raised where training would begin."""
+    """Raised in place of training."""
 
 
 @pytest.mark.parametrize("alias", ALIASES)
@@ -215,7 +215,7 @@ def test_alias_is_the_same_strategy(alias, tiny_flags, text_file, tmp_path, monk
 
 @pytest.fixture
 def refused(refused, tmp_path, monkeypatch, text_file, tiny_flags):
-    """Call train.py with further flags; check that it refuses in one line and leaves nothing behind."""
+    """Return a function that calls train.py with more flags, and checks that it refuses and leaves no file behind."""
     folder = tmp_path / "cwd"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -273,7 +273,7 @@ def test_compile_without_a_compiler_is_refused(strategy, mode, refused, monkeypa
 
 
 ZERO = {"zero_optimization": {"stage": 2}}
-# Content of the file, further flags, and what the error mentions.
+# Content of the file, more flags, and texts in the error.
 FILES = {
     "missing": (None, [], ["ds.json", "No such file"]),
     "no JSON": ("{'stage': 2}", [], ["ds.json", "line 1"]),
@@ -350,7 +350,7 @@ def test_deepspeed_refuses_clipping_by_value(refused):
 
 
 def test_initial_weights_are_drawn_on_the_cpu():
-    """Lightning builds with the GPU as the default device; here the meta device stands in for it."""
+    """Build with the meta device as the default device, as Lightning does with the GPU."""
     torch.manual_seed(7)
     plain = NanoGPT(**SIZES).model.state_dict()
     torch.manual_seed(7)

@@ -1,4 +1,4 @@
-"""Behaviour of moderngpt.model, with transformers' NanoChat as the independent reference."""
+"""moderngpt.model, with transformers' NanoChat as the independent reference."""
 
 import math
 
@@ -13,7 +13,7 @@ L, H, C, V, S = 3, 4, 32, 61, 16
 
 
 def model_of(**fields) -> GPT:
-    """A model in eval mode whose every weight is random, so that every term shows in the logits."""
+    """Build a model in eval mode with random weights, so that every term affects the logits."""
     sizes = {"n_layer": L, "n_head": H, "n_embd": C, "vocab_size": V, "block_size": S}
     model = GPT(GPTConfig(**(sizes | fields)))
     draw = torch.Generator().manual_seed(0)
@@ -98,7 +98,7 @@ def test_initial_weights():
 
 @pytest.mark.parametrize("window", [1, 4, S, S + 9])
 def test_window_limits_attention(window):
-    """Of five layers the first three have it, the fourth and the last see all."""
+    """Check five layers: the first three have the window, the fourth and the last attend to all tokens."""
     model, idx = model_of(n_layer=5, window=window), tokens(1)
     seen: dict[int, torch.Tensor] = {}
     for layer, block in enumerate(model.transformer.h):
@@ -115,7 +115,7 @@ def test_window_limits_attention(window):
 
 @pytest.mark.parametrize("padding", [0, 7])
 def test_bigram_row_affects_only_its_pair(padding):
-    """Changing one row of the table changes the text from the pair's second token on, and no other text."""
+    """Change one row of the table: only logits from the pair's second token on change, only in texts with the pair."""
     model = model_of(vocab_size=V + padding, vocab_padding=padding, bigram=V * (V + 1))
     idx = torch.arange(S)[None] * 3
     before, first = logits_of(model, idx), logits_of(model, idx[:, 5:])
@@ -124,7 +124,7 @@ def test_bigram_row_affects_only_its_pair(padding):
     after = logits_of(model, idx)
     changed = (before != after).any(-1)[0]
     assert not changed[:5].any() and changed[5:].all()
-    assert torch.equal(logits_of(model, idx[:, 5:]), first)  # at the beginning it is no pair's second
+    assert torch.equal(logits_of(model, idx[:, 5:]), first)  # as the first token it is not part of a pair
 
 
 def test_smear_adds_the_gated_previous_embedding():
@@ -194,7 +194,7 @@ def test_refuses_bad_config(fields, message):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, text_file, tiny_flags):
-    """The folder of a finished run."""
+    """Train a tiny moderngpt and return its run folder."""
     out_dir = tmp_path_factory.mktemp("runs") / "modern"
     train.main([*tiny_flags, "--implementation=moderngpt", f"--data={text_file}", f"--out_dir={out_dir}"])
     return out_dir
@@ -202,7 +202,7 @@ def run(tmp_path_factory, text_file, tiny_flags):
 
 @pytest.mark.parametrize("flag", ["--n_head=2", "--window=3", "--softcap=9", "--block_size=8"])
 def test_resume_with_another_model_config_is_refused(run, capsys, flag):
-    """No shape of a weight shows any of these."""
+    """Check settings that weight shapes do not reveal."""
     with pytest.raises(SystemExit) as stop:
         train.main([f"--resume={run}", "--max_steps=8", flag])
     error = capsys.readouterr().err

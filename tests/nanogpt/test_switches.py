@@ -1,4 +1,4 @@
-"""nanoGPT's --attention and --position: all implementations agree, and unavailable ones are refused in one line."""
+"""nanogpt's --attention and --position: all implementations agree, and unavailable ones are refused."""
 
 import math
 
@@ -22,7 +22,7 @@ V, C, S = 61, 48, 16
 NANO = ["--implementation=nanogpt"]
 ALIBI = [*NANO, "--position=alibi"]
 WPE = "transformer.wpe.weight"
-# What MPT calls the same.
+# MPT's parameter names, and ours.
 MPT = {
     "blocks": "h",
     "norm_f": "ln_f",
@@ -37,7 +37,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is n
 
 
 def model_of(**fields) -> GPT:
-    """A model whose every weight shows in the logits."""
+    """Build a model in eval mode with random weights, so that every weight affects the logits."""
     torch.manual_seed(0)
     sizes = {"block_size": S, "vocab_size": V, "n_layer": 2, "n_head": 6, "n_embd": C}
     model = GPT(GPTConfig(**(sizes | fields)))
@@ -72,7 +72,7 @@ def test_slopes_match_bloom_for_any_number_of_heads():
 @pytest.mark.parametrize("attention", ["sdpa", "manual"])
 @pytest.mark.parametrize("n_head", [4, 6])
 def test_logits_match_mpt(attention, n_head):
-    """Hugging Face's MPT is this model to the last term, where it has no biases; also beyond the trained length."""
+    """Compare with transformers' MPT, which is the same model without biases."""
     transformers = pytest.importorskip("transformers")
     sizes = {"d_model": C, "n_heads": n_head, "n_layers": 2, "max_seq_len": 2 * S, "vocab_size": V}
     torch.manual_seed(0)
@@ -106,7 +106,7 @@ def test_manual_equals_sdpa_with_gradients(position):
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("heads", [4, 6])
 def test_flex_attention_equals_biased_sdpa(heads):
-    """What a GPU compiles, computed here as it stands, on more than one of its blocks."""
+    """Run the attention that a GPU would compile, here eagerly, on a sequence of more than one block."""
     T = 256
     q, k, v = torch.randn(3, 2, heads, T, 16, generator=torch.Generator().manual_seed(0))
     slopes = alibi_slopes(heads)
@@ -118,7 +118,7 @@ def test_flex_attention_equals_biased_sdpa(heads):
 
 @pytest.mark.slow
 def test_flex_attention_compiles_once():
-    """Blocks get a new bias, of the same make, with each batch."""
+    """Check that a new bias of the same kind, which each batch builds, causes no recompilation."""
     slopes, T = alibi_slopes(6), 128
     attend = model_of(position="alibi").transformer.h[0].attn
     x = torch.randn(2, T, C)
@@ -161,7 +161,7 @@ def test_alibi_has_no_position_embedding_and_extends():
 
 
 def test_alibi_scores_a_longer_context(saved_model, tmp_path):
-    """Each token by itself, after the context that it should have."""
+    """Compare with a loop that scores each token in a forward pass of its own."""
     text = "".join(np.random.default_rng(0).choice(list("abc\n "), size=1300))
     (tmp_path / "letters.txt").write_text(text)
     path, (size, stride) = saved_model("nanogpt", position="alibi"), (40, 9)
@@ -235,7 +235,7 @@ def test_pretrained_embeddings_stay_frozen(flags, tiny_flags, text_file, tmp_pat
 
 
 def losses(capsys, *flags) -> list[str]:
-    """The lines of a run's validations."""
+    """Train, and return the printed lines of the validations."""
     train.main([*flags])
     return [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
 
@@ -274,7 +274,7 @@ def test_dry_run_counts_positions_and_bias(text_file, capsys):
 
 @pytest.mark.slow
 def test_alibi_loss_does_not_rise_with_longer_contexts(tmp_path, capsys):
-    """The loss at 2 and 4 times the length, windows side by side, as evaluate.py reads them by itself."""
+    """Compare the losses at half, 1, 2 and 4 times the trained length, with windows that do not overlap."""
     draw = np.random.default_rng(0)
     words = ["".join(draw.choice(list("abcdefgh"), size=draw.integers(2, 6))) for _ in range(40)]
     lines = [" ".join(words[i] for i in draw.zipf(1.3, 8) % 40) for _ in range(3000)]
@@ -335,9 +335,9 @@ def test_flash_checkpoint_is_scored_and_sampled_on_a_cpu(saved_model, tmp_path, 
     train.main([*TINY, f"--init_from={flash}", *options, f"--out_dir={tmp_path / 'run'}", "--attention=sdpa"])
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # in which torch says why
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's reasons for rejecting kernels
 def test_flash_uses_no_other_kernel():
-    """Shown by the CPU's kernel of that name, which has no dropout: torch takes another for sdpa, none for flash."""
+    """Use the CPU's flash kernel, which has no dropout: sdpa falls back to another kernel, flash must not."""
     x = tokens()[..., None].expand(-1, -1, C).float()
     made = {
         name: CausalSelfAttention(GPTConfig(n_embd=C, n_head=4, dropout=0.5, attention=name))
@@ -352,7 +352,7 @@ def test_flash_uses_no_other_kernel():
 
 
 def test_flash_cached_step_equals_manual(monkeypatch):
-    """As above by the CPU's kernel; rows of different lengths have a mask, which the kernel does not take on a GPU."""
+    """Use the CPU's flash kernel; it also takes the mask of rows of different lengths, which a GPU's does not."""
     monkeypatch.setattr(GPT, "refuses", lambda *_: None)
     for lengths in (None, torch.tensor([2, 4, 1])):
         found = []
@@ -374,7 +374,7 @@ def test_flash_cached_step_equals_manual(monkeypatch):
     ids=str,
 )
 def test_half_precision_on_a_gpu_is_close_to_manual(fields):
-    """Flash, and ALiBi by FlexAttention: values, gradients, cached steps."""
+    """Compare flash, and ALiBi by FlexAttention, with manual attention: values, gradients and cached steps."""
     sizes = {"block_size": 256, "n_embd": 96}
     exact = model_of(**(sizes | fields | {"attention": "manual"})).cuda()
     quick = model_of(**(sizes | fields)).cuda()

@@ -1,4 +1,4 @@
-"""Muon: its parameters, its equality with torch's, and its state under strategies, precisions and checkpoints."""
+"""Muon: parameter groups, equality with torch.optim.Muon, and state under strategies, precisions and checkpoints."""
 
 import math
 import os
@@ -75,7 +75,7 @@ def fit(module: GPTModule, steps: int = 4, **arguments) -> GPTModule:
     return module
 
 
-# Which parameters
+# Parameter groups
 
 
 @pytest.mark.parametrize("cls", [MinGPT, NanoGPT])
@@ -114,11 +114,11 @@ def test_hidden_matrices_exclude_a_tied_projection(monkeypatch):
     assert module.implementation.hidden_matrices(module.model, vocab_size=11) == {"body.0.weight": 1}
 
 
-# Its numbers
+# Numerical equality
 
 
 def grads_of(step: int, name: str, shape: torch.Size) -> torch.Tensor:
-    """Return gradients of different scales. Those of attention projections have low rank, like real ones."""
+    """Return gradients of varying scale; those of attention output projections have low rank, as in real training."""
     generator = torch.Generator().manual_seed(hash((step, len(name), shape[0])) % 2**31)
     full = torch.randn(shape, generator=generator) * 10 ** (step % 3 - 1)
     return full[:, :2] @ full[:2] if "attn.c_proj" in name and len(shape) == 2 else full
@@ -127,7 +127,7 @@ def grads_of(step: int, name: str, shape: torch.Size) -> torch.Tensor:
 @pytest.mark.parametrize("together", [2**24, 500])
 @pytest.mark.parametrize("cls", [MinGPT, NanoGPT])
 def test_steps_equal_torch_muon_on_separate_matrices(cls, together, monkeypatch):
-    """Compare with torch.optim.Muon in float32, on query, key and value separately, and with torch's AdamW."""
+    """Compare with torch.optim.Muon in float32, with query, key and value separate, and with torch.optim.AdamW."""
     monkeypatch.setattr(muon, "_BATCH_ELEMENTS", together)
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)  # torch's Muon computes in bfloat16
     module = cls(**SIZES, optimizer="muon", weight_decay=0.3, learning_rate=1e-2, warmup_steps=2, decay_steps=6)
@@ -167,7 +167,7 @@ def test_steps_equal_torch_muon_on_separate_matrices(cls, together, monkeypatch)
 @pytest.mark.parametrize("columns", [24, 96], ids=["square", "wide"])
 @pytest.mark.parametrize("rank", [24, 3])
 def test_orthogonalise_matches_float64_formula(columns, rank):
-    """Compare with the formula in float64, and with bfloat16, which GPUs use; singular values come near 1."""
+    """Compare with the formula in float64 and with bfloat16, which GPUs use; singular values are close to 1."""
     torch.manual_seed(0)
     matrices = torch.randn(5, 24, rank) @ torch.randn(5, rank, columns) / rank + 1e-4 * torch.randn(5, 24, columns)
     x = matrices.double() / matrices.double().norm(dim=(1, 2), keepdim=True)
@@ -188,7 +188,7 @@ def test_orthogonalise_matches_float64_formula(columns, rank):
 
 
 def test_float16_loss_scaling_leaves_steps_unchanged():
-    """The scaler unscales once, before clipping, and a step with infinite gradients is skipped."""
+    """Check that gradients are unscaled once, before clipping, and that a step with infinite gradients is skipped."""
     found = {}
     for scale in (1.0, 2.0**10):
         seed_everything(3, verbose=False)
@@ -246,7 +246,7 @@ ADAM = {"step", "exp_avg", "exp_avg_sq"}
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, text_file) -> Path:
-    """A run of 8 steps in one process; read only."""
+    """Train 8 steps in one process and return the run folder; read-only."""
     out_dir = tmp_path_factory.mktemp("muon") / "uninterrupted"
     train.main([*RUN, "--batch_size=4", "--max_steps=8", f"--data={text_file}", f"--out_dir={out_dir}"])
     return out_dir
@@ -257,7 +257,7 @@ def last(run: Path) -> Path:
 
 
 def test_resume_under_other_strategies(uninterrupted, text_file, tmp_path):
-    """Train two steps in one process, two under FSDP, two under DDP, and two from the canonical form in one process."""
+    """Train two steps each in one process, under FSDP, under DDP, and in one process from the canonical form."""
     parts = tmp_path / "parts"
     train.main([*RUN, "--batch_size=4", "--max_steps=2", f"--data={text_file}", f"--out_dir={parts}"])
     env = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")}
@@ -289,7 +289,7 @@ def test_resume_under_other_strategies(uninterrupted, text_file, tmp_path):
 
 
 def test_optimizer_state_loads_from_a_plain_trainer_checkpoint(tmp_path):
-    """Lightning's own resume goes through the optimizer's load_state_dict."""
+    """Load the state through the optimizer's load_state_dict, as Lightning's own resume does."""
     seed_everything(3, verbose=False)
     module = fit(NanoGPT(**SIZES, dropout=0.0, optimizer="muon"), steps=2)
     module.trainer.save_checkpoint(tmp_path / "two.ckpt")

@@ -1,4 +1,4 @@
-"""``--dry_run``: the published commands for billions of parameters, word for word, on a machine that has no GPU."""
+"""``--dry_run`` of the published commands for billions of parameters, word for word, on a machine without a GPU."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ PUBLISHED = "--gpus 8 --precision 16 --batch_size 1 --strategy deepspeed_stage_3
 
 
 def _dry_run(argv, text_file, tmp_path, monkeypatch, capsys) -> dict[str, str]:
-    """Return the printed lines, by their first words."""
+    """Return the printed values by their labels."""
     monkeypatch.chdir(tmp_path)
     train.main([*argv, f"--data={text_file}", "--dry_run"])
     assert os.listdir() == [], "nothing is written"
@@ -30,7 +30,8 @@ def test_dry_run_of_published_commands(sizes, text_file, tmp_path, monkeypatch, 
     assert matrices < parameters < matrices * 1.002
     assert printed["tokens per step"] == "512"
     assert float(printed["FLOPs per step"]) == pytest.approx(6 * parameters * 512, rel=0.01)
-    assert printed["optimizer"] == "0.0 MiB"  # float32 weights, two moments, gradients, and half-precision shards:
+    assert printed["optimizer"] == "0.0 MiB"  # it is on the host
+    # Bytes per parameter: float32 weights, two moments and gradients, and half-precision shards.
     size, unit = printed["host"].split()[:2]
     assert unit == "GiB" and 18 < float(size.replace(",", "")) * 2**30 / parameters < 22
 

@@ -1,4 +1,4 @@
-"""sample.py: prompts from everywhere, text and nothing else on stdout, in whole characters, cut before stop strings."""
+"""sample.py: prompts from all sources, stdout with nothing but text, whole characters, and stop strings."""
 
 import io
 import subprocess
@@ -21,7 +21,7 @@ TEXT = "na\u00efve \u4f60\u597d \U0001f600 end"
 
 
 def feed_tokens(tokens, *, stop=(), tokenizer=None):
-    """What is given out after each token, and the rest."""
+    """Feed tokens to a GrowingText; return the piece after each token, and the rest."""
     text = GrowingText(tokenizer or ByteTokenizer(), stop=stop)
     pieces = []
     for token in tokens:
@@ -41,7 +41,8 @@ def test_pieces_are_whole_characters(name):
         pytest.skip(str(error))
     pieces, rest = feed_tokens(tokens, tokenizer=tokenizer)
     assert "".join(pieces) == TEXT and rest == ""
-    assert len(pieces) > len([piece for piece in pieces if piece]) > 5  # held back, and yet at once where it can be
+    # Incomplete characters are held back; all others are released at once.
+    assert len(pieces) > len([piece for piece in pieces if piece]) > 5
 
 
 def test_pieces_of_invalid_utf8_add_up_to_the_decoded_text():
@@ -53,7 +54,7 @@ def test_pieces_of_invalid_utf8_add_up_to_the_decoded_text():
         assert "".join(pieces) + rest == ByteTokenizer().decode(tokens)
         held = [len("".join(pieces[: n + 1])) for n in range(12)]
         whole = [len(ByteTokenizer().decode(tokens[: n + 1])) for n in range(12)]
-        assert all(w - h <= 1 for h, w in zip(held, whole, strict=True))  # no more than the last character waits
+        assert all(w - h <= 1 for h, w in zip(held, whole, strict=True))  # at most one character is held back
 
 
 @pytest.mark.parametrize(
@@ -72,12 +73,13 @@ def test_pieces_of_invalid_utf8_add_up_to_the_decoded_text():
 def test_text_ends_before_a_stop_string(text, stop, expected):
     pieces, rest = feed_tokens(text.encode(), stop=stop)
     assert "".join(pieces) + rest == expected
-    assert all(expected.startswith("".join(pieces[: n + 1])) for n in range(len(pieces)))  # nothing is taken back
+    # Released text is never withdrawn.
+    assert all(expected.startswith("".join(pieces[: n + 1])) for n in range(len(pieces)))
 
 
 @pytest.fixture(scope="module")
 def trained(tiny_run):
-    """The module and the tokenizer of the tiny run."""
+    """Return the module and the tokenizer of the tiny run."""
     checkpoint = open_checkpoint(find_checkpoint(str(tiny_run), which="best"))
     return checkpoint.module().eval(), checkpoint.tokenizer
 
@@ -103,7 +105,7 @@ def test_streamed_rows_add_up_to_the_whole_texts(trained):
 
 @pytest.fixture
 def run_sample(tiny_run, capsys, monkeypatch):
-    """Runs sample.py on the tiny run; what it wrote to stdout and to stderr."""
+    """Return a function that runs sample.py on the tiny run, and returns stdout and stderr."""
 
     def run_sample(*flags, stdin="", terminal=False):
         monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
@@ -157,7 +159,7 @@ def test_interactive_continues_after_a_mistake(run_sample):
     ("stdin", "mentions"),
     [
         (None, "which is closed"),
-        (io.TextIOWrapper(io.BufferedWriter(io.BytesIO())), "which is closed"),  # for writing only: nohup's
+        (io.TextIOWrapper(io.BufferedWriter(io.BytesIO())), "which is closed"),  # write-only, as under nohup
         (io.TextIOWrapper(io.BytesIO(b"a\xff\n"), encoding="utf-8"), "not UTF-8"),
     ],
 )
@@ -210,7 +212,7 @@ def test_wrong_options_are_refused(run_sample, capsys, flags, mentions):
 
 @pytest.mark.slow
 def test_final_sample_of_a_sharded_run_equals_its_checkpoint(tmp_path, text_file, tiny_flags, capsys):
-    """After training under FSDP, when the weights are in shares, two processes write what the checkpoint writes."""
+    """Compare the final sample of two FSDP ranks, which hold shards, with a sample from the checkpoint."""
     train = Path(sample.__file__).with_name("train.py")
     flags = [f"--data={text_file}", "--strategy=fsdp", "--devices=2", "--sample_tokens=40", "--prompt=the cat"]
     command = [sys.executable, str(train), *tiny_flags, *flags, f"--out_dir={tmp_path / 'run'}"]

@@ -1,4 +1,4 @@
-"""Peak FLOP/s by the name that CUDA gives a device."""
+"""Peak FLOP/s of devices, by CUDA's device name."""
 
 import pytest
 import torch
@@ -19,14 +19,15 @@ PEAKS = [
     ("NVIDIA L40S", 362, 91.6),
     ("NVIDIA L40", 181, 90.5),
     ("NVIDIA A10G", 70, 35),
-    ("NVIDIA GeForce RTX 4090", None, 82.6),  # Lightning knows the rate without tensor cores alone
-    ("GeForce RTX 2080 Ti", None, None),  # a name that Lightning cannot split
+    ("NVIDIA GeForce RTX 4090", None, 82.6),  # Lightning has only the rate without tensor cores
+    ("GeForce RTX 2080 Ti", None, None),  # Lightning cannot parse this name
     ("NVIDIA H3000", None, None),
 ]
 
 
 @pytest.fixture
 def set_card(monkeypatch):
+    """Return a function that sets the name of the GPU."""
     monkeypatch.setattr("lightning.fabric.accelerators.cuda._is_ampere_or_later", lambda: True)
     return lambda name: monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
 

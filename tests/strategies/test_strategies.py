@@ -1,9 +1,9 @@
 """Every strategy against a single process: initial weights, ties, decay groups, shards, recomputation, precision.
 
-``tests/bench/test_parity.py`` compares losses and weights of the built-in models; here are those of a user's models.
+``tests/bench/test_parity.py`` compares losses and weights of the built-in models; this file those of a user's models.
 
-Run as a script, this file is what the ranks of one strategy run: ``test_strategies.py FOLDER`` trains the command lines
-of ``FOLDER/runs.json``, one after another, and records what it sees of each. One launch serves all tests of a strategy.
+Run as a script, this file is one rank: ``test_strategies.py FOLDER`` trains the command lines of ``FOLDER/runs.json``,
+one after another, and records what it observes. One launch serves all tests of a strategy.
 """
 
 import json
@@ -33,7 +33,7 @@ RANKS = 2
 STEPS = 3
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 
-# A user's model: blocks, a tie, and a weight matrix outside of any Linear. The second can be built without memory.
+# Two user models with blocks, a tie and a matrix outside of any Linear; Applied can be built on the meta device.
 USER_MODEL = """
 from dataclasses import dataclass
 import torch
@@ -81,7 +81,7 @@ class Applied(Mine):
             self.head.weight = self.tokens.weight
 """
 N_LAYER = 4
-# The decay takes a seventh of a weight's norm in three steps, so that a wrongly decayed weight is far off.
+# Three steps of decay take a seventh of a weight's norm, so that a wrongly decayed weight is far off.
 COMMON = (
     f"--block_size=16 --max_steps={STEPS} --eval_interval={STEPS} --eval_batches=2 --logger=none --sample_tokens=0"
     " --accelerator=cpu --weight_decay=50 --learning_rate=1e-3 --min_learning_rate=1e-3 --warmup_steps=0"
@@ -95,7 +95,7 @@ MODELS = {
     "applied": ["--implementation=mine:Applied"],
 }
 RECOMPUTED = ["mingpt", "nanogpt", "moderngpt", "mine"]
-# FSDP2's mixed precision copies dataclasses that are handed to blocks. Sampling needs a cache that is none.
+# FSDP2's mixed precision copies dataclass arguments of blocks; sampling checks that the cache is not copied.
 SAMPLE = 4
 ALONE = {**MODELS, "alibi": [*MODELS["nanogpt"], "--position=alibi"]}
 RUNS = {
@@ -123,7 +123,7 @@ every_row = pytest.mark.parametrize("strategy", ROWS)
 
 
 class LiveBytes(TorchDispatchMode):
-    """Measures the peak memory of tensors that are allocated under it."""
+    """Measure the peak memory of the tensors allocated in this mode."""
 
     def __init__(self):
         super().__init__()
@@ -132,7 +132,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(is_traceable_wrapper_subclass(t) for t in tree_leaves((args, kwargs))):
-            return NotImplemented  # the DTensor calls again with its local shard
+            return NotImplemented  # DTensor then dispatches the op on its local shard
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
@@ -149,7 +149,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def full(parameter):
-    """Return a copy of a full parameter, however it is sharded; call it on all ranks."""
+    """Return a full copy of a parameter that may be sharded; a collective."""
     if hasattr(parameter, "ds_id"):
         import deepspeed
 
@@ -159,14 +159,14 @@ def full(parameter):
 
 
 def held(parameter):
-    """Return the number of elements of a parameter that this rank keeps."""
+    """Return the number of elements of a parameter that this rank holds."""
     if hasattr(parameter, "ds_id"):
         return max(parameter.numel(), parameter.ds_tensor.numel())
     return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).numel()
 
 
 class Record(Callback):
-    """Records what one rank sees of one run."""
+    """Record what one rank observes in one run."""
 
     def __init__(self, *, compiled):
         self.compiled = compiled
@@ -196,7 +196,7 @@ class Record(Callback):
         optimizer = trainer.optimizers[0]
         seen.optimizer = type(getattr(optimizer, "optimizer", optimizer)).__name__
         seen.groups = [(g["weight_decay"], sorted(g["param_names"])) for g in optimizer.param_groups]
-        # DeepSpeed keeps the parameters of each group beside its own flat ones.
+        # DeepSpeed stores the parameters of each group beside its flat ones.
         taken = [g["params"] for g in optimizer.param_groups]
         taken = getattr(optimizer, "bit16_groups", getattr(optimizer, "fp16_groups", taken))
         seen.taken = [sorted(name for name, p in named.items() if any(p is q for q in group)) for group in taken]
@@ -220,7 +220,7 @@ class Record(Callback):
 
 
 def work(folder):
-    """Train the command lines of a folder, as one rank."""
+    """Train the command lines of a folder as one rank."""
     from lightning_gpt.cli import parse_train
     from lightning_gpt.training.run import train
 
@@ -231,7 +231,7 @@ def work(folder):
         gathered[output.dtype] += 1
         return all_gather(output, *args, **kwargs)
 
-    torch.distributed.all_gather_single = counted  # what FSDP2 gathers weights with
+    torch.distributed.all_gather_single = counted  # FSDP2 gathers weights with this function
     for name, flags in json.loads((folder / "runs.json").read_text()).items():
         gathered.clear()
         torch._dynamo.reset()
@@ -245,7 +245,7 @@ def work(folder):
 
 @pytest.fixture(scope="session")
 def group(tmp_path_factory, text_file):
-    """Run command lines in one group of processes; return what was recorded, by name and rank."""
+    """Return a function that runs command lines in one process group and returns the records by name and rank."""
 
     def launch(runs, *, ranks=RANKS):
         folder = tmp_path_factory.mktemp("group")
@@ -266,13 +266,13 @@ def group(tmp_path_factory, text_file):
 
 @pytest.fixture(scope="session")
 def alone(group):
-    """What was recorded of the runs in a single process, by name."""
+    """Return the records of the runs in a single process, by name."""
     return {name: seen for name, [seen] in group(ALONE, ranks=1).items()}
 
 
 @pytest.fixture(scope="session")
 def under(group, tmp_path_factory):
-    """The runs under a strategy, launched on first use."""
+    """Return a function that returns the records of all runs under a strategy, launched on first use."""
     folder = tmp_path_factory.mktemp("files")
     for file, content in FILES.items():
         (folder / file).write_text(json.dumps(content))
@@ -292,7 +292,7 @@ def mean_losses(ranks):
 
 
 def expected_std(name):
-    """Return the standard deviation of initial weights in closed form; None for constants."""
+    """Return the standard deviation of initial weights by the formula; None for constants."""
     if name.endswith("bias") or ".ln_" in name:
         return None
     return 0.02 / math.sqrt(2 * N_LAYER) if name.endswith("c_proj.weight") else 0.02
@@ -327,7 +327,7 @@ def test_tied_weights_are_one_parameter(under, strategy, model):
 
 
 def decays(model, name):
-    """Return whether a parameter decays, by its name alone."""
+    """Return whether weight decay applies to a parameter, by its name."""
     if model in ("mingpt", "moderngpt"):
         return name.endswith("weight") and not any(part in name for part in (".ln_", "wte", "wpe", "bigram"))
     return name.endswith(("weight", "places")) and ".ln_" not in name
@@ -346,11 +346,11 @@ def test_decay_groups_by_name(under, alone, strategy, model):
 @every_row
 @pytest.mark.parametrize("model", ["mine", "applied", "alibi"])
 def test_training_equals_single_process(under, alone, strategy, model):
-    """Compare three losses, and the final weights, which depend on decay and clipping."""
+    """Compare the losses of three steps, and the final weights, which depend on decay and clipping."""
     ranks = under(strategy)[model]
     assert mean_losses(ranks) == pytest.approx(alone[model].losses, rel=1e-4) and len(alone[model].losses) == STEPS
     for name, weight in alone[model].final.items():
-        if alone[model].initial[name].any():  # what starts at 0 is all noise after three steps of Adam
+        if alone[model].initial[name].any():  # weights that start at 0 are dominated by noise
             distance = (ranks[0].final[name] - weight).norm() / weight.norm()
             assert distance < 0.02, name
 
@@ -382,7 +382,7 @@ def test_weights_are_sharded_by_sharding_strategies(under, alone, strategy, mode
 @pytest.mark.parametrize("strategy", [row for row in ROWS if row.values[0] in SHARDS_WEIGHTS])
 @pytest.mark.parametrize("model", ["mingpt", "nanogpt"])
 def test_no_rank_holds_the_whole_model_while_building(under, alone, strategy, model):
-    """A rank holds its shards, and some copies of one module, of which the largest is an eighth of a block."""
+    """Bound the peak: a rank holds its shards and some copies of one module, at most an eighth of a block."""
     weights = 4 * sum(w.numel() for w in alone[model].initial.values())
     assert alone[model].peak >= weights
     for seen in under(strategy)[model]:
@@ -393,7 +393,7 @@ def test_no_rank_holds_the_whole_model_while_building(under, alone, strategy, mo
 def test_bf16_weights_are_gathered_in_bf16(under, alone, strategy):
     runs = under(strategy)
     half, full = {torch.bfloat16}, {torch.float32}
-    casts = strategy != "ddp"  # under DDP and alone autocast casts operation by operation
+    casts = strategy != "ddp"  # under DDP and in one process, autocast casts per operation
     for seen, single in zip(runs["bf16"], runs["nanogpt"], strict=True):
         assert single.forward_dtypes == full and seen.forward_dtypes == (half if casts else full)
         if strategy == "fsdp":
@@ -417,7 +417,7 @@ def test_strategy_and_optimizer_match_the_row(under, strategy):
 @needs_deepspeed
 @pytest.mark.parametrize("file", FILES)
 def test_deepspeed_config_is_used(under, alone, file):
-    """Its stage and its threshold are used: in stage 3 small weights are sharded too, not kept whole by default."""
+    """Check the stage and the threshold: stage 3 shards small weights, too, which it keeps whole by default."""
     ranks, wanted = under("deepspeed_stage_3")[file], FILES[file]["zero_optimization"]
     assert mean_losses(ranks) == pytest.approx(alone["nanogpt"].losses, rel=1e-4)
     for seen in ranks:
@@ -430,8 +430,8 @@ def test_deepspeed_config_is_used(under, alone, file):
 @pytest.mark.slow
 @every_row
 def test_compiled_blocks_train_as_eager_ones(group, under, strategy):
-    """Every implementation, and one recomputed, has the same losses and the same keys in the checkpoint."""
-    # Offloading does not touch what blocks compute, so one model is enough.
+    """Compare losses and checkpoint keys of every implementation, and of one with recomputation."""
+    # Offloading does not change what blocks compute, so one model is enough.
     names = ["nanogpt"] if strategy.endswith("offload") else [name for name in MODELS if name != "applied"]
     names.append("nanogpt recompute")
     compiled = group({name: [*RUNS[name], f"--strategy={strategy}", "--compile"] for name in names})

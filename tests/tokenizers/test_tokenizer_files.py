@@ -1,4 +1,4 @@
-"""Tokenizers that need files: tiktoken's tables, a Hugging Face tokenizer.json, and runs that outlive them."""
+"""Tokenizers that need files: tiktoken's tables and tokenizer.json. Runs keep working when the files are deleted."""
 
 import base64
 import hashlib
@@ -32,14 +32,14 @@ from lightning_gpt.tokenizers import (
 URL = "https://example.invalid/encodings/toy.tiktoken"
 _TOKENS = [*(bytes([b]) for b in range(256)), b"th", b"the", b" the", b"at", b"cat", b" on"]
 TABLE = b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(_TOKENS))
-END = 270  # a gap of eight ids lies before it
+END = 270  # after eight unused ids
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 GPT2_TABLES = Path(os.environ.get("TIKTOKEN_CACHE_DIR", "nowhere"))
 
 
 @pytest.fixture
 def table_folders(tmp_path, monkeypatch) -> Path:
-    """Empty folders for all table_folders where tables are searched, and no network."""
+    """Create empty folders for all locations where tables are searched, and cut off the network."""
     requests = pytest.importorskip("requests")
 
     def offline(url, **_):
@@ -59,7 +59,7 @@ def table_folders(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def toy(table_folders, monkeypatch) -> Path:
-    """The table of an encoding ``toy`` that tiktoken knows by its URL and hash, in none of those folders."""
+    """Register an encoding ``toy`` with tiktoken, and write its table to a file outside of the searched folders."""
     tiktoken = pytest.importorskip("tiktoken")
     tiktoken.list_encoding_names()
 
@@ -100,7 +100,7 @@ def test_tiktoken_encoding_by_name(toy: Path) -> None:
     assert again.to_dict() == tokenizer.to_dict()
     shutil.rmtree(cache_root())
     tables.load_encoding.cache_clear()
-    again = tokenizer_from_dict(tokenizer.to_dict())  # its numbers need no tables
+    again = tokenizer_from_dict(tokenizer.to_dict())  # sizes and ids need no tables
     assert (again.name, again.vocab_size, again.end_of_text) == ("toy", END + 1, END)
 
 
@@ -130,7 +130,7 @@ def test_missing_tables_without_a_network(toy: Path, monkeypatch) -> None:
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r"vocab\.bpe and .*encoder\.json into a folder"):
         GPT2Tokenizer().encode("a")
-    # Each encoding waits for the network once, for seconds, though GPT-2 lacks two files.
+    # One request per encoding, although GPT-2 needs two files, and each with a short timeout.
     assert len(asked) == 2 and all(0 < connect <= 5 and 0 < read <= 60 for connect, read in asked)
 
 
@@ -151,7 +151,7 @@ def test_wrong_table_is_named_and_kept(toy: Path, table_folders: Path, monkeypat
     wrong.unlink()
     assert _build_toy().vocab_size == END + 1 and asked == [URL]
     tables.load_encoding.cache_clear()
-    assert _build_toy().vocab_size == END + 1 and asked == [URL]  # the download is kept
+    assert _build_toy().vocab_size == END + 1 and asked == [URL]  # the download is cached
 
 
 def test_wrong_download_is_not_cached(toy: Path, table_folders: Path, monkeypatch) -> None:
@@ -206,7 +206,7 @@ def test_missing_packages_are_named(byte_level_file: Path, monkeypatch) -> None:
         GPT2Tokenizer().encode("a")
     with pytest.raises(UserError, match="cl100k_base is not known; choose from char, byte, gpt2, .*tiktoken"):
         build_tokenizer("cl100k_base", corpus=None, source="x")
-    # Their size and their saved form need no package.
+    # Vocabulary size and saved form need no package.
     saved = {"name": "huggingface", "tokenizer_json": "{}", "vocab_size": 9, "end_of_text": 3}
     assert tokenizer_from_dict(saved).vocab_size == 9
     assert tokenizer_from_dict({"name": "gpt2"}).vocab_size == 50257
@@ -240,7 +240,7 @@ def test_missing_tokenizer_json_is_refused(tmp_path: Path) -> None:
 
 
 def test_tokens_ignore_truncation_padding_and_dropout(byte_level_file: Path, tmp_path: Path) -> None:
-    """Truncation, padding, dropout and a template for special tokens are ignored."""
+    """Check that truncation, padding, BPE dropout and a template for special tokens are ignored."""
     import tokenizers
 
     plain = build_tokenizer(str(byte_level_file), corpus=None, source="x")
@@ -281,7 +281,7 @@ def test_encode_text_without_tokens_is_refused(tmp_path: Path) -> None:
 
 
 def _assert_run_works_without(file: Path, out_dir: Path, other: Path, capsys) -> None:
-    """Sample, score and resume a run after its tokenizer's file was deleted."""
+    """Delete the tokenizer's file, then sample, evaluate and resume the run."""
     file.unlink()
     tables.load_encoding.cache_clear()
     checkpoint = f"--checkpoint={out_dir}"

@@ -1,4 +1,4 @@
-"""Tokenizers: round trips of any text, safe cuts, saved form, one-line errors."""
+"""Tokenizers: round trips of any text, cuts that preserve tokens, saved form, one-line errors."""
 
 import functools
 import json
@@ -35,7 +35,7 @@ def byte_level(byte_level_file: Path) -> HuggingFaceTokenizer:
     return build_tokenizer(str(byte_level_file), corpus=None, source="x")
 
 
-# What patterns look at: kinds of white space, letters, contractions, digits, punctuation, and more than ASCII.
+# What the patterns distinguish: white space, letters, contractions, digits, punctuation and non-ASCII characters.
 TRICKY = st.text(alphabet=" \t\r\n\x1c\u2003\u00a0ab'sB1.!/\u00e9\u0301\u65e5\U0001f600", max_size=60)
 
 
@@ -101,13 +101,13 @@ def test_hugging_face_matches_the_library(byte_level: HuggingFaceTokenizer, text
     assert len(byte_level.encode(text)) < len(text) / 2
     end = library.token_to_id("<|endoftext|>")
     assert (byte_level.end_of_text, byte_level.vocab_size) == (end, library.get_vocab_size())
-    # Left to itself the library takes it for the special token.
+    # By default the library parses this text as the special token.
     assert end in library.encode("a<|endoftext|>").ids
     assert byte_level.decode([end]) == "<|endoftext|>"
 
 
 def _cuts(tokenizer: Tokenizer, data: bytes) -> list[int]:
-    """Return all cuts of a tokenizer, which `cut` must find from every start."""
+    """Return all cuts of a text, and check that `cut` finds the next one from every start."""
     places = sorted({at for start in range(len(data) + 2) if (at := tokenizer.cut(data, start)) is not None})
     for start in range(len(data) + 2):
         assert tokenizer.cut(data, start) == next((at for at in places if at >= start), None)
@@ -160,7 +160,7 @@ def test_cuts_preserve_the_pieces_of_the_pattern(name: str, text: str) -> None:
 
 @functools.cache
 def _pattern(name: str):
-    """An encoding's published pattern, for the package regex, whose $ would also match before a last newline."""
+    """Return an encoding's pattern for the package regex, whose $ would also match before a final newline."""
     pytest.importorskip("tiktoken")
     import regex
 

@@ -121,7 +121,7 @@ def test_run_learns_logs_saves_evaluates_and_samples(
 
 
 def test_validation_loss_equals_a_plain_sum_over_the_split(tmp_path: Path, text: str) -> None:
-    """Compare with the formula, one sequence at a time, without padding."""
+    """Compare with a loop over single sequences, without padding."""
     from lightning_gpt.checkpoint import open_checkpoint
     from lightning_gpt.data.tokens.preparation import prepare
 
@@ -139,7 +139,7 @@ def test_validation_loss_equals_a_plain_sum_over_the_split(tmp_path: Path, text:
 
 @pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
 def test_two_ranks_train_as_one(tmp_path: Path, text: str, launcher: str) -> None:
-    """The same global batches give the same losses and the same validation, although ranks pad it differently."""
+    """Compare training and validation of the same global batches; ranks pad the validation differently."""
     flags = ["--implementation", "nanogpt", "--data", text, *SIZES, *QUIET, "--max_steps", "6", "--eval_interval", "3"]
     flags += ["--eval_batches", "5"]
     train.main([*flags, "--batch_size", "6", "--out_dir", str(tmp_path / "one"), "--eval_batches", "5"])
@@ -158,7 +158,7 @@ def test_two_ranks_train_as_one(tmp_path: Path, text: str, launcher: str) -> Non
 
 
 def test_gradient_norm_is_independent_of_the_loss_scale(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The logged norm is that of the unscaled gradient, whatever the loss scale."""
+    """Check that the logged norm is that of the unscaled gradient."""
     norms = {}
     for scale in (1.0, 65536.0):
         plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=scale))
