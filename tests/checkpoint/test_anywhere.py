@@ -328,7 +328,7 @@ def test_shards_are_converted_once_and_again_after_a_change(kind, later, request
     assert again["hash"] != first["hash"] and again["loss"] != first["loss"] and again["step"] != first["step"]
 
 
-def test_concurrent_processes_convert_once(fsdp, monkeypatch):
+def test_concurrent_readers_convert_once(fsdp, monkeypatch):
     """Open a checkpoint in three threads at once, as torchrun's processes do: one converts, the others wait."""
     made = []
 

@@ -97,9 +97,9 @@ MODELS = {
 RECOMPUTED = ["mingpt", "nanogpt", "moderngpt", "mine"]
 # FSDP2's mixed precision copies dataclass arguments of blocks; sampling checks that the cache is not copied.
 SAMPLE = 4
-ALONE = {**MODELS, "alibi": [*MODELS["nanogpt"], "--position=alibi"]}
+REFERENCE_RUNS = {**MODELS, "alibi": [*MODELS["nanogpt"], "--position=alibi"]}
 RUNS = {
-    **ALONE,
+    **REFERENCE_RUNS,
     "nanogpt": [*MODELS["nanogpt"], f"--sample_tokens={SAMPLE}"],
     **{f"{name} recompute": [*MODELS[name], "--recompute"] for name in RECOMPUTED},
     "dropout": [*MODELS["nanogpt"], "--dropout=0.2"],
@@ -244,7 +244,7 @@ def work(folder):
 
 
 @pytest.fixture(scope="session")
-def group(tmp_path_factory, text_file):
+def launch_runs(tmp_path_factory, text_file):
     """Return a function that runs command lines in one process group and returns the records by name and rank."""
 
     def launch(runs, *, ranks=RANKS):
@@ -265,13 +265,13 @@ def group(tmp_path_factory, text_file):
 
 
 @pytest.fixture(scope="session")
-def alone(group):
+def reference(launch_runs):
     """Return the records of the runs in a single process, by name."""
-    return {name: seen for name, [seen] in group(ALONE, ranks=1).items()}
+    return {name: seen for name, [seen] in launch_runs(REFERENCE_RUNS, ranks=1).items()}
 
 
 @pytest.fixture(scope="session")
-def under(group, tmp_path_factory):
+def records(launch_runs, tmp_path_factory):
     """Return a function that returns the records of all runs under a strategy, launched on first use."""
     folder = tmp_path_factory.mktemp("files")
     for file, content in FILES.items():
@@ -282,7 +282,7 @@ def under(group, tmp_path_factory):
         runs = {name: [*flags, f"--strategy={strategy}"] for name, flags in RUNS.items()}
         if strategy == "deepspeed_stage_3":
             runs |= {file: [*MODELS["nanogpt"], f"--deepspeed_config={folder / file}"] for file in FILES}
-        return group(runs)
+        return launch_runs(runs)
 
     return runs
 
@@ -300,16 +300,16 @@ def expected_std(name):
 
 @every_row
 @pytest.mark.parametrize("model", MODELS)
-def test_initial_weights_equal_single_process(under, alone, strategy, model):
-    for seen in under(strategy)[model]:
-        assert seen.initial.keys() == alone[model].initial.keys()
-        for name, weight in alone[model].initial.items():
+def test_initial_weights_equal_single_process(records, reference, strategy, model):
+    for seen in records(strategy)[model]:
+        assert seen.initial.keys() == reference[model].initial.keys()
+        for name, weight in reference[model].initial.items():
             assert torch.equal(seen.initial[name], weight), name
 
 
 @pytest.mark.parametrize("model", ["mingpt", "nanogpt"])
-def test_initial_weights_match_closed_form(alone, model):
-    for name, weight in alone[model].initial.items():
+def test_initial_weights_match_closed_form(reference, model):
+    for name, weight in reference[model].initial.items():
         std = expected_std(name)
         if std is None:
             assert (weight == (0.0 if name.endswith("bias") else 1.0)).all(), name
@@ -321,9 +321,9 @@ def test_initial_weights_match_closed_form(alone, model):
 
 @every_row
 @pytest.mark.parametrize("model", MODELS)
-def test_tied_weights_are_one_parameter(under, strategy, model):
+def test_tied_weights_are_one_parameter(records, strategy, model):
     head = {"mingpt": set(), "moderngpt": set(), "nanogpt": {"lm_head.weight", "transformer.wte.weight"}}
-    assert all(seen.ties == head.get(model, {"head.weight", "tokens.weight"}) for seen in under(strategy)[model])
+    assert all(seen.ties == head.get(model, {"head.weight", "tokens.weight"}) for seen in records(strategy)[model])
 
 
 def decays(model, name):
@@ -335,63 +335,66 @@ def decays(model, name):
 
 @every_row
 @pytest.mark.parametrize("model", MODELS)
-def test_decay_groups_by_name(under, alone, strategy, model):
-    names = alone[model].initial.keys()
+def test_decay_groups_by_name(records, reference, strategy, model):
+    names = reference[model].initial.keys()
     decayed = sorted(name for name in names if decays(model, name))
     rest = sorted(name for name in names if not decays(model, name))
-    for seen in under(strategy)[model]:
+    for seen in records(strategy)[model]:
         assert seen.groups == [(50, decayed), (0, rest)] and seen.taken == [decayed, rest]
 
 
 @every_row
 @pytest.mark.parametrize("model", ["mine", "applied", "alibi"])
-def test_training_equals_single_process(under, alone, strategy, model):
+def test_training_equals_single_process(records, reference, strategy, model):
     """Compare the losses of three steps, and the final weights, which depend on decay and clipping."""
-    ranks = under(strategy)[model]
-    assert mean_losses(ranks) == pytest.approx(alone[model].losses, rel=1e-4) and len(alone[model].losses) == STEPS
-    for name, weight in alone[model].final.items():
-        if alone[model].initial[name].any():  # weights that start at 0 are dominated by noise
+    ranks = records(strategy)[model]
+    assert mean_losses(ranks) == pytest.approx(reference[model].losses, rel=1e-4)
+    assert len(reference[model].losses) == STEPS
+    for name, weight in reference[model].final.items():
+        if reference[model].initial[name].any():  # weights that start at 0 are dominated by noise
             distance = (ranks[0].final[name] - weight).norm() / weight.norm()
             assert distance < 0.02, name
 
 
 @every_row
 @pytest.mark.parametrize("model", RECOMPUTED)
-def test_recompute_runs_each_block_twice(under, alone, strategy, model):
-    kept, recomputed = under(strategy)[model], under(strategy)[f"{model} recompute"]
+def test_recompute_runs_each_block_twice(records, reference, strategy, model):
+    kept, recomputed = records(strategy)[model], records(strategy)[f"{model} recompute"]
     assert mean_losses(recomputed) == pytest.approx(mean_losses(kept), rel=1e-6)
     assert [seen.forwards for seen in (*kept, *recomputed)] == [STEPS, STEPS, 2 * STEPS, 2 * STEPS]
 
 
 @every_row
-def test_recompute_repeats_dropout(under, strategy):
-    kept, recomputed = under(strategy)["dropout"], under(strategy)["dropout recompute"]
-    assert mean_losses(kept) != pytest.approx(mean_losses(under(strategy)["nanogpt"]), rel=1e-4)
+def test_recompute_repeats_dropout(records, strategy):
+    kept, recomputed = records(strategy)["dropout"], records(strategy)["dropout recompute"]
+    assert mean_losses(kept) != pytest.approx(mean_losses(records(strategy)["nanogpt"]), rel=1e-4)
     assert mean_losses(recomputed) == pytest.approx(mean_losses(kept), rel=1e-6)
 
 
 @every_row
 @pytest.mark.parametrize("model", MODELS)
-def test_weights_are_sharded_by_sharding_strategies(under, alone, strategy, model):
-    for seen in under(strategy)[model]:
-        for name, weight in alone[model].initial.items():
-            share = -(-weight.numel() // RANKS) if strategy in SHARDS_WEIGHTS else weight.numel()
-            assert seen.held[name] <= share + weight.numel() // len(weight), name
+def test_weights_are_sharded_by_sharding_strategies(records, reference, strategy, model):
+    for seen in records(strategy)[model]:
+        for name, weight in reference[model].initial.items():
+            if strategy in SHARDS_WEIGHTS:
+                assert seen.held[name] <= -(-weight.numel() // RANKS) + weight.numel() // len(weight), name
+            else:
+                assert seen.held[name] == weight.numel(), name
 
 
 @pytest.mark.parametrize("strategy", [row for row in ROWS if row.values[0] in SHARDS_WEIGHTS])
 @pytest.mark.parametrize("model", ["mingpt", "nanogpt"])
-def test_no_rank_holds_the_whole_model_while_building(under, alone, strategy, model):
+def test_no_rank_holds_the_whole_model_while_building(records, reference, strategy, model):
     """Bound the peak: a rank holds its shards and some copies of one module, at most an eighth of a block."""
-    weights = 4 * sum(w.numel() for w in alone[model].initial.values())
-    assert alone[model].peak >= weights
-    for seen in under(strategy)[model]:
+    weights = 4 * sum(w.numel() for w in reference[model].initial.values())
+    assert reference[model].peak >= weights
+    for seen in records(strategy)[model]:
         assert weights / RANKS < seen.peak < 0.85 * weights
 
 
 @every_row
-def test_bf16_weights_are_gathered_in_bf16(under, alone, strategy):
-    runs = under(strategy)
+def test_bf16_weights_are_gathered_in_bf16(records, reference, strategy):
+    runs = records(strategy)
     half, full = {torch.bfloat16}, {torch.float32}
     casts = strategy != "ddp"  # under DDP and in one process, autocast casts per operation
     for seen, single in zip(runs["bf16"], runs["nanogpt"], strict=True):
@@ -399,14 +402,14 @@ def test_bf16_weights_are_gathered_in_bf16(under, alone, strategy):
         if strategy == "fsdp":
             assert set(single.gathered) == full and set(seen.gathered) == half
             assert seen.gathered[torch.bfloat16] == single.gathered[torch.float32] > STEPS * N_LAYER
-    assert mean_losses(runs["bf16"]) == pytest.approx(alone["nanogpt"].losses, rel=2e-2)
+    assert mean_losses(runs["bf16"]) == pytest.approx(reference["nanogpt"].losses, rel=2e-2)
 
 
 @every_row
-def test_strategy_and_optimizer_match_the_row(under, strategy):
+def test_strategy_and_optimizer_match_the_row(records, strategy):
     kind = {"ddp": "DDPStrategy", "fsdp": "FSDP"}.get(strategy, "DeepSpeed")
     offload = strategy.endswith("offload")
-    for seen in under(strategy)["mingpt"]:
+    for seen in records(strategy)["mingpt"]:
         assert seen.strategy == kind
         assert seen.optimizer == ("DeepSpeedCPUAdam" if offload else "AdamW")
         if kind == "DeepSpeed":
@@ -416,27 +419,27 @@ def test_strategy_and_optimizer_match_the_row(under, strategy):
 
 @needs_deepspeed
 @pytest.mark.parametrize("file", FILES)
-def test_deepspeed_config_is_used(under, alone, file):
+def test_deepspeed_config_is_used(records, reference, file):
     """Check the stage and the threshold: stage 3 shards small weights, too, which it keeps whole by default."""
-    ranks, wanted = under("deepspeed_stage_3")[file], FILES[file]["zero_optimization"]
-    assert mean_losses(ranks) == pytest.approx(alone["nanogpt"].losses, rel=1e-4)
+    ranks, wanted = records("deepspeed_stage_3")[file], FILES[file]["zero_optimization"]
+    assert mean_losses(ranks) == pytest.approx(reference["nanogpt"].losses, rel=1e-4)
     for seen in ranks:
         assert (seen.strategy, seen.zero["stage"]) == ("DeepSpeed", wanted["stage"])
         total, kept = (sum(counts.values()) for counts in (seen.held, seen.kept))
         assert kept == total
-        assert kept == sum(w.numel() for w in alone["nanogpt"].initial.values()) // (wanted["stage"] - 1)
+        assert kept == sum(w.numel() for w in reference["nanogpt"].initial.values()) // (wanted["stage"] - 1)
 
 
 @pytest.mark.slow
 @every_row
-def test_compiled_blocks_train_as_eager_ones(group, under, strategy):
+def test_compiled_blocks_train_as_eager_ones(launch_runs, records, strategy):
     """Compare losses and checkpoint keys of every implementation, and of one with recomputation."""
     # Offloading does not change what blocks compute, so one model is enough.
     names = ["nanogpt"] if strategy.endswith("offload") else [name for name in MODELS if name != "applied"]
     names.append("nanogpt recompute")
-    compiled = group({name: [*RUNS[name], f"--strategy={strategy}", "--compile"] for name in names})
+    compiled = launch_runs({name: [*RUNS[name], f"--strategy={strategy}", "--compile"] for name in names})
     for name in names:
-        eager, fast = under(strategy)[name], compiled[name]
+        eager, fast = records(strategy)[name], compiled[name]
         assert mean_losses(fast) == pytest.approx(mean_losses(eager), rel=1e-4)
         assert eager[0].graphs == 0 and fast[0].graphs > 0
         shapes = open_checkpoint(fast[0].checkpoint).shapes()
