@@ -1,4 +1,4 @@
-"""Fixtures shared by the rooms: a small text, flags of a tiny run, and refusals by entry points."""
+"""Shared fixtures: a small text, a tiny run, saved models, exports, and refusals by entry points."""
 
 import os
 import random
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: workers must not compete for the cores
+if "PYTEST_XDIST_WORKER" in os.environ:  # set before torch is imported, so that workers do not compete for cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 _TINY = (
@@ -140,7 +140,7 @@ def export(tmp_path, capsys):
 
 @pytest.fixture
 def refused(capsys):
-    """Call an entry point, check that it refuses in one line with exit code 2, and return that line."""
+    """Return a function that calls an entry point, checks for one line of error and exit code 2, and returns it."""
 
     def call(main, *flags, mentions=()):
         capsys.readouterr()
@@ -159,7 +159,7 @@ def refused(capsys):
 
 @pytest.fixture
 def evaluation_refused(refused):
-    """Call evaluate.py on the CPU and check that it refuses in one line."""
+    """Return a function that calls evaluate.py on the CPU and checks that it refuses."""
     import evaluate
 
     return lambda *flags, mentions: refused(evaluate.main, *flags, "--accelerator=cpu", mentions=mentions)

@@ -1,4 +1,4 @@
-"""atomic.py: after a kill at any step, an error or a full disk, the old or the new content is complete."""
+"""atomic.py: a kill, an error or a full disk leaves either the complete old or the complete new content."""
 
 import errno
 import itertools
@@ -19,12 +19,12 @@ from lightning_gpt.atomic import atomic_file, locked, remove, swap_in
 from lightning_gpt.data.tokens.writing import SPLITS, TokenWriter
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
-# The calls that change the names on a disk, as CPython audits them.
+# Audit events of the calls that change names on a disk.
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
 
 
 def _killed_before(step, work, *args, events=CHANGES) -> bool:
-    """Run `work` in a process that SIGKILLs itself before event number `step`; tell whether it got that far."""
+    """Run `work` in a process that SIGKILLs itself before event number `step`; return whether it was killed."""
 
     def child():
         steps = itertools.count()
@@ -51,7 +51,7 @@ def _write(path: Path, content: bytes) -> None:
         file.write(content[2:])
 
 
-def test_a_file_survives_a_kill_at_any_step(tmp_path):
+def test_file_survives_a_kill_at_any_step(tmp_path):
     path, seen = tmp_path / "config.yaml", []
     path.write_bytes(b"old")
     for step in itertools.count():
@@ -89,8 +89,8 @@ def _save(path: Path, number: int) -> None:
     swap_in(part, path)
 
 
-def test_a_folder_survives_two_kills_at_any_steps(tmp_path, monkeypatch):
-    monkeypatch.setattr(atomic.os, "fsync", lambda descriptor: None)  # slow, and of no use against a kill
+def test_folder_survives_two_kills_at_any_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr(atomic.os, "fsync", lambda descriptor: None)  # slow, and a kill does not need it
     path, old, start = tmp_path / "last.ckpt", tmp_path / "last.ckpt.old", tmp_path / "start"
     between = 0
     for first in itertools.count():
@@ -132,7 +132,7 @@ def _write_tokens(folder: Path, number: int) -> None:
         writer.publish({})
 
 
-def test_a_token_folder_survives_a_kill_at_any_step(tmp_path, monkeypatch):
+def test_token_folder_survives_a_kill_at_any_step(tmp_path, monkeypatch):
     monkeypatch.setattr(atomic.os, "fsync", lambda descriptor: None)
     whole = [{"train.bin": str(n), "val.bin": str(n), "meta.json": "{}\n"} for n in range(2)]
     folder, between = tmp_path / "out", 0
@@ -151,7 +151,7 @@ def test_a_token_folder_survives_a_kill_at_any_step(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])
-def test_an_error_in_the_block_leaves_the_old_file(tmp_path, kind):
+def test_old_file_kept_after_an_error_in_the_block(tmp_path, kind):
     path = tmp_path / "a.txt"
     for before in ([], [path]):
         with pytest.raises(kind), atomic_file(path, mode="w") as file:
@@ -163,7 +163,7 @@ def test_an_error_in_the_block_leaves_the_old_file(tmp_path, kind):
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_disk_error_leaves_the_old_file(tmp_path, monkeypatch, call):
+def test_old_file_kept_after_a_disk_error(tmp_path, monkeypatch, call):
     def fails(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -182,7 +182,7 @@ def test_a_disk_error_leaves_the_old_file(tmp_path, monkeypatch, call):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.txt", "folder", "part"]
 
 
-def test_a_file_too_large_for_the_disk(tmp_path):
+def test_old_file_kept_when_the_new_one_exceeds_the_size_limit(tmp_path):
     resource = pytest.importorskip("resource")
     path = tmp_path / "a.bin"
     path.write_bytes(b"old")
@@ -202,7 +202,7 @@ def test_a_file_too_large_for_the_disk(tmp_path):
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_everything_is_flushed_before_it_is_renamed(tmp_path, monkeypatch):
+def test_fsync_precedes_every_rename(tmp_path, monkeypatch):
     events = []
     fsync, replace = os.fsync, os.replace
     name_of = {}
@@ -233,7 +233,7 @@ def test_everything_is_flushed_before_it_is_renamed(tmp_path, monkeypatch):
     assert [kind for kind, _ in events] == ["fsync", "replace", "fsync"]
 
 
-def test_two_writers_do_not_mix(tmp_path):
+def test_concurrent_writers_do_not_mix(tmp_path):
     path = tmp_path / "a.txt"
     with atomic_file(path, mode="w") as one, atomic_file(path, mode="w") as other:
         one.write("one" * 9999)
@@ -242,7 +242,7 @@ def test_two_writers_do_not_mix(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_a_path_may_be(tmp_path):
+def test_write_to_a_symlink_a_pipe_and_a_folder(tmp_path):
     target, link, pipe = tmp_path / "target", tmp_path / "link", tmp_path / "pipe"
     target.write_text("old")
     link.symlink_to(target)
@@ -262,7 +262,7 @@ def test_what_a_path_may_be(tmp_path):
 
 
 @pytest.mark.parametrize(("before", "after"), [("file", "folder"), ("folder", "file"), ("file", "file")])
-def test_a_file_and_a_folder_replace_each_other(tmp_path, before, after):
+def test_swap_in_replaces_files_and_folders(tmp_path, before, after):
     def make(path: Path, kind: str, text: str) -> Path:
         if kind == "folder":
             path.mkdir()
@@ -288,7 +288,7 @@ def _hold(lock: Path, ready, workers: int) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_lock_refuses_others_until_its_holder_is_killed(tmp_path, workers):
+def test_lock_refuses_others_until_its_holder_is_killed(tmp_path, workers):
     lock, context = tmp_path / "lock", multiprocessing.get_context("fork")
     ready = context.Event()
     holder = context.Process(target=_hold, args=(lock, ready, workers))
@@ -304,7 +304,7 @@ def test_a_lock_refuses_others_until_its_holder_is_killed(tmp_path, workers):
         pytest.fail("held twice")
 
 
-def test_a_lock_is_released_after_an_error(tmp_path):
+def test_lock_is_released_after_an_error(tmp_path):
     with pytest.raises(ValueError, match="mine"), locked(tmp_path / "lock"):
         raise ValueError("mine")
     with locked(tmp_path / "lock", wait=False):
@@ -312,7 +312,7 @@ def test_a_lock_is_released_after_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("wait", [True, False])
-def test_without_locks_the_block_runs(tmp_path, monkeypatch, wait):
+def test_block_runs_where_locks_are_unsupported(tmp_path, monkeypatch, wait):
     fcntl = pytest.importorskip("fcntl")
 
     def refuses(*args):

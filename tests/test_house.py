@@ -1,4 +1,7 @@
-"""House rules: imports between rooms, file lengths, and text that is not allowed."""
+"""House rules: imports between rooms, file lengths, and forbidden code.
+
+A room is a package or module directly below lightning_gpt.
+"""
 
 import ast
 import subprocess
@@ -16,7 +19,7 @@ CODE = [*ENTRY_POINTS, *LIBRARY]
 HEAVY = {"deepspeed", "transformers", "tiktoken", "tokenizers", "datasets", "pyarrow", "zstandard", "huggingface_hub"}
 HEAVY |= {"lm_eval", "matplotlib"}
 
-# Rooms of lightning_gpt, highest first, and the rooms below that each one imports. A folder is one room.
+# The rooms from the highest to the lowest, each with the rooms that it imports.
 MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": {
         *("training", "sampling", "checkpoint", "models", "data", "strategies", "tokenizers", "implementations"),
@@ -55,7 +58,7 @@ def _imported(statement: ast.AST) -> list[str]:
         return [alias.name for alias in statement.names]
     if isinstance(statement, ast.ImportFrom):
         assert statement.level == 0, "imports are absolute"
-        # `from lightning_gpt import data` imports a room, too.
+        # `from lightning_gpt import data` also imports a room.
         return [f"{statement.module}.{alias.name}" for alias in statement.names]
     return []
 
@@ -91,13 +94,13 @@ def _room(dotted: str) -> str | None:
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=_name)
-def test_imports_of_a_file(path):
+def test_file_imports_only_allowed_rooms(path):
     names = _imports(path)
     packages = {name.partition(".")[0] for name in names}
     package, *rest = path.relative_to(REPO).with_suffix("").parts
     assert not packages & {p.stem for p in ENTRY_POINTS}, "nothing imports an entry point"
     if package in MODELS:
-        # transformers only inside functions, see the test of heavy packages
+        # transformers only inside functions; another test checks that
         assert packages - set(sys.stdlib_module_names) <= {"torch", "transformers", package}
         return
     room = rest[0]
@@ -115,13 +118,13 @@ def _rooms(names: set[str]) -> set[str]:
     return {room for room in map(_room, names) if room and room != "__version__"}
 
 
-def test_arrows_run_downwards():
+def test_rooms_import_downwards():
     order = list(MAY_IMPORT)
     for room, below in MAY_IMPORT.items():
         assert below <= set(order[order.index(room) + 1 :]), room
 
 
-def test_every_arrow_is_used():
+def test_every_allowed_import_is_used():
     used: dict[str, set[str]] = {room: set() for room in MAY_IMPORT}
     for path in LIBRARY:
         package, *rest = path.relative_to(REPO).with_suffix("").parts
@@ -131,7 +134,7 @@ def test_every_arrow_is_used():
 
 
 @pytest.mark.parametrize("path", ENTRY_POINTS, ids=_name)
-def test_entry_point(path):
+def test_entry_point_is_short_and_has_main(path):
     packages = {name.partition(".")[0] for name in _imports(path)}
     assert packages - set(sys.stdlib_module_names) <= {"lightning_gpt"}
     assert len(path.read_text(encoding="utf-8").splitlines()) < 60
@@ -141,13 +144,13 @@ def test_entry_point(path):
 
 
 @pytest.mark.parametrize("path", CODE, ids=_name)
-def test_heavy_packages_are_imported_where_they_are_needed(path):
+def test_heavy_packages_are_not_imported_at_import_time(path):
     names = {name for statement in _at_import_time(_tree(path).body) for name in _imported(statement)}
     assert not {name.partition(".")[0] for name in names} & HEAVY
 
 
 @pytest.mark.parametrize("path", CODE, ids=_name)
-def test_registries_instead_of_comparisons(path):
+def test_code_does_not_compare_implementation_or_strategy_names(path):
     for node in ast.walk(_tree(path)):
         if isinstance(node, ast.Compare):
             sides = [node.left, *node.comparators]
@@ -166,13 +169,13 @@ def _max_lines(path: Path) -> int:
 
 
 @pytest.mark.parametrize("path", [*CODE, *sorted((REPO / "tests").rglob("*.py"))], ids=_name)
-def test_file_is_about_one_idea(path):
+def test_file_is_short_ascii_and_named_after_its_content(path):
     assert path.stem not in ("utils", "util", "helpers", "helper", "common", "misc")
     assert len(path.read_text(encoding="utf-8").splitlines()) <= _max_lines(path)
     assert path.read_bytes().isascii()
 
 
-def test_data_runs_from_text_to_loading():
+def test_data_imports_run_from_loading_to_text():
     order = ["loading", "tasks", "streams", "tokens", "text"]
     for path in sorted((REPO / "lightning_gpt" / "data").rglob("*.py")):
         room = path.relative_to(REPO / "lightning_gpt" / "data").with_suffix("").parts[0]

@@ -60,8 +60,8 @@ class PrepareSpeed:
             rows.append(f"{name:12}{statistics.median(values):14.3f}{min(values):10.3f}{max(values):10.3f}")
         m = self.machine
         rows.append(
-            f"{len(self.ratios)} alternating rounds over {self.megabytes:.1f} MB, {self.workers} threads; {m['hardware']},"
-            f" {m['cores']} cores\ntiktoken {m['tiktoken']}, python {m['python']}"
+            f"{len(self.ratios)} alternating rounds over {self.megabytes:.1f} MB, {self.workers} threads;"
+            f" {m['hardware']}, {m['cores']} cores\ntiktoken {m['tiktoken']}, python {m['python']}"
         )
         return "\n".join(rows)
 

@@ -9,7 +9,7 @@ from lightning_gpt.bench import timing
 
 @pytest.fixture
 def takes(monkeypatch):
-    """Stop the clock of timed training runs, and make each call of a given method advance it by some seconds."""
+    """Stop the clock of timed runs; return a function that makes each call of a method advance it by some seconds."""
     now = SimpleNamespace(seconds=0.0)
     monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
 

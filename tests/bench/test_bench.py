@@ -1,4 +1,4 @@
-"""Benchmarks run, report what they measured, and clean up. No test asserts a speed."""
+"""Benchmarks run, report their measurements, and leave no files. No test asserts a speed."""
 
 import importlib.util
 import json
@@ -39,14 +39,14 @@ def test_tax_times_the_steps_of_both_paths(tmp_path, monkeypatch, capsys, takes)
     assert table.startswith("path") and "1.500" in table
 
 
-def test_tax_ratios_are_taken_round_by_round():
+def test_tax_ratios_are_computed_per_round():
     tax = Tax(3, 100, {LOOP: Timing([10, 20, 40]), TRAINER: Timing([12, 18, 44])}, MACHINE)
     assert tax.ratios == pytest.approx([1.2, 0.9, 1.1])
     [line] = [line for line in tax.table().splitlines() if line.startswith("ratio")]
     assert line.split() == ["ratio", "1.100", "0.900", "1.200"]
 
 
-def test_prepare_ratios_are_taken_round_by_round():
+def test_prepare_ratios_are_computed_per_round():
     speeds = {PREPARE: [10.0, 30.0, 22.0], TIKTOKEN: [20.0, 20.0, 20.0]}
     speed = PrepareSpeed(1.0, 2, speeds, MACHINE | {"tiktoken": "0"})
     assert speed.ratios == pytest.approx([0.5, 1.5, 1.1])
@@ -117,14 +117,14 @@ def test_generate_compares_moderngpt_with_its_hugging_face_counterpart(monkeypat
         (["tax", "--json=nowhere/tax.json"], "--json nowhere/tax.json"),
     ],
 )
-def test_a_mistake_is_one_line(argv, mentions, refused):
+def test_wrong_options_are_refused(argv, mentions, refused):
     refused(bench.main, *argv, mentions=mentions)
 
 
 @pytest.mark.parametrize(
     "content, mentions", [(b"", ["--data text.txt", "empty"]), (b"ab\xff", ["--data text.txt", "byte 2"])]
 )
-def test_prepare_refuses_what_is_no_text(content, mentions, tmp_path, monkeypatch, refused):
+def test_prepare_refuses_files_that_are_not_text(content, mentions, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_bytes(content)
     refused(bench.main, "prepare", "--data=text.txt", mentions=mentions)

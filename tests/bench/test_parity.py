@@ -1,4 +1,4 @@
-"""Every strategy trains the same model as a single process: the matrix that bench.py parity prints."""
+"""bench.py parity: every strategy trains the same model as a single process."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ QUICK = ("fsdp", "deepspeed_stage_2")  # one of each kind; CI runs the others
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Folder shared by all strategies, so that the single-process runs are made once."""
+    """Return a folder that all strategies share, so that single-process runs are made once."""
     return tmp_path_factory.mktemp("parity")
 
 
@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
     "strategy",
     [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in STRATEGIES if name != "auto"],
 )
-def test_matrix(strategy, folder, text_file):
+def test_strategy_matches_single_process(strategy, folder, text_file):
     if strategy.startswith("deepspeed"):
         pytest.importorskip("deepspeed")
     settings = dict(devices=DEVICES, accelerator=ACCELERATOR, steps=10, data=str(text_file))
@@ -35,18 +35,18 @@ def test_matrix(strategy, folder, text_file):
     found = deviations(strategy, folder=folder, which=which, **settings)
     assert [d.case for d in found] == which and all(len(d.losses) == 10 for d in found)
     for deviation in found:
-        print(deviation)  # pytest shows it with a failure
+        print(deviation)  # shown if the test fails
         assert deviation.loss < 1e-5
         assert deviation.norm < 1e-4
         assert deviation.weights < 3e-5
     by_case = {d.case: d.losses for d in found}
     for case, losses in by_case.items():
-        # Each setting changes the losses by more than the tolerance, so that ignoring it would be noticed.
+        # Each setting changes the losses by more than the tolerance, so that a strategy that ignores it fails.
         other = by_case[Case(case.implementation, case.accumulate, 0.0)]
         assert other is losses or abs(losses[-1] / other[-1] - 1) > 5e-5
 
 
-def test_bench_prints_the_table(text_file, tmp_path, capsys, monkeypatch):
+def test_parity_prints_the_table(text_file, tmp_path, capsys, monkeypatch):
     two = [Case("nanogpt", accumulate=1, clip=0.5), Case("nanogpt", accumulate=2, clip=0.5, optimizer="muon")]
     monkeypatch.setattr(parity, "cases", lambda strategy: two)
     monkeypatch.chdir(text_file.parent)

@@ -1,4 +1,4 @@
-"""bench.py time_to_loss: runs equal train.py's, only training is timed, and the target is found seed by seed."""
+"""bench.py time_to_loss: runs equal train.py's, only training is timed, and each seed has its own time to target."""
 
 import json
 import sys
@@ -24,7 +24,7 @@ MACHINE = {"hardware": "a CPU", "cores": 2, "threads": 1, "torch": "2", "lightni
 
 @pytest.fixture
 def tiny_rows(monkeypatch):
-    """Replace the CPU recipe by a slow row and a fast one, which is half as long and validated twice as often."""
+    """Replace the CPU recipe by two rows; "fast" has half as many steps and validates twice as often."""
     rows = {"slow": Row("--learning_rate=1e-4", 80, 20), "fast": Row("--learning_rate=1e-2", 40, 10)}
     monkeypatch.setitem(RECIPES, "cpu", Recipe(TINY, "cpu", rows))
 
@@ -35,11 +35,11 @@ def _result(rows, *, goal=None) -> TimeToLoss:
 
 
 @pytest.mark.usefixtures("tiny_rows")
-def test_a_run_equals_train_py(text_file, tmp_path, monkeypatch, capsys):
+def test_run_equals_train_py(text_file, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     files = ["--json=found.json", "--plot=found.png"]
     bench.main(["time_to_loss", f"--data={text_file}", "--steps=8", "--seeds=2", "--threads=1", *files])
-    said = capsys.readouterr()
+    output = capsys.readouterr()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["found.json", "found.png"]
     found = json.loads(Path("found.json").read_text(encoding="utf-8"))
     slow, fast = (found["rows"][name]["curves"] for name in ("slow", "fast"))
@@ -49,8 +49,8 @@ def test_a_run_equals_train_py(text_file, tmp_path, monkeypatch, capsys):
         assert 0 < curve["seconds"][0] and curve["seconds"] == sorted(curve["seconds"])
     assert found["target"] == pytest.approx((slow[0]["losses"][-1] + slow[1]["losses"][-1]) / 2)
     assert found["machine"].keys() >= {"hardware", "threads", "torch"} and "--steps 8" in found["command"]
-    assert said.out.startswith("row") and f"steps to {found['target']:.3f}" in said.out
-    turns = [line.partition(":")[0] for line in said.err.splitlines() if "seed" in line]
+    assert output.out.startswith("row") and f"steps to {found['target']:.3f}" in output.out
+    turns = [line.partition(":")[0] for line in output.err.splitlines() if "seed" in line]
     assert turns == [f"{name}, seed {seed}" for seed in (1337, 1338) for name in ("slow", "fast")]
 
     # Repeat one run with train.py, and score it with evaluate.py, which uses another batch size.
@@ -63,7 +63,7 @@ def test_a_run_equals_train_py(text_file, tmp_path, monkeypatch, capsys):
 
     capsys.readouterr()
     bench.main(["time_to_loss", "--from=found.json", "--plot=again.png"])
-    assert capsys.readouterr().out == said.out
+    assert capsys.readouterr().out == output.out
     for picture in ("found.png", "again.png"):
         content = Path(picture).read_bytes()
         assert content.startswith(b"\x89PNG\r\n") and len(content) < 100_000
@@ -80,7 +80,7 @@ def test_only_training_is_timed(text_file, tmp_path, takes):
     assert (curve["steps"], curve["seconds"]) == ([2, 4, 6, 8], [6, 12, 18, 24])
 
 
-def test_where_a_loss_is_reached():
+def test_target_is_reached_at_the_first_validation_below_it():
     first = [([10, 20], [1.0, 2.0], [3.0, 2.0]), ([10, 20], [2.0, 4.0], [2.0, 2.2])]
     other = [([5, 10, 15], [0.5, 1.0, 1.5], [2.2, 2.1, 1.0]), ([5, 10, 15], [0.5, 1.0, 1.5], [2.3, 2.11, 2.2])]
     found = _result({"first": first, "other": other})
@@ -94,14 +94,14 @@ def test_where_a_loss_is_reached():
     assert "other: 1 of 2 seeds reached 2.100" in found.table()
 
 
-def test_ratios_are_taken_seed_by_seed():
+def test_ratios_are_computed_per_seed():
     first = [([20], [2.0], [2.0]), ([20], [4.0], [2.0])]
     other = [([10], [1.0], [1.9]), ([10], [3.0], [1.9])]
     ratio = _result({"first": first, "other": other}).summary("other")["seconds_ratio"]
     assert ratio == {"mean": 0.625, "median": 0.625, "min": 0.5, "max": 0.75}
 
 
-def test_a_fixed_goal_is_reached_or_not():
+def test_fixed_goal_is_reached_or_not():
     first = [([10, 20, 30], [1.0, 2.0, 3.0], [1.6, 1.46, 1.5])]  # overfits
     found = _result({"first": first, "late": [([10], [1.0], [1.5])], "soon": [([4], [0.5], [1.47])]}, goal=1.47)
     assert [found.reached(name) for name in found.rows] == [[(20, 2.0)], [None], [(4, 0.5)]]
@@ -112,7 +112,7 @@ def test_a_fixed_goal_is_reached_or_not():
 
 
 @pytest.mark.parametrize("recipe, name", ROWS)
-def test_rows_are_runs_that_train_py_knows(recipe, name):
+def test_rows_parse_with_the_sizes_of_the_recipe(recipe, name):
     settings = RECIPES[recipe]
     config = parse_train([*settings.flags.split(), *settings.rows[name].flags.split()])
     yaml = {"cpu": "shakespeare_char_cpu.yaml", "gpu": "train_shakespeare_char.yaml"}[recipe]
@@ -124,7 +124,7 @@ def test_rows_are_runs_that_train_py_knows(recipe, name):
 
 
 @pytest.mark.parametrize("recipe, yaml", [("cpu", "shakespeare_char_cpu.yaml"), ("gpu", "train_shakespeare_char.yaml")])
-def test_the_published_row_is_nanogpts(recipe, yaml):
+def test_published_row_equals_the_recipe(recipe, yaml):
     settings = RECIPES[recipe]
     config = parse_train([*settings.flags.split(), *settings.rows["nanogpt-published"].flags.split()])
     rate = ["--learning_rate=1e-3", "--min_learning_rate=1e-4"]
@@ -149,7 +149,7 @@ def test_the_published_row_is_nanogpts(recipe, yaml):
         (["--from=other.json"], ["--from other.json", "not a result of time_to_loss"]),
     ],
 )
-def test_a_mistake_is_one_line(flags, mentions, tmp_path, monkeypatch, refused):
+def test_wrong_options_are_refused(flags, mentions, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
     Path("README.md").write_text("no JSON", encoding="ascii")
     Path("other.json").write_text('{"benchmark": "tax", "rounds": 7}', encoding="ascii")
@@ -158,13 +158,13 @@ def test_a_mistake_is_one_line(flags, mentions, tmp_path, monkeypatch, refused):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_the_gpu_recipe_needs_a_gpu(refused):
+def test_gpu_recipe_without_a_gpu_is_refused(refused):
     refused(
         bench.main, "time_to_loss", "--recipe=gpu", "--rows=nanogpt-published", mentions="--recipe gpu: needs a GPU"
     )
 
 
-def test_without_matplotlib_nothing_is_trained(tmp_path, monkeypatch, refused):
+def test_plot_without_matplotlib_is_refused(tmp_path, monkeypatch, refused):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(time_to_loss, "train_silently", None)
     line = refused(bench.main, "time_to_loss", f"--plot={tmp_path / 'x.png'}", mentions="--plot")

@@ -1,4 +1,4 @@
-"""Checkpoints are scored, sampled, converted and resumed under any strategy and on any number of ranks."""
+"""Evaluate, sample, convert and resume checkpoints under any strategy and on any number of ranks."""
 
 import csv
 import json
@@ -27,18 +27,18 @@ TORCHRUN = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc_per_
 HAS_DEEPSPEED = find_spec("deepspeed") is not None
 needs_deepspeed = pytest.mark.skipif(not HAS_DEEPSPEED, reason="DeepSpeed is not installed")
 
-# Odd sizes, which no number of ranks divides.
+# Odd sizes, which two ranks do not divide.
 SIZES = "--n_layer=2 --n_head=3 --n_embd=9 --block_size=15 --learning_rate=1e-2".split()
 RUN = "--eval_interval=2 --accelerator=cpu --sample_tokens=0 --logger=csv --log_every_n_steps=1".split()
 NO_DROPOUT = {"nanogpt": ["--dropout=0"], "mingpt": ["--embd_pdrop=0", "--resid_pdrop=0", "--attn_pdrop=0"]}
 LEGS = [("ddp", 2), ("fsdp", 2), ("deepspeed_stage_3", 2), ("deepspeed_stage_1", 2), ("auto", 1)]
 LEGS = [leg for leg in LEGS if HAS_DEEPSPEED or "deepspeed" not in leg[0]]
 STEPS = 2 + 2 * len(LEGS)
-PLACES = ["ddp", "fsdp", *(f"deepspeed_stage_{stage}" for stage in (1, 2, 3) if HAS_DEEPSPEED)]
+STRATEGIES = ["ddp", "fsdp", *(f"deepspeed_stage_{stage}" for stage in (1, 2, 3) if HAS_DEEPSPEED)]
 OFFLOADED = ["deepspeed_stage_2_offload", "deepspeed_stage_3_offload"]
 PRINTED = "checkpoint hash step loss perplexity bits_per_byte tokens data block_size stride".split()
 
-# Runs several calls of entry points in one group of processes.
+# Script: make several calls of entry points in one process group.
 CALLS = """
 import importlib, json, sys
 
@@ -72,7 +72,7 @@ def last(run: Path) -> Path:
 
 
 def snapshot(run: Path, to: Path) -> None:
-    """Copy the settings and the last checkpoint of a run folder in its present state."""
+    """Copy the current settings and last checkpoint of a run folder."""
     (to / "checkpoints").mkdir(parents=True)
     shutil.copy(run / "config.yaml", to)
     copy = shutil.copytree if last(run).is_dir() else shutil.copy
@@ -80,7 +80,7 @@ def snapshot(run: Path, to: Path) -> None:
 
 
 def assert_same_training(run: Path, whole: Path) -> None:
-    """Compare each step's loss, gradient norm and rate, and the final weights and moments, with the whole run's."""
+    """Compare the logs of each step, and the final weights and moments, with those of an uninterrupted run."""
     ours, expected = log(run), log(whole)
     assert set(ours) <= set(expected) and max(ours) == max(expected) == STEPS
     for step, (loss, norm, rate) in ours.items():
@@ -99,7 +99,7 @@ def assert_same_training(run: Path, whole: Path) -> None:
 
 
 def run_chain(folder: Path, text: Path, implementation: str) -> Path:
-    """Train an uninterrupted run, and one that changes its strategy every two steps, with a snapshot of each leg."""
+    """Train one uninterrupted run, and one that changes its strategy every two steps; snapshot each leg."""
     flags = [*SIZES, *RUN, *NO_DROPOUT[implementation], f"--implementation={implementation}", f"--data={text}"]
     flags += ["--batch_size=4", f"--lr_decay_steps={STEPS}"]
     train.main([*flags, f"--max_steps={STEPS}", f"--out_dir={folder / 'whole'}"])
@@ -117,20 +117,20 @@ def run_chain(folder: Path, text: Path, implementation: str) -> Path:
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory, text_file) -> Path:
-    """The folder of nanoGPT's runs: "whole", "parts", and a snapshot of each leg; do not write to it."""
+    """Return the folder of `run_chain` for nanogpt: "whole", "parts" and a snapshot per leg; read-only."""
     return run_chain(tmp_path_factory.mktemp("chain"), text_file, "nanogpt")
 
 
 @pytest.fixture
 def fsdp(chain, tmp_path) -> Path:
-    """A run folder with a checkpoint of FSDP on two ranks, which a test may change."""
+    """Return a run folder with an FSDP checkpoint of two ranks, which a test may change."""
     snapshot(chain / "fsdp", tmp_path / "fsdp-run")
     return tmp_path / "fsdp-run"
 
 
 @pytest.fixture
 def zero3(chain, tmp_path) -> Path:
-    """The same of ZeRO-3, four steps later."""
+    """Return a run folder with a ZeRO-3 checkpoint of two ranks, which a test may change."""
     if not HAS_DEEPSPEED:
         pytest.skip("DeepSpeed is not installed")
     snapshot(chain / "deepspeed_stage_3", tmp_path / "zero3-run")
@@ -139,7 +139,7 @@ def zero3(chain, tmp_path) -> Path:
 
 @pytest.fixture
 def scored(tmp_path, capsys):
-    """Call evaluate.py in this process, check that it printed what it wrote with --json, and return that."""
+    """Return a function that calls evaluate.py, checks that it prints what --json holds, and returns that."""
 
     def score(checkpoint, *flags):
         file = tmp_path / "scored.json"
@@ -158,21 +158,21 @@ def scored(tmp_path, capsys):
 
 @pytest.fixture
 def refused(refused):
-    """Call an entry point on the CPU and check that it refuses in one line."""
+    """Return a function that calls an entry point on the CPU and checks that it refuses."""
     return lambda main, *flags, mentions: refused(main, *flags, "--accelerator=cpu", mentions=mentions)
 
 
 # Resuming
 
 
-def test_a_run_changes_its_strategy_and_ranks_and_trains_on_as_if_nothing_had_happened(chain):
+def test_resume_under_changing_strategies_equals_an_uninterrupted_run(chain):
     assert sorted(log(chain / "parts")) == list(range(1, STEPS + 1))
     assert_same_training(chain / "parts", chain / "whole")
 
 
 @needs_deepspeed
-def test_bf16_goes_on_from_float32_weights(tmp_path, text_file):
-    """ZeRO-2 in bf16 computes with rounded weights; what it resumes from are the masters that the steps add up in."""
+def test_resume_in_bf16_uses_float32_weights(tmp_path, text_file):
+    """Check that ZeRO-2 in bf16 resumes from the float32 master weights, not from the rounded ones."""
     (tmp_path / "calls.py").write_text(CALLS)
     flags = ["train", *SIZES, *RUN, "--implementation=nanogpt", "--dropout=0.1", f"--data={text_file}"]
     flags += ["--strategy=deepspeed_stage_2", "--precision=bf16", "--batch_size=2", "--lr_decay_steps=6"]
@@ -189,11 +189,11 @@ def test_bf16_goes_on_from_float32_weights(tmp_path, text_file):
     assert head.dtype == torch.float32 and not torch.equal(head, head.bfloat16().float())
 
 
-def test_a_converted_folder_is_resumed_from(chain, fsdp, refused, capsys):
+def test_resume_from_a_converted_folder(chain, fsdp, refused, capsys):
     evaluate.main([f"--checkpoint={fsdp}", "--convert_only"])
     folder = fsdp / "checkpoints" / "last"
     assert capsys.readouterr().out.split() == ["converted", str(folder)]
-    # Refused, before anything is written:
+    # Refused before anything is written.
     at = open_checkpoint(folder).step
     refused(train.main, f"--resume={folder}", f"--max_steps={at}", mentions=[folder, f"step {at} of {at}"])
     refused(train.main, f"--resume={folder}", "--implementation=mingpt", mentions=[folder, "nanogpt", "mingpt"])
@@ -204,14 +204,14 @@ def test_a_converted_folder_is_resumed_from(chain, fsdp, refused, capsys):
     assert_same_training(fsdp, chain / "whole")
 
 
-def test_weights_alone_are_not_resumed_from(fsdp, scored, refused):
+def test_resume_from_weights_only_is_refused(fsdp, scored, refused):
     scored(fsdp)
     folder = fsdp / "checkpoints" / "last"
     refused(train.main, f"--resume={folder}", f"--max_steps={STEPS}", mentions=[folder, "weights alone"])
 
 
-def test_a_run_that_was_moved_keeps_its_best(chain, tmp_path):
-    """Copied from another machine, say; then it goes on, and gets worse."""
+def test_resume_of_a_moved_run_keeps_its_best(chain, tmp_path):
+    """Copy a run folder, as from another machine, and resume it with a learning rate that makes it worse."""
     run = Path(shutil.copytree(chain / "whole", tmp_path / "moved"))
     best = (run / "checkpoints" / "best.ckpt").read_bytes()
     train.main([f"--resume={run}", f"--max_steps={STEPS + 2}", "--learning_rate=9", "--min_learning_rate=9"])
@@ -219,50 +219,50 @@ def test_a_run_that_was_moved_keeps_its_best(chain, tmp_path):
     assert (run / "checkpoints" / "best.ckpt").read_bytes() == best
 
 
-# Scoring
+# Evaluating
 
 
 def rounded(score: dict) -> dict:
-    """A score, to compare others with."""
+    """Return a score whose numbers compare approximately."""
     numbers = ("loss", "perplexity", "bits_per_byte")
     return {k: pytest.approx(v, rel=1e-6) if k in numbers and v is not None else v for k, v in score.items()}
 
 
-def call_under(places: list[str], checkpoint: Path, folder: Path) -> list[list[str]]:
-    """Return calls that score a checkpoint on two ranks under each strategy."""
+def scoring_calls(strategies: list[str], checkpoint: Path, folder: Path) -> list[list[str]]:
+    """Return the calls that evaluate a checkpoint on two ranks under each strategy."""
     flags = ["evaluate", f"--checkpoint={checkpoint}", "--accelerator=cpu", "--devices=2"]
-    return [[*flags, f"--strategy={place}", f"--json={folder / place}.json"] for place in places]
+    return [[*flags, f"--strategy={strategy}", f"--json={folder / strategy}.json"] for strategy in strategies]
 
 
 @pytest.fixture(scope="module")
 def two_ranks(chain, tmp_path_factory) -> Path:
-    """The output of one group of two torchrun processes: the files of --json, its stdout, a conversion."""
+    """Make all calls in one group of two processes; return the folder with JSON files, stdout and a conversion."""
     folder = tmp_path_factory.mktemp("two-ranks")
     snapshot(chain / "fsdp", folder / "shards")
     (folder / "calls.py").write_text(CALLS)
     flags = ["evaluate", f"--checkpoint={folder / 'shards'}", "--accelerator=cpu"]
-    calls = [flags, [*flags, "--convert_only"], *call_under(PLACES, last(chain / "whole"), folder)]
+    calls = [flags, [*flags, "--convert_only"], *scoring_calls(STRATEGIES, last(chain / "whole"), folder)]
     calls.append([*calls[2], "--eval_batches=3", "--batch_size=2", f"--json={folder}/part.json"])
     (folder / "stdout").write_text(processes(*TORCHRUN, folder / "calls.py", json.dumps(calls)))
     return folder
 
 
-def test_one_number_under_every_strategy(chain, two_ranks, scored, text_file):
+def test_score_is_equal_under_every_strategy(chain, two_ranks, scored, text_file):
     expected = scored(chain / "whole", "--which=last")
     assert expected["step"] == STEPS and expected["hash"] == open_checkpoint(last(chain / "whole")).hash()
     n_bytes = text_file.stat().st_size
     assert 0.09 * n_bytes < expected["tokens"] < 0.11 * n_bytes
     assert scored(chain / "whole", "--which=last", "--batch_size=1") == rounded(expected)
-    for place in PLACES:
-        assert json.loads((two_ranks / f"{place}.json").read_text()) == rounded(expected), place
+    for strategy in STRATEGIES:
+        assert json.loads((two_ranks / f"{strategy}.json").read_text()) == rounded(expected), strategy
     part = scored(chain / "whole", "--which=last", "--eval_batches=3", "--batch_size=2")
     assert json.loads((two_ranks / "part.json").read_text()) == rounded(part)
     assert part["tokens"] == 3 * 2 * 15 and part["bits_per_byte"] is None
 
 
-def test_one_of_torchruns_processes_prints_and_converts(two_ranks):
+def test_one_process_of_torchrun_prints_and_converts(two_ranks):
     printed = [line.split()[0] for line in (two_ranks / "stdout").read_text().splitlines()]
-    assert printed == [*PRINTED, "converted", *PRINTED * (len(PLACES) + 1)]
+    assert printed == [*PRINTED, "converted", *PRINTED * (len(STRATEGIES) + 1)]
     folder = two_ranks / "shards" / "checkpoints"
     assert sorted(p.name for p in folder.iterdir()) == ["last", "last.ckpt"]
     assert open_checkpoint(folder / "last").has_optimizer
@@ -270,17 +270,17 @@ def test_one_of_torchruns_processes_prints_and_converts(two_ranks):
 
 @needs_deepspeed
 @pytest.mark.slow
-def test_one_number_where_the_weights_are_offloaded(chain, scored, tmp_path):
+def test_score_is_equal_with_offloaded_weights(chain, scored, tmp_path):
     (tmp_path / "calls.py").write_text(CALLS)
-    processes(*TORCHRUN, tmp_path / "calls.py", json.dumps(call_under(OFFLOADED, last(chain / "whole"), tmp_path)))
+    processes(*TORCHRUN, tmp_path / "calls.py", json.dumps(scoring_calls(OFFLOADED, last(chain / "whole"), tmp_path)))
     expected = scored(chain / "whole", "--which=last")
-    for place in OFFLOADED:
-        assert json.loads((tmp_path / f"{place}.json").read_text()) == rounded(expected), place
+    for strategy in OFFLOADED:
+        assert json.loads((tmp_path / f"{strategy}.json").read_text()) == rounded(expected), strategy
 
 
 @needs_deepspeed
-def test_stdout_holds_the_numbers_alone_and_the_newest_run_is_found(chain, scored, tmp_path):
-    """In a process without ranks, from the user's working directory; DeepSpeed prints while it sets up bf16."""
+def test_evaluate_prints_only_scores_of_the_newest_run(chain, scored, tmp_path):
+    """Evaluate in one process in a working directory with runs/, under DeepSpeed, which prints in bf16 set-up."""
     expected = scored(chain / "whole", "--which=last")
     older = tmp_path / "runs" / "older"
     snapshot(chain / "ddp", older)
@@ -298,7 +298,7 @@ def test_stdout_holds_the_numbers_alone_and_the_newest_run_is_found(chain, score
         assert (found["tokens"], found["hash"]) == (expected["tokens"], expected["hash"])
 
 
-def test_the_newest_run_and_its_best_or_last_checkpoint(chain, tmp_path, monkeypatch, capsys):
+def test_evaluate_opens_best_or_last_of_the_newest_run(chain, tmp_path, monkeypatch, capsys):
     shutil.copytree(chain / "whole", tmp_path / "runs" / "one")
     os.utime(last(tmp_path / "runs" / "one"), (time.time() + 9,) * 2)
     snapshot(chain / "ddp", tmp_path / "runs" / "two")
@@ -311,8 +311,8 @@ def test_the_newest_run_and_its_best_or_last_checkpoint(chain, tmp_path, monkeyp
 
 @needs_deepspeed
 @pytest.mark.parametrize(("kind", "later"), [("fsdp", "deepspeed_stage_1"), ("zero3", "fsdp")])
-def test_shards_are_scored_in_one_process(kind, later, request, scored, chain):
-    """The conversion lies beside them, is used again, and is made anew when the checkpoint was."""
+def test_shards_are_converted_once_and_again_after_a_change(kind, later, request, scored, chain):
+    """Check that the conversion is cached beside the checkpoint, and repeated when the checkpoint changes."""
     run = request.getfixturevalue(kind)
     folder = run / "checkpoints" / "last"
     first = scored(run)
@@ -328,8 +328,8 @@ def test_shards_are_scored_in_one_process(kind, later, request, scored, chain):
     assert again["hash"] != first["hash"] and again["loss"] != first["loss"] and again["step"] != first["step"]
 
 
-def test_two_ranks_convert_once(fsdp, monkeypatch):
-    """All of torchrun's processes ask at the same time; one converts, the others wait for it."""
+def test_concurrent_readers_convert_once(fsdp, monkeypatch):
+    """Open a checkpoint in three threads at once, as torchrun's processes do: one converts, the others wait."""
     made = []
 
     def slowly(checkpoint, folder):
@@ -356,12 +356,12 @@ def test_result_that_cannot_be_written_is_refused_before_scoring(chain, tmp_path
     )
     (tmp_path / "taken").mkdir()
     refused(evaluate.main, f"--checkpoint={chain}", f"--json={tmp_path / 'taken'}", mentions=["--json", "taken"])
-    if Path("/proc/self").exists():  # where not even root can make a file
+    if Path("/proc/self").exists():  # even root cannot create a file here
         refused(evaluate.main, f"--checkpoint={chain}", "--json=/proc/x.json", mentions=["--json /proc/x.json"])
 
 
-def test_loss_beyond_what_a_perplexity_can_be(chain, tmp_path, scored):
-    """A model that went astray has a loss all the same; JSON knows no infinity."""
+def test_perplexity_overflow_is_null_in_json(chain, tmp_path, scored):
+    """Evaluate a diverged model, whose perplexity is infinite, which JSON cannot store."""
     content = torch.load(last(chain / "whole"), weights_only=True)
     for name in ("lm_head", "transformer.wte"):
         content["state_dict"][f"model.{name}.weight"] *= 1e5
@@ -370,7 +370,7 @@ def test_loss_beyond_what_a_perplexity_can_be(chain, tmp_path, scored):
     assert score["loss"] > 1000 and score["perplexity"] is None
 
 
-# Other programs, and other people's files
+# Other programs, and files of other people
 
 
 def test_converted_weights_load_in_plain_torch(fsdp, capsys):
@@ -388,7 +388,7 @@ def test_converted_weights_load_in_plain_torch(fsdp, capsys):
     assert all(torch.equal(weight, checkpoint.weight(name)) for name, weight in weights.items())
 
 
-def test_a_sharded_run_is_sampled(fsdp, capsys):
+def test_sample_from_a_sharded_run(fsdp, capsys):
     flags = ["--accelerator=cpu", "--prompt=the cat", "--max_new_tokens=20"]
     sample.main([f"--checkpoint={fsdp}", *flags])
     text = capsys.readouterr().out
@@ -398,7 +398,7 @@ def test_a_sharded_run_is_sampled(fsdp, capsys):
 
 
 class Foreign:
-    """Creates a file when it is unpickled."""
+    """Create a file when unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -407,8 +407,8 @@ class Foreign:
         return Path.touch, (self.mark,)
 
 
-def test_pickled_objects_of_others_need_trust(zero3, scored, refused, tmp_path, monkeypatch):
-    """DeepSpeed's own classes are harmless; any other runs only from the user's own run folder, or with the flag."""
+def test_pickled_objects_need_trust(zero3, scored, refused, tmp_path, monkeypatch):
+    """Check that classes other than DeepSpeed's are loaded only from the user's own run folder, or with the flag."""
     scored(zero3)
     mark, file = tmp_path / "mark", last(zero3) / "checkpoint" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     torch.save(torch.load(file, weights_only=False) | {"extra": Foreign(mark)}, file)

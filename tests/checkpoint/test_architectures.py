@@ -1,4 +1,4 @@
-"""Adapters: each maps config and weights both ways; NanoChat folders are read and written."""
+"""Architecture adapters: config and weights map both ways; NanoChat folders are read and written."""
 
 import json
 from ast import literal_eval
@@ -36,7 +36,7 @@ NANOCHAT = {
 
 
 def nanochat(folder: Path, *, shard_size: str = "1GB", **changes):
-    """Save a random NanoChat with save_pretrained, with a tokenizer of its 8 tokens, and return it."""
+    """Save a random NanoChat and a tokenizer of its 8 tokens, and return the model."""
     torch.manual_seed(1)
     model = transformers.NanoChatForCausalLM(transformers.NanoChatConfig(**NANOCHAT | changes)).eval()
     with torch.no_grad():
@@ -55,11 +55,11 @@ def assert_same_logits(model, theirs, vocab_size: int) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-# The tables
+# Weight tables
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_every_weight_is_in_the_table_and_returns_under_its_own_name(implementation):
+def test_weight_names_map_both_ways(implementation):
     architecture = architecture_of(get_implementation(implementation))
     model = empty_model(implementation, model_config=SIZES)
     rows = {weight.ours for weight in architecture.weights}
@@ -72,7 +72,7 @@ def test_every_weight_is_in_the_table_and_returns_under_its_own_name(implementat
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_import_is_the_inverse_of_export(implementation):
+def test_import_inverts_export(implementation):
     row = get_implementation(implementation)
     architecture = architecture_of(row)
     assert architecture is ARCHITECTURES[architecture.model_type]
@@ -83,7 +83,7 @@ def test_import_is_the_inverse_of_export(implementation):
     assert hf_config["model_type"] == architecture.model_type
     again, fields = architecture.implementation_for(architecture.settings_from_hf(hf_config))
     complete = row.complete(SIZES)
-    complete["n_kv_head"] = SIZES["n_head"]  # the meaning of moderngpt's default
+    complete["n_kv_head"] = SIZES["n_head"]  # what moderngpt's default None means
     assert again is row and fields.items() <= complete.items() and SIZES.items() <= fields.items()
     layout, read = architecture.imported(state_dict, state_dict.__getitem__)
     assert layout.keys() == model.state_dict().keys()
@@ -97,7 +97,7 @@ def test_import_is_the_inverse_of_export(implementation):
 @pytest.mark.parametrize(
     "changes", [{}, {"num_key_value_heads": None}, {"num_key_value_heads": 1}, {"shard_size": "4KB"}]
 )
-def test_a_nanochat_folder_has_their_logits(tmp_path, changes):
+def test_nanochat_folder_has_the_same_logits(tmp_path, changes):
     theirs = nanochat(tmp_path / "hf", **changes)
     assert (len(list((tmp_path / "hf").glob("*.safetensors"))) > 1) == ("shard_size" in changes)
     checkpoint = open_checkpoint(tmp_path / "hf")
@@ -107,7 +107,7 @@ def test_a_nanochat_folder_has_their_logits(tmp_path, changes):
 
 
 @pytest.mark.parametrize("fields", [{}, {"n_kv_head": 1, "softcap": 3.0, "vocab_padding": 5}], ids=["plain", "all"])
-def test_moderngpt_is_exported_as_nanochat_and_read_again(saved_model, export, fields):
+def test_moderngpt_export_round_trip_through_nanochat(saved_model, export, fields):
     path = saved_model("moderngpt", **fields)
     folder, _ = export(path, "hf")
     theirs, report = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
@@ -122,7 +122,7 @@ def test_moderngpt_is_exported_as_nanochat_and_read_again(saved_model, export, f
     )
 
 
-def test_a_nanochat_folder_is_trained_on_scored_and_sampled(tmp_path, text_file, capsys):
+def test_nanochat_folder_is_scored_sampled_and_fine_tuned(tmp_path, text_file, capsys):
     theirs = nanochat(tmp_path / "hf")
     text = tmp_path / "text.txt"
     text.write_text("a bad cab fed a dab ace egg " * 60)
@@ -171,7 +171,7 @@ def test_a_nanochat_folder_is_trained_on_scored_and_sampled(tmp_path, text_file,
     ],
     ids=str,
 )
-def test_what_moderngpt_cannot_express_is_refused(tmp_path, refused, changed):
+def test_unsupported_nanochat_settings_are_refused(tmp_path, refused, changed):
     nanochat(tmp_path / "hf")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config | changed))
@@ -185,10 +185,10 @@ def test_what_moderngpt_cannot_express_is_refused(tmp_path, refused, changed):
 
 def test_moderngpt_is_not_exported_for_nanogpt(saved_model, evaluation_refused, tmp_path):
     flags = [f"--checkpoint={saved_model('moderngpt')}", "--export=nanogpt", f"--out={tmp_path / 'out'}"]
-    evaluation_refused(*flags, mentions=["moderngpt is no GPT-2", "use --export safetensors or pt"])
+    evaluation_refused(*flags, mentions=["moderngpt is not a GPT-2", "use --export safetensors or pt"])
 
 
-def test_a_nanochat_without_its_head_is_refused(tmp_path, refused):
+def test_nanochat_without_its_head_is_refused(tmp_path, refused):
     nanochat(tmp_path / "hf").model.save_pretrained(tmp_path / "headless")
     (tmp_path / "hf" / "tokenizer.json").rename(tmp_path / "headless" / "tokenizer.json")
     flags = [f"--checkpoint={tmp_path / 'headless'}", "--accelerator=cpu", "--prompt=a"]
@@ -196,7 +196,7 @@ def test_a_nanochat_without_its_head_is_refused(tmp_path, refused):
 
 
 @pytest.mark.parametrize("flag", ["--window 4", "--bigram 25", "--smear True"])
-def test_what_nanochat_is_not(saved_model, export, evaluation_refused, tmp_path, flag):
+def test_export_of_options_that_nanochat_lacks_is_refused(saved_model, export, evaluation_refused, tmp_path, flag):
     name, value = flag.removeprefix("--").split()
     path = saved_model("moderngpt", vocab_padding=3, **{name: literal_eval(value)})
     flags = (f"--checkpoint={path}", "--export=hf", f"--out={tmp_path / 'hf'}")

@@ -1,4 +1,4 @@
-"""Weights out: what ``evaluate.py --export`` writes, opened by the programs that it is written for."""
+"""Exported weights: the target programs open what ``evaluate.py --export`` writes."""
 
 import json
 import os
@@ -37,7 +37,7 @@ CHAR = CharTokenizer("abc\n ")
 
 @pytest.fixture(scope="session")
 def nano_run(tmp_path_factory, text_file, tiny_flags) -> Path:
-    """The folder of a finished run of nanogpt; look, do not write."""
+    """Train a tiny nanogpt and return its run folder; read-only."""
     out_dir = tmp_path_factory.mktemp("runs") / "nano"
     train.main([*tiny_flags, "--implementation=nanogpt", f"--data={text_file}", f"--out_dir={out_dir}"])
     return out_dir
@@ -63,7 +63,7 @@ def assert_opens_in_hf(folder: Path, checkpoint: Path) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_hf_gives_the_same_logits(saved_model, export, name):
+def test_hf_export_has_the_same_logits(saved_model, export, name):
     implementation, fields = MODELS[name]
     checkpoint = saved_model(implementation, **fields)
     folder, _ = export(checkpoint, "hf")
@@ -74,23 +74,23 @@ def test_hf_gives_the_same_logits(saved_model, export, name):
     assert (model.transformer.ln_f.bias.abs().max() == 0) == (fields.get("bias") is False)
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         assert ("lm_head.weight" in file.keys()) != tied
-    # What the file says of the end of texts is not GPT-2's, which a vocabulary of 5 does not have.
+    # The generation config must not have GPT-2's end-of-text id, which a vocabulary of 5 lacks.
     assert model.generate(torch.zeros(1, 2, dtype=torch.long), max_new_tokens=3, do_sample=False).shape == (1, 5)
     assert model.config.eos_token_id is None
 
 
-def test_hf_keeps_the_precision(saved_model, export):
+def test_hf_export_keeps_the_dtype(saved_model, export):
     folder, _ = export(saved_model("nanogpt", dtype=torch.bfloat16, bias=False), "hf")
     model, report = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(report.values()) and {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("run", ["tiny_run", "nano_run"])
-def test_hf_of_a_run(request, export, run):
+def test_hf_export_of_a_run(request, export, run):
     checkpoint = request.getfixturevalue(run) / "checkpoints" / "best.ckpt"
-    folder, said = export(request.getfixturevalue(run), "hf")
+    folder, stderr = export(request.getfixturevalue(run), "hf")
     assert_opens_in_hf(folder, checkpoint)
-    assert said == "" and open_checkpoint(folder).hash() == open_checkpoint(checkpoint).hash()
+    assert stderr == "" and open_checkpoint(folder).hash() == open_checkpoint(checkpoint).hash()
     tokenizer, theirs = open_checkpoint(checkpoint).tokenizer, transformers.AutoTokenizer.from_pretrained(folder)
     for text in ("the cat sat\n\n on  a mat", "moon", " "):
         ids = tokenizer.encode(text).tolist()
@@ -100,19 +100,19 @@ def test_hf_of_a_run(request, export, run):
         (folder / "lightning_gpt_tokenizer.json").read_text()
     )
     with pytest.raises(Exception, match="Missing"):
-        theirs("\u00fc")  # as with us, a character that the text did not have is an error
+        theirs("\u00fc")  # as in our tokenizer, an unknown character is an error
 
 
-def test_a_tokenizer_that_is_not_known(saved_model, export):
+def test_hf_export_without_a_tokenizer_warns(saved_model, export):
     checkpoint = saved_model("mingpt", None)
-    folder, said = export(checkpoint, "hf")
+    folder, stderr = export(checkpoint, "hf")
     assert_opens_in_hf(folder, checkpoint)
-    assert said.count("\n") == 1 and "AutoTokenizer cannot open" in said and str(checkpoint) in said
+    assert stderr.count("\n") == 1 and "AutoTokenizer cannot open" in stderr and str(checkpoint) in stderr
 
 
 @pytest.mark.parametrize("implementation", ["mingpt", "nanogpt"])
-def test_gpt2_in_and_out_again(export, text_file, byte_level_file, tmp_path, implementation):
-    """Hugging Face's GPT-2, fine-tuned with a padded vocabulary, is theirs again."""
+def test_hf_export_of_a_fine_tuned_gpt2(export, text_file, byte_level_file, tmp_path, implementation):
+    """Fine-tune a GPT-2 of transformers with a padded vocabulary, and export it again."""
     config = transformers.GPT2Config(
         n_layer=2, n_head=2, n_embd=16, n_positions=32, vocab_size=300, bos_token_id=0, eos_token_id=0
     )
@@ -138,7 +138,7 @@ def test_gpt2_in_and_out_again(export, text_file, byte_level_file, tmp_path, imp
 
 
 @pytest.mark.slow
-def test_hf_of_a_sharded_checkpoint(export, text_file, tmp_path):
+def test_hf_export_of_a_sharded_checkpoint(export, text_file, tmp_path):
     flags = "--strategy=fsdp --devices=2 --accelerator=cpu --implementation=nanogpt --n_layer=2 --n_head=3 --n_embd=9"
     flags += " --block_size=15 --max_steps=2 --eval_interval=2 --eval_batches=1 --sample_tokens=0 --logger=none"
     command = [sys.executable, "train.py", *flags.split(), f"--data={text_file}", f"--out_dir={tmp_path / 'run'}"]
@@ -155,7 +155,7 @@ def test_hf_of_a_sharded_checkpoint(export, text_file, tmp_path):
 
 
 @pytest.mark.parametrize("run", ["tiny_run", "nano_run"])
-def test_safetensors_are_the_canonical_form(request, export, run):
+def test_safetensors_export_is_the_canonical_form(request, export, run):
     checkpoint = request.getfixturevalue(run) / "checkpoints" / "best.ckpt"
     folder, _ = export(checkpoint, "safetensors")
     before, after = open_checkpoint(checkpoint), open_checkpoint(folder)
@@ -163,14 +163,14 @@ def test_safetensors_are_the_canonical_form(request, export, run):
     assert after.tokenizer.to_dict() == before.tokenizer.to_dict()
 
 
-def test_a_plain_state_dict_has_the_heads_of_its_config_not_of_the_preset_of_its_size(saved_model, export):
-    path = saved_model("mingpt", n_layer=3, n_head=4, n_embd=48)  # gpt-nano has 3
+def test_pt_export_keeps_the_number_of_heads(saved_model, export):
+    path = saved_model("mingpt", n_layer=3, n_head=4, n_embd=48)  # the preset gpt-nano of this size has 3 heads
     assert open_checkpoint(export(path, "pt")[0] / "model.pt").model_config["n_head"] == 4
 
 
 @pytest.mark.parametrize("implementation", ["mingpt", "nanogpt"])
 @pytest.mark.parametrize("form", ["safetensors", "pt"])
-def test_padding_is_cut(saved_model, export, implementation, form):
+def test_export_removes_vocabulary_padding(saved_model, export, implementation, form):
     checkpoint = saved_model(implementation, vocab_padding=5)
     folder, _ = export(checkpoint, form)
     config = json.loads((folder / "config.json").read_text())["model_config"]
@@ -208,14 +208,14 @@ class MyGPT(nn.Module):
 
 @pytest.fixture
 def foreign(tmp_path, monkeypatch, saved_model):
-    """A checkpoint of a user's own model."""
+    """Save a checkpoint of a user's own model."""
     (tmp_path / "exported_model.py").write_text(MY_MODEL)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "exported_model", raising=False)
     return saved_model("exported_model:MyGPT")
 
 
-def test_a_model_of_the_users_own(foreign, export):
+def test_export_of_a_foreign_model(foreign, export):
     weight = open_checkpoint(foreign).weight("all.weight")
     assert torch.equal(torch.load(export(foreign, "pt")[0] / "model.pt")["all.weight"], weight)
     assert torch.equal(open_checkpoint(export(foreign, "safetensors")[0]).weight("all.weight"), weight)
@@ -225,7 +225,7 @@ def test_a_model_of_the_users_own(foreign, export):
 
 
 def original_layout(args: dict) -> dict[str, tuple[int, ...]]:
-    """Parameters of the original nanoGPT in its order, the head that is the embedding left out."""
+    """Return names and shapes of the original nanoGPT's parameters in its order, without the tied head."""
     wide, bias = args["n_embd"], args["bias"]
 
     def pair(name: str, *shape: int) -> dict[str, tuple[int, ...]]:
@@ -240,8 +240,8 @@ def original_layout(args: dict) -> dict[str, tuple[int, ...]]:
     return names | pair("transformer.ln_f", wide)
 
 
-def as_the_original_reads(folder: Path) -> tuple[dict, torch.nn.Module]:
-    """What is in ckpt.pt, and a model of its layout; what sample.py would fail on, fails."""
+def read_as_original_nanogpt(folder: Path) -> tuple[dict, torch.nn.Module]:
+    """Return the content of ckpt.pt, and the model; fail where nanoGPT's sample.py would."""
     content = torch.load(folder / "ckpt.pt")
     args = content["model_args"]
     assert set(args) == {"n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout"}
@@ -264,15 +264,15 @@ def as_the_original_reads(folder: Path) -> tuple[dict, torch.nn.Module]:
 
 
 @pytest.mark.parametrize("fields", [EXACT, EXACT | {"bias": False, "vocab_padding": 5, "dropout": 0.1}])
-def test_nanogpt_reads_the_same_model(saved_model, export, fields):
+def test_nanogpt_export_has_the_same_logits(saved_model, export, fields):
     checkpoint = saved_model("nanogpt", **fields)
     folder, _ = export(checkpoint, "nanogpt")
-    content, model = as_the_original_reads(folder)
+    content, model = read_as_original_nanogpt(folder)
     idx = torch.randint(5, (2, 12))
     with torch.no_grad():
         torch.testing.assert_close(model(idx).logits, logits(checkpoint, idx, 5), atol=1e-4, rtol=0)
     assert content["iter_num"] == 7 and content["model_args"]["dropout"] == fields.get("dropout", 0.0)
-    # sample.py looks for it so, from its own folder.
+    # nanoGPT's sample.py opens this path, relative to its own folder.
     meta = pickle.loads(Path(os.path.join("data", content["config"]["dataset"], "meta.pkl")).read_bytes())
     assert meta["vocab_size"] == 5 and [meta["stoi"][c] for c in "cab"] == CHAR.encode("cab").tolist()
     assert "".join(meta["itos"][i] for i in (0, 3, 2)) == CHAR.decode([0, 3, 2])
@@ -280,16 +280,16 @@ def test_nanogpt_reads_the_same_model(saved_model, export, fields):
     assert again.tokenizer is not None and again.tokenizer.to_dict() == CHAR.to_dict()
 
 
-def test_nanogpt_goes_on_with_the_training(nano_run, export):
+def test_nanogpt_export_has_the_optimizer_state(nano_run, export):
     checkpoint = nano_run / "checkpoints" / "last.ckpt"
     folder, _ = export(checkpoint, "nanogpt")
-    content, _ = as_the_original_reads(folder)
+    content, _ = read_as_original_nanogpt(folder)
     again = open_checkpoint(folder / "ckpt.pt")
     assert again.hash() == open_checkpoint(checkpoint).hash()
     header = torch.load(checkpoint)
     scores = [state["best_model_score"] for state in header["callbacks"].values() if "best_model_score" in state]
     assert content["best_val_loss"] == pytest.approx(min(float(s) for s in scores if s is not None))
-    # The original's groups: first what has two dimensions, then the rest.
+    # nanoGPT's parameter groups: tensors of two dimensions, then the rest.
     shapes = original_layout(content["model_args"])
     groups = [[n for n in shapes if len(shapes[n]) == 2], [n for n in shapes if len(shapes[n]) == 1]]
     parameters = {n: torch.nn.Parameter(content["model"][n].clone()) for n in shapes}
@@ -306,17 +306,17 @@ def test_nanogpt_goes_on_with_the_training(nano_run, export):
     adamw.step()
 
 
-def test_nanogpt_with_gpt2_tokens(saved_model, export):
+def test_nanogpt_export_with_gpt2_tokens(saved_model, export):
     folder, _ = export(saved_model("nanogpt", GPT2Tokenizer(), **EXACT), "nanogpt")
-    assert not (folder / "meta.pkl").exists()  # then the original takes GPT-2's tokens
+    assert not (folder / "meta.pkl").exists()  # without it, nanoGPT uses GPT-2's tokens
 
 
-# What is refused, and what becomes of folders
+# Refusals, and existing folders
 
 
 @pytest.fixture
 def refused(refused, tmp_path):
-    """Call evaluate.py, which must refuse in one line and leave every file as it was."""
+    """Return a function that calls evaluate.py, and checks that it refuses and creates no file."""
 
     def call(*flags: object, mentions: Sequence[object]) -> None:
         before = sorted(tmp_path.rglob("*"))
@@ -334,26 +334,28 @@ def refused(refused, tmp_path):
         ("nanogpt", ByteTokenizer(), {}, ["byte tokenizer", "char and gpt2"]),
     ],
 )
-def test_what_nanogpt_cannot_express(saved_model, refused, tmp_path, implementation, tokenizer, fields, mentions):
+def test_nanogpt_export_refuses_unsupported_models(
+    saved_model, refused, tmp_path, implementation, tokenizer, fields, mentions
+):
     checkpoint = saved_model(implementation, tokenizer, **fields)
     out = tmp_path / "new" / "out"
     refused(f"--checkpoint={checkpoint}", "--export=nanogpt", f"--out={out}", mentions=(checkpoint, *mentions))
 
 
 @pytest.mark.parametrize("form", ["hf", "nanogpt"])
-def test_a_foreign_layout_is_refused(foreign, refused, tmp_path, form):
+def test_export_of_a_foreign_layout_is_refused(foreign, refused, tmp_path, form):
     mentions = ("exported_model:MyGPT", "GPT-2's", "layout")
     refused(f"--checkpoint={foreign}", f"--export={form}", f"--out={tmp_path / 'out'}", mentions=mentions)
 
 
-def test_missing_tables_are_refused(saved_model, refused, tmp_path, monkeypatch):
+def test_export_without_tables_is_refused(saved_model, refused, tmp_path, monkeypatch):
     checkpoint = saved_model("nanogpt", GPT2Tokenizer())
     monkeypatch.setitem(sys.modules, "tiktoken", None)
     load_encoding.cache_clear()
     refused(f"--checkpoint={checkpoint}", "--export=hf", f"--out={tmp_path / 'out'}", mentions=["tiktoken"])
 
 
-def test_flags_that_do_not_go_together(saved_model, refused, tmp_path):
+def test_conflicting_export_flags_are_refused(saved_model, refused, tmp_path):
     checkpoint = f"--checkpoint={saved_model('mingpt')}"
     out = f"--out={tmp_path / 'out'}"
     refused(checkpoint, "--export=hf", mentions=["--out", "give both"])
@@ -362,11 +364,11 @@ def test_flags_that_do_not_go_together(saved_model, refused, tmp_path):
     refused(checkpoint, "--export=hf", out, "--convert_only", mentions=["--convert_only", "give one"])
 
 
-def test_folders_that_are_something_else(saved_model, refused, export, tmp_path):
+def test_export_into_other_folders_is_refused(saved_model, refused, export, tmp_path):
     checkpoint = saved_model("mingpt")
     mine = tmp_path / "mine"
     mine.mkdir()
-    export(checkpoint, "hf", mine)  # it was empty
+    export(checkpoint, "hf", mine)  # an empty folder is accepted
     export(checkpoint, "pt", mine)
     assert not (mine / "model.safetensors").exists() and (mine / "model.pt").exists()
     (mine / "notes.txt").write_text("my own")
@@ -379,7 +381,7 @@ def test_folders_that_are_something_else(saved_model, refused, export, tmp_path)
     assert open_checkpoint(whole).hash() == open_checkpoint(checkpoint).hash()
 
 
-def test_an_export_that_fails_leaves_the_earlier_one(saved_model, refused, export, tmp_path, monkeypatch):
+def test_failed_export_leaves_the_earlier_one(saved_model, refused, export, tmp_path, monkeypatch):
     checkpoint = saved_model("nanogpt")
     folder, _ = export(checkpoint, "pt")
     state = torch.load(folder / "model.pt")

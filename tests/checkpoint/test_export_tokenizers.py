@@ -1,4 +1,4 @@
-"""Tokenizers out: what ``evaluate.py --export hf`` writes, opened by ``AutoTokenizer``."""
+"""Exported tokenizers: ``AutoTokenizer`` opens what ``evaluate.py --export hf`` writes."""
 
 import json
 import os
@@ -39,19 +39,19 @@ TEXTS = [
 
 
 @pytest.mark.usefixtures("gpt2_tables")
-def test_gpt2_tokens_in_hf(saved_model, export):
+def test_hf_export_has_the_tokens_of_gpt2(saved_model, export):
     tokenizer = GPT2Tokenizer()
-    folder, said = export(saved_model("nanogpt", tokenizer, vocab_padding=47), "hf")
+    folder, stderr = export(saved_model("nanogpt", tokenizer, vocab_padding=47), "hf")
     theirs = assert_same_tokens(folder, tokenizer, TEXTS)
     assert theirs.bos_token_id == theirs.unk_token_id == 50256 and theirs.eos_token == "<|endoftext|>"
-    assert theirs.model_max_length == 12 and "AutoTokenizer" not in said
+    assert theirs.model_max_length == 12 and "AutoTokenizer" not in stderr
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     assert (model.config.vocab_size, model.config.eos_token_id, model.config.bos_token_id) == (50257, 50256, 50256)
     assert model.generate(**theirs(TEXTS[2], return_tensors="pt"), max_new_tokens=2).shape == (1, 3)
 
 
 @pytest.mark.usefixtures("gpt2_tables")
-def test_gpt2_merges_are_the_published_ones(saved_model, export):
+def test_hf_export_has_the_published_merges_of_gpt2(saved_model, export):
     folder, _ = export(saved_model("nanogpt", GPT2Tokenizer()), "hf")
     ours = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     folder = os.environ.get("TIKTOKEN_CACHE_DIR")
@@ -64,8 +64,8 @@ def test_gpt2_merges_are_the_published_ones(saved_model, export):
     assert ours["vocab"] == vocabulary
 
 
-def test_another_encoding_in_hf(saved_model, export, monkeypatch):
-    """With cl100k's pattern, whose {1,3}+ means something else to Hugging Face's library."""
+def test_hf_export_has_the_tokens_of_another_encoding(saved_model, export, monkeypatch):
+    """Use cl100k's pattern, whose {1,3}+ has another meaning in Hugging Face's library."""
     tiktoken = pytest.importorskip("tiktoken")
     joined = [b"12", b"34", b"1234", b"th", b"the", b" the", b"\n\n", b"\r\n", b"!!", b"!!\n"]
     ranks = {bytes([(i + 7) % 256]): i for i in range(256)} | {token: 256 + i for i, token in enumerate(joined)}
@@ -83,12 +83,12 @@ def test_another_encoding_in_hf(saved_model, export, monkeypatch):
     assert theirs("<|more|>")["input_ids"] == [267]
 
 
-def test_bytes_in_hf(saved_model, export):
+def test_hf_export_has_byte_tokens(saved_model, export):
     folder, _ = export(saved_model("nanogpt", ByteTokenizer()), "hf")
     assert_same_tokens(folder, ByteTokenizer(), TEXTS)
 
 
-def test_a_hugging_face_tokenizer_goes_back_as_it_came(saved_model, export, byte_level_file):
+def test_hf_export_copies_a_hugging_face_tokenizer(saved_model, export, byte_level_file):
     tokenizer = HuggingFaceTokenizer.build(str(byte_level_file), corpus=None, source="")
     folder, _ = export(saved_model("nanogpt", tokenizer), "hf")
     assert (folder / "tokenizer.json").read_bytes() == byte_level_file.read_bytes()

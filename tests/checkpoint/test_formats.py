@@ -1,4 +1,4 @@
-"""Checkpoints of every strategy: read lazily, converted, checked, refused."""
+"""Checkpoints of every strategy: lazy reading, conversion, checks and refusals."""
 
 import json
 import os
@@ -29,11 +29,11 @@ RUNS = {
     "zero3": ("deepspeed_stage_3", "nanogpt"),
 }
 HAS_DEEPSPEED = find_spec("deepspeed") is not None
-# Odd sizes, which no number of ranks divides.
+# Odd sizes, which two ranks do not divide.
 SIZES = "--n_layer=2 --n_head=3 --n_embd=9 --block_size=15 --batch_size=4 --max_steps=3 --eval_interval=3"
 
-# DeepSpeed's own tools, in a process of their own: one argument for each folder, the results beside them.
-DEEPSPEED_SAYS = """
+# Script: read each checkpoint folder in the arguments with DeepSpeed's own tools, and save the result beside it.
+DEEPSPEED_TOOLS = """
 import sys, types
 from pathlib import Path
 import torch
@@ -60,7 +60,7 @@ for argument in sys.argv[1:]:
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory, text_file) -> dict[str, Path]:
-    """A checkpoint of each sharded strategy, all trained at the same time on two ranks each; do not write to it."""
+    """Train with each sharded strategy on two ranks, all at the same time; return the checkpoints, read-only."""
     folder = tmp_path_factory.mktemp("formats")
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     jobs = {}
@@ -79,7 +79,7 @@ def runs(tmp_path_factory, text_file) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def references(runs, tmp_path_factory) -> dict[str, dict[str, dict[str, torch.Tensor]]]:
-    """Weight, exp_avg and exp_avg_sq of each parameter, as torch's and DeepSpeed's own tools read them."""
+    """Return weight, exp_avg and exp_avg_sq of each parameter, read with torch's and DeepSpeed's own tools."""
     file = tmp_path_factory.mktemp("dcp") / "all.pt"
     dcp_to_torch_save(runs["fsdp"], file)
     merged = torch.load(file, weights_only=False)
@@ -89,7 +89,7 @@ def references(runs, tmp_path_factory) -> dict[str, dict[str, dict[str, torch.Te
     if folders:
         env = os.environ | {"DS_ACCELERATOR": "cpu"}
         done = subprocess.run(
-            [sys.executable, "-c", DEEPSPEED_SAYS, *folders], env=env, capture_output=True, text=True, timeout=600
+            [sys.executable, "-c", DEEPSPEED_TOOLS, *folders], env=env, capture_output=True, text=True, timeout=600
         )
         assert done.returncode == 0, done.stderr[-3000:]
     for kind, path in runs.items():
@@ -108,7 +108,7 @@ def kind(request) -> str:
 
 @pytest.fixture
 def copied(runs, tmp_path):
-    """Copy a checkpoint to where a test may change it."""
+    """Return a function that copies a checkpoint, so that a test may change it."""
 
     def copy(kind: str) -> Path:
         return Path(shutil.copytree(runs[kind], tmp_path / kind / "checkpoints" / "last.ckpt"))
@@ -123,7 +123,7 @@ def single(tiny_run) -> Path:
 
 @pytest.fixture
 def tied_file(tmp_path):
-    """Write a checkpoint file of a tied model, after a change of its weights."""
+    """Return a function that changes the weights of a tied model and writes its checkpoint file."""
     config = {"n_layer": 1, "n_head": 1, "n_embd": 8, "vocab_size": 5, "block_size": 4}
     header = {"hyper_parameters": {"implementation": "nanogpt", "model_config": config}, "global_step": 1}
 
@@ -139,7 +139,7 @@ def tied_file(tmp_path):
 
 
 def assert_cannot_be_read(path: Path, *mentions: object, **settings: bool) -> None:
-    """Opening the checkpoint or reading its weights raises a UserError of one line."""
+    """Check that opening the checkpoint or reading its weights raises a UserError of one line."""
     with pytest.raises(UserError) as caught:
         checkpoint = open_checkpoint(path, **settings)
         checkpoint.hash()
@@ -148,7 +148,7 @@ def assert_cannot_be_read(path: Path, *mentions: object, **settings: bool) -> No
 
 
 def equal(a: Checkpoint, b: Checkpoint) -> bool:
-    """Whether two checkpoints hold the same bits."""
+    """Return whether two checkpoints are bit-identical."""
     for name in a.names():
         ours, theirs = a.optimizer_state(name), b.optimizer_state(name)
         assert torch.equal(a.weight(name), b.weight(name)) and a.weight(name).dtype == b.weight(name).dtype
@@ -158,7 +158,7 @@ def equal(a: Checkpoint, b: Checkpoint) -> bool:
     return a.names() == b.names()
 
 
-def test_weights_and_moments_are_those_of_the_training(runs, references, kind):
+def test_weights_and_moments_equal_the_reference_tools(runs, references, kind):
     checkpoint, seen = open_checkpoint(runs[kind]), 0
     shapes = checkpoint.shapes()
     for name, expected in references[kind].items():
@@ -173,7 +173,7 @@ def test_weights_and_moments_are_those_of_the_training(runs, references, kind):
     assert seen >= 2 * len(checkpoint.names()) and checkpoint.step == 3 and checkpoint.has_optimizer
 
 
-def test_hash_and_module_are_the_same_for_every_form(runs, references, kind, tmp_path):
+def test_hash_and_module_are_equal_for_every_form(runs, references, kind, tmp_path):
     checkpoint = open_checkpoint(runs[kind])
     weights = {f"model.{name}": state["weight"].clone() for name, state in references[kind].items()}
     torch.save(checkpoint.header | {"state_dict": weights}, tmp_path / "one.ckpt")
@@ -187,33 +187,33 @@ def test_hash_and_module_are_the_same_for_every_form(runs, references, kind, tmp
     assert open_checkpoint(tmp_path / "one.ckpt").hash() != checkpoint.hash()
 
 
-def test_round_trip(runs, kind, tmp_path):
-    _round_trip(open_checkpoint(runs[kind]), tmp_path / "out")
+def test_conversion_round_trip_of_shards(runs, kind, tmp_path):
+    _assert_round_trip(open_checkpoint(runs[kind]), tmp_path / "out")
 
 
-def test_round_trip_of_a_file(single, tmp_path):
-    _round_trip(open_checkpoint(single), tmp_path / "out")
+def test_conversion_round_trip_of_a_file(single, tmp_path):
+    _assert_round_trip(open_checkpoint(single), tmp_path / "out")
 
 
-def _round_trip(checkpoint: Checkpoint, folder: Path) -> None:
+def _assert_round_trip(checkpoint: Checkpoint, folder: Path) -> None:
     assert convert(checkpoint, folder, optimizer=True, pt=True) == folder
     again = open_checkpoint(folder)
     assert equal(checkpoint, again) and again.hash() == checkpoint.hash()
     assert again.header.keys() == checkpoint.header.keys() and again.header["loops"] == checkpoint.header["loops"]
     assert again.tokenizer.to_dict() == checkpoint.tokenizer.to_dict() and again.data == checkpoint.data
     with safe_open(folder / "model.safetensors", "pt") as file:
-        assert sorted(file.keys()) == checkpoint.names()  # a tie is stored once
+        assert sorted(file.keys()) == checkpoint.names()  # tied weights are stored once
     config = json.loads((folder / "config.json").read_text())
     assert config["format"] == "lightning-gpt" and config["ties"] == checkpoint.ties
     model = empty_model(checkpoint.implementation, model_config=checkpoint.model_config).to_empty(device="cpu")
     model.load_state_dict(torch.load(folder / "model.pt", weights_only=True), strict=True)
     assert all(torch.equal(tensor, checkpoint.weight(name)) for name, tensor in model.state_dict().items())
-    convert(again, folder)  # onto itself, and the older form is replaced
+    convert(again, folder)  # in place, which replaces the older conversion
     assert sorted(p.name for p in folder.parent.iterdir()) == [folder.name]
     assert not open_checkpoint(folder).has_optimizer and open_checkpoint(folder).step == checkpoint.step
 
 
-def test_ties(tied_file):
+def test_tied_weights_are_read_from_either_name(tied_file):
     wte, head = "model.transformer.wte.weight", "model.lm_head.weight"
     whole = open_checkpoint(tied_file())
     assert whole.ties == {"lm_head.weight": "transformer.wte.weight"}
@@ -231,7 +231,7 @@ def test_ties(tied_file):
         open_checkpoint(tied_file(lambda weights: (weights.pop(wte), weights.pop(head)))).require_fit(on_meta)
 
 
-def test_model_is_built_without_memory_and_randomness():
+def test_empty_model_uses_no_memory_and_no_randomness():
     config = {"n_layer": 1, "n_head": 1, "n_embd": 8, "vocab_size": 5, "block_size": 4}
     before = torch.get_rng_state()
     model = empty_model("nanogpt", model_config=config)
@@ -239,7 +239,7 @@ def test_model_is_built_without_memory_and_randomness():
     assert tied_names(model) == {"lm_head.weight": "transformer.wte.weight"}
 
 
-def test_reading_shards_asks_no_other_process(runs, monkeypatch):
+def test_reading_shards_uses_no_collectives(runs, monkeypatch):
     def talk(*args: object, **kwargs: object) -> None:
         raise AssertionError("a collective")
 
@@ -257,7 +257,7 @@ def test_reading_shards_asks_no_other_process(runs, monkeypatch):
 
 
 class Foreign:
-    """Creates a file when it is unpickled."""
+    """Create a file when unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -295,17 +295,17 @@ def test_own_runs_are_trusted(single, tmp_path, monkeypatch):
     remember_run(run)
     assert open_checkpoint(run / "x.ckpt").hash()
     assert (tmp_path / "cache" / "runs.txt").read_text().splitlines() == [str(run)]
-    monkeypatch.setenv("LIGHTNING_GPT_CACHE", str(single))  # a file: nothing can be written there
+    monkeypatch.setenv("LIGHTNING_GPT_CACHE", str(single))  # a file, so that nothing can be written below it
     remember_run(run)
     assert_cannot_be_read(run / "x.ckpt", "--trust_checkpoint")
 
 
 @pytest.mark.parametrize("cut", [False, True], ids=["missing", "cut off"])
-def test_incomplete_folders(copied, kind, cut):
+def test_incomplete_folders_are_refused(copied, kind, cut):
     path = copied(kind)
     files = [f for f in path.rglob("*") if f.is_file() and f.name != "latest" and not f.name.endswith(".py")]
     if kind == "zero3":
-        files = [f for f in files if "rank_1_mp_rank_00_model" not in f.name]  # only rank 0's has what is needed
+        files = [f for f in files if "rank_1_mp_rank_00_model" not in f.name]  # only rank 0's file is needed
     assert len(files) >= 3
     for file in files:
         whole = file.read_bytes()
@@ -317,7 +317,7 @@ def test_incomplete_folders(copied, kind, cut):
     assert open_checkpoint(path).hash()
 
 
-def test_damaged_and_unknown(single, tmp_path):
+def test_damaged_and_unknown_folders_are_refused(single, tmp_path):
     folder = convert(open_checkpoint(single), tmp_path / "out", optimizer=True)
     for name in ("model.safetensors", "optimizer.safetensors", "config.json", "training.pt"):
         whole = (folder / name).read_bytes()
@@ -335,7 +335,7 @@ def test_damaged_and_unknown(single, tmp_path):
         find_checkpoint(str(tmp_path / "empty"), which="best")
 
 
-def test_conversion_beside_the_checkpoint(copied, single):
+def test_conversion_is_cached_beside_the_checkpoint(copied, single):
     assert ensure_canonical(single).path == single
     path = copied("fsdp")
     assert find_checkpoint(str(path), which="best") == find_checkpoint(str(path.parent.parent), which="best") == path
@@ -345,7 +345,7 @@ def test_conversion_beside_the_checkpoint(copied, single):
     assert first.path == folder == find_checkpoint(str(folder), which="best")
     made = (folder / "config.json").stat().st_mtime_ns
     assert ensure_canonical(path).hash() == first.hash() and (folder / "config.json").stat().st_mtime_ns == made
-    os.utime(path / "meta.pt")  # saved anew
+    os.utime(path / "meta.pt")  # as if saved again
     ensure_canonical(path)
     assert (folder / "config.json").stat().st_mtime_ns > made
     shutil.rmtree(folder)
@@ -354,7 +354,7 @@ def test_conversion_beside_the_checkpoint(copied, single):
         ensure_canonical(path)
 
 
-def test_conversion_that_fails_leaves_nothing(runs, tmp_path, monkeypatch):
+def test_failed_conversion_leaves_nothing(runs, tmp_path, monkeypatch):
     checkpoint = open_checkpoint(runs["fsdp"])
     read = checkpoint._read
     monkeypatch.setattr(checkpoint, "_read", lambda name: read(name) if "wte" in name else 1 / 0)
@@ -369,7 +369,7 @@ def test_conversion_that_fails_leaves_nothing(runs, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_maps_are_renewed(tied_file, monkeypatch):
+def test_mapped_file_is_reopened_and_checked(tied_file, monkeypatch):
     monkeypatch.setattr(MappedFile, "_RENEW_AFTER", 0)
     file = tied_file()
     checkpoint = open_checkpoint(file)
@@ -379,11 +379,11 @@ def test_maps_are_renewed(tied_file, monkeypatch):
         checkpoint.hash()
 
 
-def test_entry_points_take_folders(runs, references, kind, text_file, capsys):
+def test_entry_points_open_sharded_folders(runs, references, kind, text_file, capsys):
     import evaluate
     import sample
 
-    # Score the windows of the validation split with the weights that torch's or DeepSpeed's own tools read.
+    # Expected score: the validation windows with the weights that torch's or DeepSpeed's own tools read.
     checkpoint = open_checkpoint(runs[kind])
     model = GPTModule(checkpoint.implementation, model_config=checkpoint.model_config).model.eval()
     model.load_state_dict({name: state["weight"] for name, state in references[kind].items()})

@@ -24,7 +24,7 @@ from lightning_gpt.checkpoint import find_checkpoint, open_checkpoint
 from lightning_gpt.data.tokens.preparation import prepare
 
 REPO = Path(__file__).parents[2]
-# As tiny_flags, without the sizes.
+# Like tiny_flags, without sizes.
 RUN = (
     "--batch_size=4 --max_steps=4 --eval_interval=2 --logger=csv --accelerator=cpu --sample_tokens=0 --eval_batches=0"
     " --learning_rate=1e-2 --log_every_n_steps=1"
@@ -38,7 +38,7 @@ def trained(run: Path):
 
 
 def printed(out: str) -> dict[int, float]:
-    """Validation loss by step, as the run printed it."""
+    """Return the printed validation losses by step."""
     found = re.findall(r"step (\d+): (?:train_loss \S+ )?val_loss (\S+)", out)
     return {int(step): float(loss) for step, loss in found}
 
@@ -52,13 +52,13 @@ def score(capsys, tmp_path, *flags) -> float:
 
 @pytest.fixture
 def refused(refused):
-    """Call train.py with RUN's flags, check that it refuses in one line, and return that line."""
+    """Return a function that calls train.py with RUN's flags, checks that it refuses, and returns the line."""
     return lambda *flags, mentions=(): refused(train.main, *RUN, *flags, mentions=mentions)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, text_file) -> Path:
-    """A random GPT-2 of Hugging Face's over the text's characters, its tokenizer beside it."""
+    """Save a random GPT-2 with transformers, and the char tokenizer of `text_file` beside it."""
     transformers = pytest.importorskip("transformers")
     tokenizer = prepare(str(text_file), tokenizer="char", block_size=8).tokenizer
     torch.manual_seed(2)
@@ -72,7 +72,7 @@ def folder(tmp_path_factory, text_file) -> Path:
 
 
 @pytest.mark.parametrize("implementation", ["nanogpt", "mingpt"])
-def test_fine_tuning_starts_from_the_weights_and_lowers_the_loss(folder, tmp_path, text_file, capsys, implementation):
+def test_fine_tuning_starts_at_the_loss_of_the_weights(folder, tmp_path, text_file, capsys, implementation):
     before = score(capsys, tmp_path, "--checkpoint", folder, "--data", text_file)
     run = tmp_path / "run"
     flags = [*RUN, f"--init_from={folder}", f"--data={text_file}", f"--out_dir={run}"]
@@ -84,7 +84,7 @@ def test_fine_tuning_starts_from_the_weights_and_lowers_the_loss(folder, tmp_pat
     assert re.search(rf"^weights   {folder} \(huggingface\): 16 tensors, 15,\d{{3}} parameters", out, re.MULTILINE)
     with open(next(run.glob("logs/*/metrics.csv"))) as file:
         logged = [int(float(row["step"])) for row in csv.DictReader(file) if row["val_loss"]]
-    assert logged == [6, 12]  # the validation before the first step is shown, and leaves no trace
+    assert logged == [6, 12]  # the validation before the first step is printed but not logged
     checkpoint = trained(run)
     assert checkpoint.step == 12 and checkpoint.model_config["block_size"] == 16
     assert checkpoint.implementation == implementation
@@ -93,7 +93,7 @@ def test_fine_tuning_starts_from_the_weights_and_lowers_the_loss(folder, tmp_pat
 
 
 @pytest.mark.parametrize("pad", [False, True])
-def test_a_run_from_weights_is_resumed_as_if_never_stopped(folder, tmp_path, text_file, capsys, refused, pad):
+def test_resume_of_a_fine_tuning_run_is_exact(folder, tmp_path, text_file, capsys, refused, pad):
     flags = [*RUN, f"--init_from={folder}", f"--data={text_file}", *(["--pad_vocab"] if pad else []), "--dropout=0.2"]
     flags.append("--lr_decay_steps=4")
     train.main([*flags, f"--out_dir={tmp_path / 'whole'}"])
@@ -107,7 +107,7 @@ def test_a_run_from_weights_is_resumed_as_if_never_stopped(folder, tmp_path, tex
     assert (whole.model_config["vocab_size"], whole.model_config.get("vocab_padding", 0)) == rows
     assert whole.weight(WTE).shape[0] == rows[0]
     if pad:
-        bare = shutil.copy(tmp_path / "whole" / "checkpoints" / "last.ckpt", tmp_path)  # without the run's settings
+        bare = shutil.copy(tmp_path / "whole" / "checkpoints" / "last.ckpt", tmp_path)  # without config.yaml
         sizes = "--implementation=nanogpt --n_layer=1 --n_head=2 --n_embd=34 --block_size=16 --gelu=tanh".split()
         train.main(
             [*RUN, *sizes, f"--resume={bare}", f"--data={text_file}", f"--out_dir={tmp_path / 'b'}", "--max_steps=5"]
@@ -124,7 +124,7 @@ def test_a_run_from_weights_is_resumed_as_if_never_stopped(folder, tmp_path, tex
         assert "vocabulary cut to 20" in capsys.readouterr().out
 
 
-def test_our_own_checkpoint_decides_sizes_and_tokenizer(tiny_run, tmp_path, text_file, capsys):
+def test_own_checkpoint_determines_sizes_and_tokenizer(tiny_run, tmp_path, text_file, capsys):
     other = tmp_path / "other.txt"
     other.write_text("the cat sat on the moon\n" * 60)  # fewer characters
     before = score(capsys, tmp_path, "--checkpoint", tiny_run, "--data", text_file)
@@ -139,8 +139,8 @@ def test_our_own_checkpoint_decides_sizes_and_tokenizer(tiny_run, tmp_path, text
     assert checkpoint.step == 4 and checkpoint.header["TokenData"]["consumed_samples"] == 16
 
 
-def test_nanogpts_padded_vocabulary_is_kept_and_known(tmp_path, text_file, capsys):
-    """nanoGPT rounds the vocabulary up and does not say so."""
+def test_padded_vocabulary_of_nanogpt_is_detected(tmp_path, text_file, capsys):
+    """Load a checkpoint of nanoGPT, which pads the vocabulary without recording it."""
     from nanogpt.model import GPT, GPTConfig
 
     args = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 8, "vocab_size": 64, "bias": False}
@@ -155,7 +155,7 @@ def test_nanogpts_padded_vocabulary_is_kept_and_known(tmp_path, text_file, capsy
     assert losses[0] == pytest.approx(np.log(64), abs=0.1)
 
 
-def test_padding_needs_a_model_that_knows_it(text_file, refused):
+def test_pad_vocab_is_refused_by_a_model_without_padding(text_file, refused):
     flags = [
         "--implementation=tests.checkpoint.test_weights_in:Other",
         "--pad_vocab",
@@ -172,7 +172,7 @@ def matrix(tmp_path_factory) -> np.ndarray:
 
 @pytest.mark.parametrize("implementation", ["mingpt", "nanogpt"])
 @pytest.mark.parametrize("freeze", [True, False])
-def test_embeddings_from_a_file(tmp_path, text_file, matrix, capsys, refused, implementation, freeze):
+def test_pretrained_embeddings_from_a_file(tmp_path, text_file, matrix, capsys, refused, implementation, freeze):
     np.save(tmp_path / "wte.npy", matrix)
     flags = [*RUN, *SIZES, f"--data={text_file}", f"--implementation={implementation}", "--pad_vocab"]
     flags += [f"--pretrained_embeddings={tmp_path / 'wte.npy'}", f"--freeze_embeddings={freeze}"]
@@ -191,7 +191,7 @@ def test_embeddings_from_a_file(tmp_path, text_file, matrix, capsys, refused, im
         refused(*bare, mentions="--freeze_embeddings")
 
 
-def test_embeddings_of_a_gpt2_by_every_way(folder, tmp_path, text_file, capsys):
+def test_pretrained_embeddings_of_gpt2_from_every_form(folder, tmp_path, text_file, capsys):
     expected = open_checkpoint(folder).weight(WTE)
     for wrong in ([], ["--out=a.txt"], ["other", "--out=a.npy"]):
         with pytest.raises(SystemExit):
@@ -210,7 +210,7 @@ def test_embeddings_of_a_gpt2_by_every_way(folder, tmp_path, text_file, capsys):
         assert torch.equal(trained(run).weight(WTE), expected)
 
 
-def test_embeddings_that_do_not_fit_are_refused_in_one_line(tmp_path, text_file, matrix, refused):
+def test_embeddings_that_do_not_fit_are_refused(tmp_path, text_file, matrix, refused):
     flags = [*SIZES, f"--data={text_file}", f"--out_dir={tmp_path / 'run'}", "--pretrained_embeddings"]
     np.save(tmp_path / "narrow.npy", matrix[:, :5])
     np.save(tmp_path / "whole.npy", matrix.astype(int))
@@ -233,7 +233,7 @@ def test_embeddings_that_do_not_fit_are_refused_in_one_line(tmp_path, text_file,
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_stage_3"])
 def test_sharded_strategies_start_from_the_same_weights(folder, tmp_path, text_file, capsys, strategy):
-    """Two ranks: the loss before the first step; then frozen embeddings, kept, resumed and scored."""
+    """Check on two ranks the loss before the first step, and frozen embeddings, also after a resume."""
     if "deepspeed" in strategy and find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed")
     before = score(capsys, tmp_path, "--checkpoint", folder, "--data", text_file)

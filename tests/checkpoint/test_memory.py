@@ -1,4 +1,4 @@
-"""Converting a checkpoint of more than 1 GB takes little memory."""
+"""Memory of converting a checkpoint of more than 1 GB."""
 
 import shutil
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 
 REPO = Path(__file__).parents[2]
 
-# A ZeRO folder of two ranks as DeepSpeed writes it, with random values: FOLDER STAGE.
+# Script with arguments FOLDER STAGE: write a ZeRO folder of two ranks as DeepSpeed does, with random values.
 BIG_FOLDER = """
 import math, sys
 from pathlib import Path
@@ -55,7 +55,7 @@ for rank in range(2):
     torch.save(states, folder / f"{prefix}mp_rank_00_model_states.pt")
 """
 
-# Prints by how much the peak of the resident memory rises in a conversion, and the size of the weights.
+# Script: print by how much a conversion raises the peak resident memory, and the size of the weights, in bytes.
 CONVERT = """
 import math, re, sys
 from pathlib import Path
@@ -74,8 +74,8 @@ print(peak() - before, 4 * sum(math.prod(shape) for shape in checkpoint.shapes()
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
-@pytest.mark.parametrize("stage", [3])  # the one that takes its weights from all ranks' files
-def test_conversion_takes_less_memory_than_1_3_times_the_weights(tmp_path, stage):
+@pytest.mark.parametrize("stage", [3])  # this stage reads weights from the files of all ranks
+def test_conversion_memory_is_below_1_3_times_the_weights(tmp_path, stage):
     def python(script: str, *arguments: object) -> str:
         command = [sys.executable, "-c", script, *map(str, arguments)]
         return subprocess.run(command, cwd=REPO, check=True, capture_output=True, text=True, timeout=300).stdout

@@ -1,4 +1,4 @@
-"""Resume is exact: a run that stopped and went on equals one that never stopped, bit by bit on one CPU process."""
+"""Resume is exact: in a single CPU process, a resumed run is bit-identical to an uninterrupted one."""
 
 import csv
 import os
@@ -20,7 +20,7 @@ LOGGED = ["--logger", "csv", "--log_every_n_steps", "1", "--sample_tokens", "0",
 
 @pytest.fixture
 def text(tmp_path: Path) -> str:
-    """900 training characters, so 111 windows of 8, and 100 for the validation."""
+    """Write 900 training characters, which are 111 windows of 8, and 100 validation characters."""
     drawn = random.Random(0).choices("abcdefgh \n", k=1000)
     path = tmp_path / "text.txt"
     path.write_text("".join(drawn))
@@ -32,7 +32,7 @@ def checkpoint(run: Path) -> dict:
 
 
 def losses(run: Path) -> dict[int, tuple[str, str]]:
-    """Loss and gradient norm by optimizer step, as text, over all log files of a run."""
+    """Return loss and gradient norm by optimizer step, as text, from all log files of a run."""
     found = {}
     for file in sorted(run.glob("logs/version_*/metrics.csv")):
         for row in csv.DictReader(file.open()):
@@ -60,7 +60,7 @@ def assert_bit_identical(a: Path, b: Path) -> None:
     [
         ("mingpt", 6, 4, 1, "adamw"),  # mid-pass, with dropout
         ("mingpt", 5, 4, 3, "adamw"),  # accumulation, and a stop between two validations
-        ("nanogpt", 10, 11, 1, "adamw"),  # 110 windows make a pass: stopped exactly at its end
+        ("nanogpt", 10, 11, 1, "adamw"),  # a pass has 110 windows: stopped exactly at its end
         ("nanogpt", 7, 40, 1, "muon"),  # in the third pass
     ],
 )
@@ -80,7 +80,7 @@ def test_resume_is_bit_identical(
     assert_bit_identical(whole, parts)
 
 
-def test_resume_after_a_crash_goes_on_from_the_last_save(tmp_path: Path, text: str) -> None:
+def test_resume_after_a_crash_continues_from_the_last_save(tmp_path: Path, text: str) -> None:
     flags = ["--data", text, *SIZES, *LOGGED, "--batch_size", "4", "--eval_interval", "4"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train.main([*flags, "--max_steps", str(STEPS), "--out_dir", str(whole)])
@@ -96,14 +96,14 @@ def test_resume_after_a_crash_goes_on_from_the_last_save(tmp_path: Path, text: s
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True).returncode == 9
     assert checkpoint(parts)["global_step"] == 4
-    train.main(["--resume", str(parts)])  # every setting is the saved run's
+    train.main(["--resume", str(parts)])  # all settings come from the saved run
     ours, theirs = checkpoint(whole), checkpoint(parts)
     torch.testing.assert_close(ours["state_dict"], theirs["state_dict"], rtol=0, atol=0)
     assert ours["TokenData"] == theirs["TokenData"]
 
 
-def test_resume_when_the_machine_died_between_two_moves(tmp_path: Path, text: str) -> None:
-    """While a folder is replaced there is a moment when only the old one is there, under another name."""
+def test_resume_after_a_crash_between_two_renames(tmp_path: Path, text: str) -> None:
+    """Resume from last.ckpt.old, which is all there is if a crash interrupts the replacement of a folder."""
     flags = ["--data", text, *SIZES, *LOGGED, "--batch_size", "4"]
     train.main([*flags, "--max_steps", "2", "--out_dir", str(tmp_path / "r")])
     saved = tmp_path / "r" / "checkpoints"
@@ -115,7 +115,7 @@ def test_resume_when_the_machine_died_between_two_moves(tmp_path: Path, text: st
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_resume_on_two_ranks_sees_the_same_samples(tmp_path: Path, text: str, accumulate: int) -> None:
-    """One process with 12 samples a step, then two ranks with 12/2 each: the same losses to rounding."""
+    """Train with 12 samples per step in one process, then on two ranks with 6 each; compare the losses."""
     flags = ["--implementation", "nanogpt", "--data", text, *SIZES, *LOGGED, "--eval_interval", "3"]
     flags += ["--lr_decay_steps", str(STEPS)]
     whole, parts = tmp_path / "whole", tmp_path / "parts"

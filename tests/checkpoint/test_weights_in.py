@@ -1,4 +1,4 @@
-"""Weights that other programs wrote: the same logits as Hugging Face's, in both models, by every door."""
+"""Weights of other programs: both models compute the logits of transformers, from every format."""
 
 import json
 import math
@@ -27,7 +27,7 @@ TURNED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
 
 def hugging_face(**changes):
-    """A random GPT-2 of theirs, in which no bias is zero and no norm is one."""
+    """Build a random GPT-2 with transformers, in which no bias is 0 and no norm weight is 1."""
     torch.manual_seed(1)
     config = transformers.GPT2Config(**SIZES | {"bos_token_id": 0, "eos_token_id": 0} | changes)
     model = transformers.GPT2LMHeadModel(config).eval()
@@ -41,15 +41,15 @@ def saved(model, folder: Path, form: str = "safetensors") -> Path:
     if form == "bin":
         folder.mkdir(parents=True)
         model.config.save_pretrained(folder)
-        mask = torch.ones(1, 1, 16, 16, dtype=torch.bool)  # as older versions of theirs saved it
+        mask = torch.ones(1, 1, 16, 16, dtype=torch.bool)  # older versions of transformers saved it
         torch.save(model.state_dict() | {"transformer.h.0.attn.bias": mask}, folder / "pytorch_model.bin")
     else:
         model.save_pretrained(folder, max_shard_size="8KB" if form == "shards" else "1GB")
     return folder
 
 
-def originals_names(model) -> dict[str, torch.Tensor]:
-    """The weights as minGPT and nanoGPT name and lay them out, with the mask that their attention keeps."""
+def original_state_dict(model) -> dict[str, torch.Tensor]:
+    """Return the weights with the names and layout of minGPT and nanoGPT, including their attention masks."""
     weights = {name: w.t().contiguous() if name.endswith(TURNED) else w for name, w in model.state_dict().items()}
     mask = torch.ones(16, 16).tril().view(1, 1, 16, 16)
     return weights | {f"transformer.h.{i}.attn.bias": mask for i in range(2)}
@@ -61,7 +61,7 @@ def adapted(checkpoint, implementation: str, **fields) -> AdaptedCheckpoint:
 
 
 def logits(model, idx: torch.Tensor) -> torch.Tensor:
-    """At all positions, which nanoGPT gives where there are targets."""
+    """Return the logits of all positions; nanogpt computes them only if there are targets."""
     with torch.no_grad():
         return model.eval()(idx, idx)[0]
 
@@ -70,19 +70,19 @@ def assert_same_logits(model, theirs, *, length: int = 16) -> None:
     idx = torch.randint(0, 20, (3, length), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = theirs(idx).logits
-    assert expected.std() > 0.5  # something to compare
+    assert expected.std() > 0.5  # the logits are not trivial
     torch.testing.assert_close(logits(model, idx), expected, rtol=0, atol=1e-4)
 
 
 @pytest.fixture
 def refused(refused):
-    """Call train.py, check that it refuses in one line, and return that line."""
+    """Return a function that calls train.py --dry_run, checks that it refuses, and returns the line."""
     return lambda *flags, mentions=(): refused(train.main, *flags, "--accelerator=cpu", "--dry_run", mentions=mentions)
 
 
 @pytest.mark.parametrize("form", ["safetensors", "shards", "bin"])
 @pytest.mark.parametrize(("tied", "own"), [(True, "nanogpt"), (False, "mingpt")])
-def test_a_hugging_face_folder_has_their_logits(tmp_path, form, tied, own):
+def test_hugging_face_folder_has_the_same_logits(tmp_path, form, tied, own):
     theirs = hugging_face(tie_word_embeddings=tied)
     checkpoint = open_checkpoint(find_checkpoint(str(saved(theirs, tmp_path / "hf", form)), which="best"))
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) == {"safetensors": 1, "bin": 0}.get(form, 3)
@@ -92,14 +92,14 @@ def test_a_hugging_face_folder_has_their_logits(tmp_path, form, tied, own):
     assert_same_logits(adapted(checkpoint, own, block_size=5).module().model, theirs, length=5)
 
 
-def test_weights_without_a_head_and_their_prefix(tmp_path):
+def test_hugging_face_folder_without_head_and_prefix(tmp_path):
     theirs = hugging_face()
     theirs.transformer.save_pretrained(tmp_path / "hf")
     assert_same_logits(open_checkpoint(tmp_path / "hf").module().model, theirs)
 
 
 @pytest.mark.parametrize("implementation", MODELS)
-def test_from_pretrained_has_their_logits(tmp_path, implementation):
+def test_from_pretrained_has_the_same_logits(tmp_path, implementation):
     theirs = hugging_face()
     folder, cls = str(saved(theirs, tmp_path / "hf")), MODELS[implementation]
     assert_same_logits(cls.from_pretrained(folder), theirs)
@@ -113,7 +113,7 @@ def test_from_pretrained_has_their_logits(tmp_path, implementation):
             cls.from_pretrained(folder, **override)
 
 
-def test_from_pretrained_refuses_what_a_model_cannot_express(tmp_path):
+def test_from_pretrained_refuses_unsupported_settings(tmp_path):
     untied = str(saved(hugging_face(tie_word_embeddings=False), tmp_path / "untied"))
     assert_same_logits(mingpt.model.GPT.from_pretrained(untied), hugging_face(tie_word_embeddings=False))
     exact = str(saved(hugging_face(activation_function="gelu"), tmp_path / "exact"))
@@ -130,12 +130,12 @@ def test_from_pretrained_refuses_what_a_model_cannot_express(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
-def test_an_original_nanogpt_checkpoint(tmp_path, prefix):
+def test_original_nanogpt_checkpoint_has_the_same_logits(tmp_path, prefix):
     theirs = hugging_face(activation_function="gelu")
     args = {"n_layer": 2, "n_head": 3, "n_embd": 12, "block_size": 16, "vocab_size": 20, "dropout": 0.2}
     if prefix:
-        args["bias"] = True  # old ones do not say it
-    state = {prefix + name: tensor for name, tensor in originals_names(theirs).items()}
+        args["bias"] = True  # old checkpoints lack it
+    state = {prefix + name: tensor for name, tensor in original_state_dict(theirs).items()}
     content = {"model": state, "optimizer": {"state": {}, "param_groups": []}, "model_args": args, "iter_num": 7}
     content |= {"best_val_loss": torch.tensor(1.5), "config": {"dataset": "shakespeare_char"}}
     (tmp_path / "out").mkdir()
@@ -146,13 +146,13 @@ def test_an_original_nanogpt_checkpoint(tmp_path, prefix):
     assert_same_logits(checkpoint.module().model, theirs)
 
 
-def test_a_nanogpt_without_biases(tmp_path, text_file, refused):
+def test_original_nanogpt_checkpoint_without_biases(tmp_path, text_file, refused):
     theirs = hugging_face(activation_function="gelu")
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             if name.endswith(".bias"):
                 parameter.zero_()
-    state = {name: w for name, w in originals_names(theirs).items() if not name.endswith(".bias")}
+    state = {name: w for name, w in original_state_dict(theirs).items() if not name.endswith(".bias")}
     args = {"n_layer": 2, "n_head": 3, "n_embd": 12, "block_size": 16, "vocab_size": 20, "bias": False}
     torch.save({"model": state, "model_args": args}, tmp_path / "ckpt.pt")
     checkpoint = open_checkpoint(tmp_path / "ckpt.pt")
@@ -164,7 +164,7 @@ def test_a_nanogpt_without_biases(tmp_path, text_file, refused):
     refused("--init_from", tmp_path / "ckpt.pt", *flags, mentions="--gelu tanh")
 
 
-def test_nanogpts_padded_gpt2_vocabulary_is_known_as_such(tmp_path):
+def test_padded_gpt2_vocabulary_of_nanogpt_is_detected(tmp_path):
     args = {"n_layer": 1, "n_head": 1, "n_embd": 4, "block_size": 4, "vocab_size": 50304, "bias": False}
     model = nanogpt.model.GPT(nanogpt.model.GPTConfig(**args))
     torch.save({"model": model.state_dict(), "model_args": args}, tmp_path / "ckpt.pt")
@@ -172,33 +172,33 @@ def test_nanogpts_padded_gpt2_vocabulary_is_known_as_such(tmp_path):
     assert checkpoint.model_config["vocab_padding"] == 47 and checkpoint.tokenizer.name == "gpt2"
 
 
-@pytest.mark.parametrize("said", ["config", "preset", "flag", None])
-def test_an_original_mingpt_state_dict(tmp_path, said, refused):
+@pytest.mark.parametrize("source_of_n_head", ["config", "preset", "flag", None])
+def test_original_mingpt_state_dict_has_the_same_logits(tmp_path, source_of_n_head, refused):
     theirs = hugging_face(tie_word_embeddings=False)
-    torch.save(originals_names(theirs), tmp_path / "model.pt")
-    if said == "config":  # the heads of a preset, as minGPT writes it before it builds the model
+    torch.save(original_state_dict(theirs), tmp_path / "model.pt")
+    if source_of_n_head == "config":  # minGPT writes the config before it resolves the preset
         theirs = hugging_face(tie_word_embeddings=False, n_layer=3, n_embd=48)
-        weights = originals_names(theirs) | {"transformer.h.2.attn.bias": torch.ones(1, 1, 16, 16)}
+        weights = original_state_dict(theirs) | {"transformer.h.2.attn.bias": torch.ones(1, 1, 16, 16)}
         torch.save(weights, tmp_path / "model.pt")
         config = {"system": {}, "model": {"model_type": "gpt-nano", "n_layer": None, "n_head": None, "n_embd": None}}
         (tmp_path / "config.json").write_text(json.dumps(config))
-    elif said == "preset":
+    elif source_of_n_head == "preset":
         theirs = hugging_face(tie_word_embeddings=False, n_layer=3, n_embd=48)
-        torch.save(originals_names(theirs), tmp_path / "model.pt")
-    if said is None:
+        torch.save(original_state_dict(theirs), tmp_path / "model.pt")
+    if source_of_n_head is None:
         refused("--init_from", tmp_path / "model.pt", mentions="--n_head")
         return
-    checkpoint = open_checkpoint(tmp_path / "model.pt", n_head=3 if said == "flag" else None)
+    checkpoint = open_checkpoint(tmp_path / "model.pt", n_head=3 if source_of_n_head == "flag" else None)
     assert (checkpoint.implementation, checkpoint.model_config["n_head"]) == ("mingpt", 3)
     assert_same_logits(checkpoint.module().model, theirs)
 
 
-def test_a_tokenizer_of_another_size_than_the_embedding(tmp_path, capsys):
+def test_tokenizer_of_another_size_than_the_embedding(tmp_path, capsys):
     for name, rows in (("more", 20), ("fewer", 3)):
         folder = saved(hugging_face(vocab_size=rows), tmp_path / name)
         (folder / "tokenizer.json").write_text(tokenizer_json(CharTokenizer("abcdefgh")))
     flags = ["--accelerator=cpu", "--max_new_tokens=300", "--temperature=50", "--prompt=h"]
-    sample.main([f"--checkpoint={tmp_path / 'more'}", *flags])  # rows beyond the tokens are padding
+    sample.main([f"--checkpoint={tmp_path / 'more'}", *flags])  # rows without a token are padding
     assert len(capsys.readouterr().out) == 302
     with pytest.raises(SystemExit):
         sample.main([f"--checkpoint={tmp_path / 'fewer'}", *flags])
@@ -206,8 +206,8 @@ def test_a_tokenizer_of_another_size_than_the_embedding(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("own", ["mingpt", "nanogpt"])
-def test_padding_costs_little_and_is_never_sampled(tmp_path, own):
-    """Even where all logits are far below the 0 that rows of zeros would have."""
+def test_vocabulary_padding_is_never_sampled(tmp_path, own):
+    """Check padding where all logits are far below 0, the logit of an all-zero row."""
     theirs = hugging_face(tie_word_embeddings=own == "nanogpt")
     with torch.no_grad():
         theirs.lm_head.weight[:, 0] = 1.0
@@ -224,7 +224,7 @@ def test_padding_costs_little_and_is_never_sampled(tmp_path, own):
     torch.manual_seed(0)
     assert padded.generate(idx[:, :3], 50, do_sample=True, temperature=50.0).max() < 20
     again = adapted(adapted(checkpoint, own, vocab_size=64, vocab_padding=44), own, vocab_size=20, vocab_padding=0)
-    assert_same_logits(again.module().model, theirs)  # what was padded is cut
+    assert_same_logits(again.module().model, theirs)  # the padding is removed again
 
 
 @pytest.mark.parametrize(
@@ -249,13 +249,13 @@ def test_padding_costs_little_and_is_never_sampled(tmp_path, own):
         ({}, ["--implementation=moderngpt"], "GPT-2's layout, and moderngpt NanoChat's"),
     ],
 )
-def test_what_does_not_fit_is_refused_in_one_line(tmp_path, text_file, refused, changes, flags, words):
+def test_weights_that_do_not_fit_are_refused(tmp_path, text_file, refused, changes, flags, words):
     folder = saved(hugging_face(**changes), tmp_path / "hf")
     flags = [*flags, "--data", text_file, *([] if any("block" in flag for flag in flags) else ["--block_size=8"])]
     refused("--init_from", folder, *flags, mentions=words)
 
 
-def test_folders_that_are_no_gpt2_are_refused_in_one_line(tmp_path, text_file, refused):
+def test_folders_that_are_not_gpt2_are_refused(tmp_path, text_file, refused):
     folder = saved(hugging_face(), tmp_path / "hf")
     config = json.loads((folder / "config.json").read_text())
     for changed, words in (
@@ -281,7 +281,7 @@ class OtherConfig:
 
 
 class Other(torch.nn.Embedding):
-    """A model of another layout."""
+    """A model with another layout than GPT-2's."""
 
     def __init__(self, config: OtherConfig) -> None:
         super().__init__(config.vocab_size, config.vocab_size)
@@ -292,7 +292,7 @@ class Other(torch.nn.Embedding):
 
 
 class Planted:
-    """Writes a file when it is unpickled."""
+    """Write a file when unpickled."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -309,7 +309,7 @@ def test_files_that_could_run_code_are_refused(tmp_path, refused, name):
     assert not (tmp_path / "ran").exists()
 
 
-def test_hub_names(tmp_path, monkeypatch, refused):
+def test_hub_names_are_found_in_the_cache(tmp_path, monkeypatch, refused):
     constants = pytest.importorskip("huggingface_hub.constants")
     names = ("gpt2", "gpt2-xl", "someone/their-gpt2.x", "gpt3", "runs/a/b", "./gpt2", "~/gpt2", "/gpt2")
     assert [is_hub_name(name) for name in names] == [True, True, True, False, False, False, False, False]

@@ -1,4 +1,4 @@
-"""Every mistake of a user is answered by one line on stderr and exit code 2, and leaves nothing behind."""
+"""Every mistake of a user gives one line on stderr and exit code 2, and leaves no file behind."""
 
 import json
 import os
@@ -21,7 +21,7 @@ needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a 
 
 @pytest.fixture
 def refused(refused, tmp_path, monkeypatch):
-    """Call an entry point in an empty folder; check that it refuses in one line and leaves nothing behind."""
+    """Return a function that calls an entry point in an empty folder, and checks that it refuses and leaves no file."""
     folder = tmp_path / "cwd"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -36,7 +36,7 @@ def refused(refused, tmp_path, monkeypatch):
 
 @pytest.fixture
 def refused_training(refused, tiny_flags, text_file):
-    """Call train.py for a tiny run with further flags; otherwise like ``refused``."""
+    """Return a function like ``refused`` for train.py, with the flags of a tiny run."""
 
     def call(*flags, mentions=()):
         return refused(train.main, *tiny_flags, f"--data={text_file}", *flags, mentions=mentions)
@@ -68,7 +68,7 @@ NAMES = {
 
 
 @pytest.mark.parametrize("case", NAMES)
-def test_unknown_name(case, refused_training):
+def test_unknown_name_is_refused(case, refused_training):
     flags, mentions = NAMES[case]
     refused_training(*flags, mentions=mentions)
 
@@ -95,7 +95,7 @@ VALUES = {
 
 
 @pytest.mark.parametrize("case", VALUES)
-def test_wrong_value(case, refused_training):
+def test_wrong_value_is_refused(case, refused_training):
     flags, mentions = VALUES[case]
     refused_training(*flags, mentions=mentions)
 
@@ -129,29 +129,29 @@ NUMBERS = {
 
 
 @pytest.mark.parametrize(("flag", "value"), [(flag, value) for flag, values in NUMBERS.items() for value in values])
-def test_number_that_makes_no_sense(flag, value, refused_training):
+def test_number_out_of_range_is_refused(flag, value, refused_training):
     refused_training(f"--{flag}={value}", mentions=flag)
 
 
 @pytest.mark.parametrize("flag", ["max_tokens", "max_epochs"])
-def test_empty_budget(flag, refused, tiny_flags, text_file):
+def test_empty_budget_is_refused(flag, refused, tiny_flags, text_file):
     flags = [f for f in tiny_flags if not f.startswith("--max_steps")]
     refused(train.main, *flags, f"--data={text_file}", f"--{flag}=0", mentions=f"--{flag}")
 
 
 @needs_no_gpu
 @pytest.mark.parametrize("flags", [["--gpus=1"], ["--accelerator=gpu"], ["--accelerator=cuda"]])
-def test_gpu_where_there_is_none(flags, refused, text_file):
+def test_training_on_a_missing_gpu_is_refused(flags, refused, text_file):
     refused(train.main, f"--data={text_file}", *flags, mentions=["GPU", "--accelerator cpu"])
 
 
 @needs_no_gpu
-def test_gpu_where_there_is_none_to_score_or_sample_on(refused, tiny_run):
+def test_evaluating_and_sampling_on_a_missing_gpu_is_refused(refused, tiny_run):
     refused(evaluate.main, "--checkpoint", tiny_run, "--accelerator=gpu", mentions="--accelerator cpu")
     refused(sample.main, "--checkpoint", tiny_run, "--accelerator=gpu", mentions="--accelerator cpu")
 
 
-def test_data_that_is_missing_or_too_little(refused, tmp_path, tiny_flags):
+def test_missing_or_short_data_is_refused(refused, tmp_path, tiny_flags):
     empty, short, folder = tmp_path / "empty.txt", tmp_path / "short.txt", tmp_path / "folder"
     empty.write_text("")
     short.write_text("too short")
@@ -172,7 +172,7 @@ def _token_folder(folder, train_bytes, vocab_size=50):
     return folder
 
 
-def test_token_files_that_are_damaged(refused, tmp_path, tiny_flags):
+def test_damaged_token_files_are_refused(refused, tmp_path, tiny_flags):
     tokens = np.arange(100, dtype="<u2") % 50
     odd = _token_folder(tmp_path / "odd", tokens.tobytes() + b"x")
     refused(train.main, *tiny_flags, f"--data={odd}", mentions="train.bin")
@@ -183,7 +183,7 @@ def test_token_files_that_are_damaged(refused, tmp_path, tiny_flags):
     refused(train.main, *tiny_flags, f"--data={no_tokenizer}", "--tokenizer=byte", mentions="--tokenizer byte")
 
 
-def test_two_budgets_in_yaml(refused_training, refused, tmp_path, text_file):
+def test_two_budgets_in_yaml_are_refused(refused_training, refused, tmp_path, text_file):
     config = tmp_path / "two.yaml"
     config.write_text(f"data: {text_file}\nmax_steps: 3\nmax_epochs: 1\n")
     refused(train.main, "--config", config, mentions=["--max_steps", "--max_epochs", "exclude each other"])
@@ -209,13 +209,13 @@ def test_two_budgets_in_yaml(refused_training, refused, tmp_path, text_file):
         ("\x00", "config.yaml"),
     ],
 )
-def test_yaml_that_is_wrong(text, mentions, refused, tmp_path):
+def test_wrong_yaml_is_refused(text, mentions, refused, tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text(text)
     refused(train.main, "--config", config, mentions=mentions)
 
 
-def test_yaml_that_cannot_be_read(refused, tmp_path):
+def test_unreadable_yaml_is_refused(refused, tmp_path):
     binary = tmp_path / "binary.yaml"
     binary.write_bytes(b"\xff\xfe\x00")
     refused(train.main, "--config", "nowhere.yaml", mentions="nowhere.yaml")
@@ -225,19 +225,19 @@ def test_yaml_that_cannot_be_read(refused, tmp_path):
 
 
 @pytest.mark.parametrize("logger", ["none", "csv", "tensorboard"])
-def test_run_folder_that_cannot_be_written(logger, refused_training, tmp_path):
-    # Below a file: permissions alone would not stop root.
+def test_unwritable_run_folder_is_refused(logger, refused_training, tmp_path):
+    # A path below a file, because permissions do not stop root.
     file = tmp_path / "file"
     file.write_text("")
     refused_training(f"--out_dir={file / 'run'}", f"--logger={logger}", mentions=["--out_dir", "cannot be written"])
     refused_training(f"--out_dir={file}", f"--logger={logger}", mentions=["--out_dir", "cannot be written"])
 
 
-def test_result_file_that_cannot_be_written(refused, tiny_run, tmp_path):
+def test_unwritable_result_file_is_refused(refused, tiny_run, tmp_path):
     refused(evaluate.main, "--checkpoint", tiny_run, "--json", tmp_path / "no" / "x.json", mentions="--json")
 
 
-def test_checkpoint_of_another_model(refused_training, tiny_run):
+def test_resume_as_another_model_is_refused(refused_training, tiny_run):
     refused_training("--resume", tiny_run, "--n_embd=32", "--max_steps=8", mentions=["last.ckpt", "shape", "32"])
     refused_training("--resume", tiny_run, "--n_layer=2", "--max_steps=8", mentions="last.ckpt")
     refused_training(
@@ -245,11 +245,11 @@ def test_checkpoint_of_another_model(refused_training, tiny_run):
     )
 
 
-def test_resume_of_a_finished_run(refused_training, tiny_run):
+def test_resume_of_a_finished_run_is_refused(refused_training, tiny_run):
     refused_training("--resume", tiny_run, mentions=["step 4", "--max_steps"])
 
 
-def test_resume_without_a_run(refused_training, refused, tmp_path):
+def test_missing_run_is_refused(refused_training, refused, tmp_path):
     refused_training("--resume", mentions="no run")
     refused_training("--resume", "nowhere", mentions="nowhere")
     refused_training("--resume", tmp_path, mentions=str(tmp_path))
@@ -259,7 +259,7 @@ def test_resume_without_a_run(refused_training, refused, tmp_path):
 
 @pytest.fixture
 def not_checkpoints(tmp_path):
-    """Files that are not checkpoints of ours."""
+    """Write files that are not our checkpoints."""
     garbage, empty, weights, listed, code = (
         tmp_path / f"{n}.ckpt" for n in ("garbage", "empty", "weights", "listed", "code")
     )
@@ -271,21 +271,21 @@ def not_checkpoints(tmp_path):
     return garbage, empty, weights, listed, code
 
 
-def test_checkpoint_that_is_none(refused, refused_training, not_checkpoints):
+def test_file_that_is_no_checkpoint_is_refused(refused, refused_training, not_checkpoints):
     for file in not_checkpoints:
         refused(evaluate.main, "--checkpoint", file, mentions=file.name)
         refused(sample.main, "--checkpoint", file, mentions=file.name)
         refused_training("--resume", file, mentions=file.name)
 
 
-def test_checkpoint_that_was_cut_off(refused, tiny_run, tmp_path):
+def test_truncated_checkpoint_is_refused(refused, tiny_run, tmp_path):
     whole = (tiny_run / "checkpoints" / "last.ckpt").read_bytes()
     cut = tmp_path / "cut.ckpt"
     cut.write_bytes(whole[: len(whole) // 2])
     refused(evaluate.main, "--checkpoint", cut, mentions="cut.ckpt")
 
 
-def test_checkpoint_whose_text_is_another(refused, tiny_run, tmp_path):
+def test_text_with_unknown_characters_is_refused(refused, tiny_run, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text("XYZ 123\n" * 99)
     refused(evaluate.main, "--checkpoint", tiny_run, "--data", other, mentions="other.txt")
@@ -307,7 +307,7 @@ def test_checkpoint_whose_text_is_another(refused, tiny_run, tmp_path):
         (["--seed", "x"], ["--seed"]),
     ],
 )
-def test_sample(flags, mentions, refused, tiny_run):
+def test_wrong_sample_options_are_refused(flags, mentions, refused, tiny_run):
     refused(sample.main, "--checkpoint", tiny_run, *flags, mentions=mentions)
 
 
@@ -321,11 +321,11 @@ def test_sample(flags, mentions, refused, tiny_run):
         (["--chekpoint", "x"], ["did you mean --checkpoint?"]),
     ],
 )
-def test_evaluate(flags, mentions, refused, tiny_run):
+def test_wrong_evaluate_options_are_refused(flags, mentions, refused, tiny_run):
     refused(evaluate.main, "--checkpoint", tiny_run, *flags, mentions=mentions)
 
 
-def test_field_of_a_foreign_model_without_a_default(refused, monkeypatch, tmp_path, tiny_flags, text_file):
+def test_missing_value_of_a_model_field_is_refused(refused, monkeypatch, tmp_path, tiny_flags, text_file):
     lines = (
         "from dataclasses import dataclass",
         "from torch import nn",
@@ -340,8 +340,8 @@ def test_field_of_a_foreign_model_without_a_default(refused, monkeypatch, tmp_pa
     refused(train.main, *flags, f"--data={text_file}", "--implementation", name, "--width=x", mentions="--width")
 
 
-def test_from_a_shell(tmp_path):
-    """In a real process nothing else is on stderr, such as a warning of Lightning."""
+def test_shell_command_prints_one_line_only(tmp_path):
+    """Check in a real process that stderr has nothing else, such as warnings of Lightning."""
     command = [sys.executable, REPO / "train.py", "--strategy", "dpp", "--data"]
     done = subprocess.run([*command, REPO / "train.py"], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")

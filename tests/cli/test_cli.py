@@ -1,4 +1,4 @@
-"""Flags and YAML files to one resolved configuration."""
+"""Parsing flags and YAML files into one resolved configuration."""
 
 import dataclasses
 import subprocess
@@ -26,14 +26,14 @@ def _yaml(folder, text):
     return str(file)
 
 
-def test_defaults():
+def test_defaults_without_flags():
     config = parse_train([])
     assert config.model.implementation == "mingpt" and config.trainer.max_steps is None
     assert config.model_fields["embd_pdrop"] == 0.1 and config.model_fields["n_layer"] is None
     assert parse_evaluate([]) == EvaluateOptions() and parse_sample([]) == SampleOptions()
 
 
-def test_both_spellings():
+def test_flags_with_space_or_equals_sign():
     spaced = "--batch_size 3 --learning_rate 2e-3 --data a.txt --implementation nanogpt --bias false --n_layer 2"
     joined = spaced.replace(" --", "\n--").replace(" ", "=")
     config = parse_train(spaced.split())
@@ -42,7 +42,7 @@ def test_both_spellings():
     assert config.model_fields["bias"] is False and config.model_fields["n_layer"] == 2
 
 
-def test_options_of_optimizers_are_flags_yaml_lines_and_arguments():
+def test_optimizer_options_as_flags_yaml_and_arguments():
     config = parse_train(["--optimizer=muon", "--muon_learning_rate", "3e-3"])
     assert (
         config.optimizer_fields
@@ -56,8 +56,8 @@ def test_options_of_optimizers_are_flags_yaml_lines_and_arguments():
     assert get_optimizer("adamw").complete(config.optimizer_fields) == {}
 
 
-def test_the_next_optimizer_declares_its_option_once(monkeypatch, refused, tiny_flags, text_file):
-    """A row and a dataclass give it a flag with a help line and a limit, a default, and refusal beside others."""
+def test_new_optimizer_option_is_declared_once(monkeypatch, refused, tiny_flags, text_file):
+    """Check that a row and a dataclass give a flag with limits, a default, and refusal by other optimizers."""
 
     @dataclasses.dataclass(frozen=True)
     class Options:
@@ -75,19 +75,19 @@ def test_the_next_optimizer_declares_its_option_once(monkeypatch, refused, tiny_
     refused(train.main, *start, "--optimizer=snail", "--slowness=0", mentions="--slowness 0.0")
 
 
-def test_a_value_may_begin_with_a_dash():
+def test_value_may_begin_with_a_dash():
     assert parse_sample(["--prompt=--help"]).prompt == "--help"
     assert parse_sample(["--prompt", "- a list"]).prompt == "- a list"
 
 
-def test_a_prompt_stays_text():
-    # A YAML parser would make a number, a switch or nothing of these.
+def test_prompt_is_not_parsed_as_yaml():
+    # YAML would parse these as numbers, booleans, null and so on.
     for text in ("12", "true", "null", "{a: 1}", " padded ", "\n", "2024-01-01", "caf\u00e9"):
         assert parse_sample(["--prompt", text]).prompt == text
         assert parse_train(["--prompt", text]).run.prompt == text
 
 
-def test_flags_override_yaml_wherever_they_stand(tmp_path):
+def test_flags_override_yaml_in_any_order(tmp_path):
     file = _yaml(tmp_path, "batch_size: 5\nblock_size: 32\nimplementation: nanogpt\nbias: false\n")
     for argv in (["--config", file, "--batch_size=7"], ["--batch_size=7", f"--config={file}"]):
         config = parse_train(argv)
@@ -95,7 +95,7 @@ def test_flags_override_yaml_wherever_they_stand(tmp_path):
         assert config.model.block_size == 32 and config.model_fields["bias"] is False
 
 
-def test_a_later_file_overrides_an_earlier(tmp_path):
+def test_later_config_overrides_an_earlier_one(tmp_path):
     first = _yaml(tmp_path, "batch_size: 5\nblock_size: 32\n")
     second = tmp_path / "second.yaml"
     second.write_text("batch_size: 6\n")
@@ -104,11 +104,11 @@ def test_a_later_file_overrides_an_earlier(tmp_path):
 
 
 def test_scientific_notation_without_a_point_is_a_number(tmp_path):
-    # YAML 1.1 reads 1e-3 as a text.
+    # YAML 1.1 parses 1e-3 as a string.
     assert parse_train(["--config", _yaml(tmp_path, "learning_rate: 1e-3\n")]).optim.learning_rate == 1e-3
 
 
-def test_printed_config_can_be_given_back(tmp_path, capsys):
+def test_printed_config_round_trip(tmp_path, capsys):
     argv = ["--implementation=nanogpt", "--n_layer=2", "--compile", "--max_tokens=99", "--trainer.fast_dev_run=true"]
     with pytest.raises(SystemExit) as stop:
         train.main([*argv, "--print_config"])
@@ -131,22 +131,22 @@ def test_printed_config_can_be_given_back(tmp_path, capsys):
         (["--compile=true"], "True"),
     ],
 )
-def test_compile(flags, setting):
+def test_compile_flag_spellings(flags, setting):
     assert str(parse_train(flags).trainer.compile).capitalize() == setting.capitalize()
 
 
-def test_switch_of_a_model_may_stand_alone(tmp_path):
+def test_model_switch_needs_no_value(tmp_path):
     file = _yaml(tmp_path, "implementation: nanogpt\nbias: false\n")
     assert parse_train(["--config", file, "--bias"]).model_fields["bias"] is True
 
 
-def test_short_names():
+def test_short_flag_names():
     config = parse_train(["--grad_accum", "4", "--grad_clip=0.5"])
     assert config.optim.accumulate_grad_batches == 4 and config.optim.gradient_clip_val == 0.5
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where there is none")
-def test_gpus_are_refused_where_there_are_none():
+def test_gpus_are_refused_without_a_gpu():
     options = parse_train(["--gpus", "2"]).trainer
     assert options.gpus == 2
     with pytest.raises(UserError, match="GPU"):
@@ -156,23 +156,23 @@ def test_gpus_are_refused_where_there_are_none():
 @pytest.mark.parametrize(
     ("given", "name"), [("bf16", "bf16-mixed"), ("32", "32-true"), ("bf16-true", "bf16-true"), ("64", "64-true")]
 )
-def test_precision(given, name):
+def test_precision_names(given, name):
     options = dataclasses.replace(parse_train(["--precision", given]).trainer, accelerator="cpu")
     assert device_arguments(options)["precision"] == name
 
 
-def test_half_precision_needs_a_gpu():
+def test_half_precision_is_refused_on_a_cpu():
     options = dataclasses.replace(parse_train(["--precision=16"]).trainer, accelerator="cpu")
     with pytest.raises(UserError, match="--precision 16 needs a GPU"):
         device_arguments(options)
 
 
-def test_trainer_options():
+def test_trainer_options_keep_their_types():
     flags = ["--trainer.fast_dev_run", "3", "--trainer.benchmark=true"]
     assert parse_train(flags).trainer.trainer == {"fast_dev_run": 3, "benchmark": True}
 
 
-def test_a_budget_replaces_the_one_of_a_file(tmp_path):
+def test_budget_flag_replaces_the_budget_of_a_file(tmp_path):
     file = _yaml(tmp_path, "max_steps: 10\n")
     for budget, value in (("max_tokens", 640), ("max_epochs", 0.5)):
         options = parse_train(["--config", file, f"--{budget}={value}"]).trainer
@@ -182,7 +182,7 @@ def test_a_budget_replaces_the_one_of_a_file(tmp_path):
         parse_train(["--config", file, "--max_tokens=9", "--max_epochs=1"])
 
 
-def test_a_budget_replaces_the_one_of_an_earlier_file(tmp_path):
+def test_budget_of_a_later_file_replaces_an_earlier_one(tmp_path):
     first = _yaml(tmp_path, "max_steps: 10\n")
     second = tmp_path / "second.yaml"
     second.write_text("max_epochs: 2\n")
@@ -190,19 +190,19 @@ def test_a_budget_replaces_the_one_of_an_earlier_file(tmp_path):
     assert (options.max_steps, options.max_epochs) == (None, 2)
 
 
-def test_default_recipe_says_what_the_defaults_are():
+def test_default_recipe_equals_the_defaults():
     config = parse_train(["--config", str(REPO / "configs" / "default.yaml")])
     bare = parse_train([])
     assert config.model_fields == bare.model_fields and config.optim == bare.optim
     assert (config.data.batch_size, config.model.block_size) == (bare.data.batch_size, bare.model.block_size)
 
 
-def test_saved_config_gives_the_run_again(tiny_run, tiny_flags, text_file):
+def test_saved_config_round_trip(tiny_run, tiny_flags, text_file):
     given = parse_train([*tiny_flags, f"--data={text_file}", f"--out_dir={tiny_run}"])
     assert parse_train(["--config", str(tiny_run / "config.yaml")]) == given
 
 
-def test_resume_goes_on_with_the_saved_settings(tiny_run, monkeypatch):
+def test_resume_uses_the_saved_settings(tiny_run, monkeypatch):
     saved = parse_train(["--config", str(tiny_run / "config.yaml")])
     config = parse_train(["--resume", str(tiny_run), "--max_steps=8"])
     assert config.run.resume == str(tiny_run / "checkpoints" / "last.ckpt")
@@ -213,7 +213,7 @@ def test_resume_goes_on_with_the_saved_settings(tiny_run, monkeypatch):
     assert (replaced.trainer.max_steps, replaced.trainer.max_tokens) == (None, 999)
 
 
-def test_resume_alone_takes_the_latest_run(tiny_run, tmp_path, monkeypatch):
+def test_resume_without_a_value_takes_the_latest_run(tiny_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").symlink_to(tiny_run.parent)
     for argv in (["--resume"], ["--resume", "--max_steps=8"], ["--resume=latest"]):
@@ -245,7 +245,7 @@ print("HEAVY", sorted({{"torch", "lightning", "numpy", "tiktoken", "transformers
         ("sample", ["--help"], ["--checkpoint", "--top_k"]),
     ],
 )
-def test_help_lists_the_flags_without_waiting_for_torch(entry, argv, listed):
+def test_help_lists_flags_without_importing_torch(entry, argv, listed):
     code = HELP.format(entry=entry, argv=argv)
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
     for flag in listed:
@@ -255,7 +255,7 @@ def test_help_lists_the_flags_without_waiting_for_torch(entry, argv, listed):
         assert "--embd_pdrop" not in done.stdout
 
 
-def test_help_says_what_every_flag_does(capsys):
+def test_every_flag_has_a_help_text(capsys):
     from lightning_gpt.cli import GROUPS
     from lightning_gpt.implementations.registry import IMPLEMENTATIONS, flag_options
     from lightning_gpt.optim.registry import optimizer_options

@@ -1,4 +1,4 @@
-"""Corpora: which files, in which order, and the one-line errors."""
+"""Corpora: which files are read, in which order, and one-line errors."""
 
 from pathlib import Path
 
@@ -14,13 +14,13 @@ def _content(corpus: Corpus) -> bytes:
     return b"".join(block.data for block in corpus.joined())
 
 
-def test_standard_library() -> None:
+def test_stdlib_is_large_ascii_library_code() -> None:
     corpus = load_corpus("stdlib")
     assert corpus.source.startswith("stdlib (Python 3.")
     content = _content(corpus)
     assert len(content) > 4_000_000
     assert content.isascii()
-    assert b"class TestProgram(" in content  # unittest is library, not a test
+    assert b"class TestProgram(" in content  # unittest is part of the library, not a test
     assert b"class BaseTestUUID" not in content
 
 
@@ -30,7 +30,7 @@ def _library(root: Path, names: list[str]) -> None:
         (root / name).write_text(f"# {name}")
 
 
-def test_standard_library_order_and_selection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stdlib_selection_and_order_are_deterministic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = ["a.py", "b.py", "json/c.py", "zoo/d.py", "e.py"]
     dropped = ["test/x.py", "json/tests/x.py", "site-packages/x.py", "idlelib/idle_test/x.py", "x.txt"]
     contents = []
@@ -45,14 +45,14 @@ def test_standard_library_order_and_selection(tmp_path: Path, monkeypatch: pytes
     assert lines != sorted(lines)
 
 
-def test_file_is_taken_as_it_is(tmp_path: Path) -> None:
+def test_file_is_read_unchanged(tmp_path: Path) -> None:
     (tmp_path / "any.data").write_bytes(b"a\r\n\xff")
     corpus = load_corpus(str(tmp_path / "any.data"))
     assert _content(corpus) == b"a\r\n\xff"
     assert corpus.source == str(tmp_path / "any.data")
 
 
-def test_folder(tmp_path: Path) -> None:
+def test_folder_joins_its_text_files(tmp_path: Path) -> None:
     for name, content in {
         "b.txt": "b",
         "a.md": "a\n",
@@ -68,7 +68,7 @@ def test_folder(tmp_path: Path) -> None:
     assert _content(load_corpus(str(tmp_path))) == b"a\nb\nc\n"
 
 
-def test_errors(tmp_path: Path) -> None:
+def test_missing_and_empty_inputs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="missing: no such file or folder"):
         load_corpus(str(tmp_path / "missing"))
     with pytest.raises(UserError, match="no such file or folder"):

@@ -1,4 +1,4 @@
-"""prepare.py: tokens and splits do not depend on threads, pieces or interruptions."""
+"""prepare.py: tokens and splits do not depend on threads, piece sizes or interruptions."""
 
 import json
 import os
@@ -22,13 +22,13 @@ from lightning_gpt.data.tokens.token_files import open_token_files
 from lightning_gpt.tokenizers import ByteTokenizer, CharTokenizer, build_tokenizer
 
 REPO = Path(__file__).parents[2]
-# Kinds of white space, and of characters that patterns tell apart.
+# White space and characters that tokenizer patterns distinguish.
 TRICKY = st.text(alphabet=" \t\r\n\u00a0ab'sB1.!\u00e9\u0301\u65e5\U0001f600", max_size=60)
 
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory) -> Path:
-    """A text of 150 kB with lines, empty lines, indentation and characters of one to four bytes."""
+    """Write 150 kB of text with lines, empty lines, indentation and characters of one to four bytes."""
     draw = random.Random(1)
     words = "the Cat sat, on it's  mat\u00e9 \u65e5\u672c \U0001f600 1234 <|endoftext|> don't --- x".split(" ")
     lines = (" " * draw.randrange(3) + " ".join(draw.choices(words, k=draw.randrange(14))) for _ in range(3000))
@@ -39,7 +39,7 @@ def story(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def small_units(monkeypatch) -> None:
-    """Cut often and commit every unit, so that a small text takes every path of a large one."""
+    """Make units small and commit each, so that a small text exercises the code paths of a large one."""
     monkeypatch.setattr(encoding, "UNIT_BYTES", 2000)
     monkeypatch.setattr(tokenizing, "COMMIT_SECONDS", 0.0)
 
@@ -60,7 +60,7 @@ def _gpt2_reference(text: str) -> bytes:
 
 
 @pytest.mark.usefixtures("gpt2_tables")
-def test_gpt2_as_nanogpt_does_it(story, tmp_path, small_units, capsys):
+def test_gpt2_tokens_and_split_equal_nanogpt(story, tmp_path, small_units, capsys):
     text = story.read_bytes().decode()
     cut = int(len(text) * 0.9)
     expected = _gpt2_reference(text[:cut]), _gpt2_reference(text[cut:])
@@ -70,12 +70,12 @@ def test_gpt2_as_nanogpt_does_it(story, tmp_path, small_units, capsys):
         found = _files(out)
         assert list(found) == ["meta.json", "train.bin", "val.bin"]
         assert (found["train.bin"], found["val.bin"]) == expected
-    said = capsys.readouterr().out
-    assert f"{len(expected[0]) // 2:,} tokens" in said and "by tail" in said
+    printed = capsys.readouterr().out
+    assert f"{len(expected[0]) // 2:,} tokens" in printed and "by tail" in printed
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_characters_as_nanogpt_does_it(story, tmp_path, small_units):
+def test_characters_and_split_equal_nanogpt(story, tmp_path, small_units):
     text = story.read_bytes().decode()
     chars = sorted(set(text))
     ids = np.array([chars.index(c) for c in text], dtype="<u2")
@@ -98,13 +98,13 @@ def test_characters_as_nanogpt_does_it(story, tmp_path, small_units):
     assert open_token_files(tmp_path / "out").tokenizer.decode(ids[:99]) == text[:99]
 
 
-def test_bytes_that_are_no_text_are_split_by_bytes(tmp_path):
+def test_bytes_that_are_not_utf8_are_split_by_bytes(tmp_path):
     (tmp_path / "noise.bin").write_bytes(b"\xff\x00\x80" * 100)
     prepare.main([str(tmp_path / "noise.bin"), f"--out={tmp_path / 'out'}", "--tokenizer=byte"])
     assert open_token_files(tmp_path / "out").train_tokens == 270
 
 
-def test_documents_end_in_the_end_of_text_and_are_drawn(tmp_path, byte_level_file, small_units):
+def test_documents_are_drawn_and_end_in_end_of_text(tmp_path, byte_level_file, small_units):
     texts = [f"document {n}\n" + "the cat sat. " * (n % 50) for n in range(300)]
     texts[7] = ""
     texts[8] = "the cat <|endoftext|> sat\n" * 400  # longer than a unit, and a special token as text
@@ -117,7 +117,7 @@ def test_documents_end_in_the_end_of_text_and_are_drawn(tmp_path, byte_level_fil
         prepare.main([str(rows), f"--out={out}", *flags])
         files = open_token_files(out)
         assert found.setdefault(seed, _files(out)) == _files(out)
-    # An independent draw of the same documents is not possible; but each is in one split, whole, and in order.
+    # The draw cannot be repeated independently. Check that each document is in one split, whole and in order.
     for seed in found:
         splits = {}
         for name in ("train.bin", "val.bin"):
@@ -148,7 +148,7 @@ def test_documents_end_in_the_end_of_text_and_are_drawn(tmp_path, byte_level_fil
     assert files.tokenizer.to_dict() == tokenizer.to_dict()
 
 
-def test_more_than_65536_symbols_take_four_bytes(tmp_path):
+def test_large_vocabulary_takes_four_bytes(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     vocabulary = {f"w{n}": n for n in range(65_537)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0"))
@@ -163,7 +163,7 @@ def test_more_than_65536_symbols_take_four_bytes(tmp_path):
 
 @given(TRICKY, st.integers(1, 20), st.integers(1, 7))
 @settings(deadline=None, max_examples=60)
-def test_pieces_have_the_tokens_of_the_whole(byte_level_file, text, unit, block):
+def test_pieces_have_the_tokens_of_the_whole_text(byte_level_file, text, unit, block):
     data = text.encode()
     blocks = [data[start : start + block] for start in range(0, len(data), block)] or [b""]
     byte_level = build_tokenizer(str(byte_level_file), corpus=None, source="x")
@@ -180,9 +180,7 @@ def test_pieces_have_the_tokens_of_the_whole(byte_level_file, text, unit, block)
         assert cut[-1].after == (1, 0)
 
 
-def test_a_text_without_a_place_to_cut_is_cut_all_the_same_and_it_is_said(
-    tmp_path, monkeypatch, capsys, byte_level_file
-):
+def test_text_without_cuts_is_cut_roughly_and_reported(tmp_path, monkeypatch, capsys, byte_level_file):
     monkeypatch.setattr(encoding, "UNIT_BYTES", 1000)
     monkeypatch.setattr(encoding, "LIMIT_BYTES", 8000)
     monkeypatch.setattr(encoding, "_AHEAD_BYTES", 10)
@@ -202,9 +200,7 @@ class _Stopped(Exception):
 
 
 @pytest.mark.parametrize("tokenizer", ["char", "byte", "file"])
-def test_stopped_anywhere_it_goes_on_where_it_was(
-    story, tmp_path, monkeypatch, small_units, tokenizer, byte_level_file
-):
+def test_prepare_continues_after_a_stop_anywhere(story, tmp_path, monkeypatch, small_units, tokenizer, byte_level_file):
     name = str(byte_level_file) if tokenizer == "file" else tokenizer
     monkeypatch.setattr(encoding, "UNIT_BYTES", 3000)
     command = [str(story), "--workers=2", f"--tokenizer={name}"]
@@ -246,7 +242,7 @@ prepare.main(sys.argv[2:])
 """
 
 
-def test_killed_it_leaves_nothing_that_looks_whole_and_goes_on(story, tmp_path):
+def test_prepare_continues_after_a_kill(story, tmp_path):
     out, long = tmp_path / "out", tmp_path / "long.txt"
     long.write_bytes(story.read_bytes() * 20)
     command, options = [sys.executable, "-c", _SLOWLY], [str(long), "--tokenizer=byte"]
@@ -261,7 +257,7 @@ def test_killed_it_leaves_nothing_that_looks_whole_and_goes_on(story, tmp_path):
     assert not out.exists()
     again = [*command, "0", *options, f"--out={out}"]
     done = subprocess.run(again, env=environment, capture_output=True, text=True, check=True)
-    assert "going on where an earlier start was stopped" in done.stderr
+    assert "continuing an interrupted run" in done.stderr
     prepare.main([*options, f"--out={tmp_path / 'whole'}"])
     assert _files(out) == _files(tmp_path / "whole")
     assert not journal.parent.exists()
@@ -279,7 +275,7 @@ def _stop_after(monkeypatch, commits: int) -> None:
     monkeypatch.setattr(writing.TokenWriter, "commit", failing)
 
 
-def test_changed_inputs_begin_anew(story, tmp_path, small_units, capsys):
+def test_prepare_restarts_after_inputs_change(story, tmp_path, small_units, capsys):
     text = tmp_path / "text.txt"
     text.write_bytes(story.read_bytes())
     command = [str(text), f"--out={tmp_path / 'out'}", "--tokenizer=byte"]
@@ -289,20 +285,21 @@ def test_changed_inputs_begin_anew(story, tmp_path, small_units, capsys):
             prepare.main(command)
     text.write_bytes(b"x" * 5000)
     prepare.main(command)
-    assert "beginning anew" in capsys.readouterr().err
+    assert "starting over" in capsys.readouterr().err
     assert (tmp_path / "out" / "train.bin").read_bytes() == b"x\0" * 4500
     with pytest.MonkeyPatch.context() as patch:
         _stop_after(patch, commits=1)
         with pytest.raises(_Stopped):
             prepare.main(command)
-    assert (tmp_path / "out" / "train.bin").read_bytes() == b"x\0" * 4500  # the old folder stays until then
+    # The old folder stays until the new one is complete.
+    assert (tmp_path / "out" / "train.bin").read_bytes() == b"x\0" * 4500
     prepare.main([*command, "--val_fraction=0.5"])
-    assert "beginning anew" in capsys.readouterr().err
+    assert "starting over" in capsys.readouterr().err
     assert (tmp_path / "out" / "train.bin").read_bytes() == b"x\0" * 2500
 
 
 @pytest.mark.parametrize("change", [4000, -4000])
-def test_a_text_that_changes_while_it_is_read_is_refused(story, tmp_path, small_units, monkeypatch, capsys, change):
+def test_text_that_changes_while_read_is_refused(story, tmp_path, small_units, monkeypatch, capsys, change):
     text, append = tmp_path / "text.txt", writing.TokenWriter.append
     text.write_bytes(story.read_bytes())
 
@@ -318,7 +315,7 @@ def test_a_text_that_changes_while_it_is_read_is_refused(story, tmp_path, small_
 
 
 @pytest.mark.parametrize("call", [1, 2])
-def test_stopped_while_the_folder_takes_its_place(story, tmp_path, monkeypatch, call):
+def test_prepare_repeats_after_a_stop_during_the_swap(story, tmp_path, monkeypatch, call):
     command = [str(story), f"--out={tmp_path / 'out'}", "--tokenizer=byte"]
     prepare.main([*command, "--val_fraction=0.5"])
     replace, calls = os.replace, []
@@ -339,7 +336,7 @@ def test_stopped_while_the_folder_takes_its_place(story, tmp_path, monkeypatch, 
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_a_full_disk_is_one_line_and_loses_nothing(story, tmp_path, monkeypatch, small_units, capsys):
+def test_prepare_continues_after_a_full_disk(story, tmp_path, monkeypatch, small_units, capsys):
     command = [str(story), f"--out={tmp_path / 'out'}", "--tokenizer=byte"]
     with pytest.MonkeyPatch.context() as patch:
         commit, done = writing.TokenWriter.commit, []
@@ -357,17 +354,17 @@ def test_a_full_disk_is_one_line_and_loses_nothing(story, tmp_path, monkeypatch,
     assert stop.value.code == 2 and "No space left on device" in error and error.count("\n") == 1
     assert os.listdir(tmp_path) == [".out.partial"]
     prepare.main(command)
-    assert "going on where" in capsys.readouterr().err
+    assert "continuing an interrupted" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_training_from_the_folder(story, tmp_path, tiny_flags, monkeypatch, capsys):
+def test_train_on_a_prepared_folder(story, tmp_path, tiny_flags, monkeypatch, capsys):
     prepare.main([str(story), f"--out={tmp_path / 'tokens'}", "--tokenizer=byte"])
     train.main([*tiny_flags, f"--data={tmp_path / 'tokens'}", f"--out_dir={tmp_path / 'run'}"])
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
 
 
-# getrusage would count the parent's memory, too.
+# Reads VmHWM, because getrusage would include the parent's memory.
 _MEASURED = """
 import re, sys
 import prepare
@@ -395,7 +392,7 @@ def _long(path: Path, story: Path, megabytes: int) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads its memory from Linux")
 @pytest.mark.parametrize(("name", "tokenizer"), [("a.txt", "char"), ("a.txt", "byte"), ("a.parquet", "byte")])
-def test_memory_does_not_grow_with_the_text(story, tmp_path, name, tokenizer):
+def test_memory_is_independent_of_the_text_size(story, tmp_path, name, tokenizer):
     environment = {**os.environ, "PYTHONPATH": str(REPO)}
     peaks = []
     for megabytes in (30, 200):

@@ -1,4 +1,4 @@
-"""prepare.py: every input format gives the tokens of the plain text, and bad input is one line."""
+"""prepare.py: every input format gives the tokens of the plain text; bad input gives a one-line error."""
 
 import gzip
 import hashlib
@@ -44,7 +44,7 @@ def _parquet(path: Path, texts: list, column: str = "text", **options) -> None:
 
 
 def _gz(path: Path, content: bytes) -> None:
-    path.write_bytes(gzip.compress(content[:99]) + gzip.compress(content[99:]))  # as `cat a.gz b.gz` makes it
+    path.write_bytes(gzip.compress(content[:99]) + gzip.compress(content[99:]))  # two members, as `cat a.gz b.gz` gives
 
 
 def _write(path: Path, content: bytes) -> Path:
@@ -68,13 +68,13 @@ def _prepare(tmp_path: Path, *inputs: object, tokenizer: object = "byte", flags:
 
 
 @pytest.mark.parametrize("name", ["a.txt.gz", "a.zst", "a.TXT.GZ", "noname"])
-def test_a_compressed_text_is_the_text(tmp_path, small_units, name):
+def test_compressed_text_equals_plain_text(tmp_path, small_units, name):
     content = "\n".join(TEXTS).encode()
     plain = _prepare(tmp_path, _write(tmp_path / "a.txt", content), tokenizer="char")
     assert _prepare(tmp_path, _write(tmp_path / name, content), tokenizer="char") == plain
 
 
-def test_every_form_of_rows_gives_the_same(tmp_path, small_units, byte_level_file):
+def test_all_row_formats_give_the_same_tokens(tmp_path, small_units, byte_level_file):
     first = _prepare(tmp_path, _write(tmp_path / "1.jsonl", _rows(TEXTS)), tokenizer=byte_level_file)
     (tmp_path / "2.parquet").parent.mkdir(exist_ok=True)
     _parquet(tmp_path / "2.parquet", TEXTS, row_group_size=50, compression="zstd")
@@ -92,7 +92,7 @@ def test_every_form_of_rows_gives_the_same(tmp_path, small_units, byte_level_fil
     assert meta["split"]["train_documents"] + meta["split"]["val_documents"] == len(TEXTS)
 
 
-def test_other_fields(tmp_path):
+def test_field_option_names_another_column(tmp_path):
     first = _prepare(tmp_path, _write(tmp_path / "1.jsonl", _rows(TEXTS)))
     _write(tmp_path / "2.jsonl", _rows(TEXTS).replace(b'"text"', b'"body"').replace(b'"n"', b'"text"'))
     _parquet(tmp_path / "3.parquet", TEXTS, column="body")
@@ -100,7 +100,7 @@ def test_other_fields(tmp_path):
         assert _prepare(tmp_path, tmp_path / name, flags=("--field=body",)) == first
 
 
-def test_files_are_documents(tmp_path, byte_level_file, small_units):
+def test_folder_files_are_documents(tmp_path, byte_level_file, small_units):
     for n, text in enumerate(TEXTS):
         _write(tmp_path / "texts" / f"{n:03}.txt", text.encode())
     rows = _prepare(tmp_path, _write(tmp_path / "1.jsonl", _rows(TEXTS)), tokenizer=byte_level_file)
@@ -121,7 +121,7 @@ class _Stopped(Exception):
 
 @pytest.mark.parametrize("tokenizer", ["char", "file"])
 @pytest.mark.parametrize("form", ["jsonl", "jsonl.gz", "parquet", "texts", "zst"])
-def test_any_form_goes_on_where_it_was(tmp_path, monkeypatch, small_units, byte_level_file, form, tokenizer):
+def test_every_format_continues_after_a_stop(tmp_path, monkeypatch, small_units, byte_level_file, form, tokenizer):
     inputs = tmp_path / "in"
     if form == "parquet":
         inputs.mkdir()
@@ -193,7 +193,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_and_leaves_nothing(case, tmp_path, refused):
+def test_bad_input_is_refused(case, tmp_path, refused):
     name, write, mentions = BAD[case]
     write(tmp_path / name)
     before = sorted(os.listdir(tmp_path))
@@ -201,13 +201,13 @@ def test_bad_input_is_one_line_and_leaves_nothing(case, tmp_path, refused):
     assert sorted(os.listdir(tmp_path)) == before
 
 
-def test_a_row_that_would_fill_the_memory(tmp_path, monkeypatch, refused):
+def test_huge_row_is_refused(tmp_path, monkeypatch, refused):
     monkeypatch.setattr(documents, "MAX_ROW_BYTES", 1 << 20)
     path = _write(tmp_path / "a.jsonl", _rows(["x" * (1 << 20)]))
     assert "line 1 is longer than 1 MiB" in refused(prepare.main, path, f"--out={tmp_path / 'out'}", "--tokenizer=byte")
 
 
-def test_what_the_command_line_gets_wrong(tmp_path, refused, monkeypatch):
+def test_wrong_options_are_refused(tmp_path, refused, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = _write(tmp_path / "a.txt", b"some text")
     assert "--out" in refused(prepare.main, text)
@@ -223,7 +223,7 @@ def test_what_the_command_line_gets_wrong(tmp_path, refused, monkeypatch):
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["a.txt", "mine", "thesis.tex"]
 
 
-def test_inputs_may_stand_in_a_yaml_file_or_behind_the_flags(tmp_path):
+def test_inputs_from_yaml_and_after_flags(tmp_path):
     text = _write(tmp_path / "a.txt", b"some text" * 9)
     first = _prepare(tmp_path, text)
     _write(tmp_path / "a.yaml", f"inputs: [{text}]\nout: {tmp_path / 'other'}\ntokenizer: byte\n".encode())
@@ -233,7 +233,7 @@ def test_inputs_may_stand_in_a_yaml_file_or_behind_the_flags(tmp_path):
     assert _tokens(tmp_path / "third") == first
 
 
-def test_two_at_once(tmp_path, refused):
+def test_concurrent_write_is_refused(tmp_path, refused):
     text = _write(tmp_path / "a.txt", b"some text" * 100)
     with writing.TokenWriter(tmp_path / "out", job={}):
         error = refused(prepare.main, text, f"--out={tmp_path / 'out'}", "--tokenizer=byte")
@@ -249,7 +249,7 @@ def shakespeare(tmp_path, monkeypatch) -> bytes:
     return content
 
 
-def test_shakespeare_is_fetched_once_and_checked(tmp_path, monkeypatch, shakespeare, refused):
+def test_shakespeare_is_downloaded_once_and_checked(tmp_path, monkeypatch, shakespeare, refused):
     fetched = []
 
     def fetch(url, timeout):
@@ -271,7 +271,7 @@ def test_shakespeare_is_fetched_once_and_checked(tmp_path, monkeypatch, shakespe
     assert _tokens(tmp_path / "out") == first
 
 
-def test_without_a_network_one_line_says_what_to_do(tmp_path, monkeypatch, shakespeare, refused):
+def test_missing_network_is_refused_with_a_hint(tmp_path, monkeypatch, shakespeare, refused):
     def unreachable(*args, **kwargs):
         raise URLError("no network")
 
@@ -304,14 +304,14 @@ class _Lost(_Streamed):
             yield row
 
 
-def test_openwebtext(tmp_path, monkeypatch, small_units, refused, capsys):
+def test_openwebtext_from_the_hub_and_from_a_file(tmp_path, monkeypatch, small_units, refused, capsys):
     hub = types.ModuleType("datasets")
     hub.load_dataset = lambda name, split, streaming: _Streamed({"text": text} for text in TEXTS)
     monkeypatch.setitem(sys.modules, "datasets", hub)
     monkeypatch.setattr(sets.socket, "create_connection", lambda *args, **kwargs: io.BytesIO())
     flags = ("--val_fraction=0.1",)
     error = refused(prepare.main, "openwebtext", f"--out={tmp_path / 'out'}", "--tokenizer=byte", *flags)
-    assert f"gave {len(TEXTS)} rows in place of 8,013,769" in error
+    assert f"returned {len(TEXTS)} rows instead of 8,013,769" in error
     monkeypatch.setattr(sets, "OPENWEBTEXT_ROWS", len(TEXTS))
     rows = _prepare(tmp_path, _write(tmp_path / "a.jsonl", _rows(TEXTS)), flags=flags)
     assert _prepare(tmp_path, "openwebtext", "--from", tmp_path / "a.jsonl", flags=flags) == rows
@@ -321,10 +321,10 @@ def test_openwebtext(tmp_path, monkeypatch, small_units, refused, capsys):
     hub.load_dataset = lambda name, split, streaming: _Streamed({"text": text} for text in TEXTS)
     capsys.readouterr()
     assert _prepare(tmp_path, "openwebtext", flags=flags) == rows
-    assert "going on where" in capsys.readouterr().err
+    assert "continuing an interrupted" in capsys.readouterr().err
 
 
-def test_data_of_training_takes_the_same_forms(tmp_path, small_units, monkeypatch):
+def test_train_data_accepts_rows(tmp_path, small_units, monkeypatch):
     from lightning_gpt.data.tokens.preparation import prepare as open_data
 
     monkeypatch.setenv("LIGHTNING_GPT_CACHE", str(tmp_path / "cache"))

@@ -1,4 +1,4 @@
-"""Streams: the training order is a permutation that ranks, workers and resuming do not change; evaluation is exact."""
+"""Streams: the training order does not depend on ranks, workers or resuming; evaluation scores each token once."""
 
 import functools
 import itertools
@@ -21,7 +21,7 @@ def _opener(n_tokens: int):
 
 
 def _never() -> np.ndarray:
-    raise AssertionError("the tokens are not needed for this")
+    raise AssertionError("the order must not read tokens")
 
 
 def _stream(n_tokens: int = 1000, block_size: int = 8, seed: int = 3) -> TokenStream:
@@ -41,13 +41,13 @@ def test_permutation_is_a_bijection(n: int, key: int) -> None:
 
 
 @pytest.mark.parametrize("n", [*range(1, 70), 2**16 - 1, 2**16, 2**16 + 1, 999_983])
-def test_permutation_is_a_bijection_at(n: int) -> None:
+def test_permutation_is_a_bijection_at_edge_sizes(n: int) -> None:
     assert np.array_equal(np.sort(permute(np.arange(n), n=n, key=7)), np.arange(n))
 
 
 @given(st.integers(10**9, 2**62), st.integers(0, 2**63), st.data())
 @settings(deadline=None)
-def test_permutation_of_a_huge_range(n: int, key: int, data: st.DataObject) -> None:
+def test_permutation_of_a_huge_range_is_injective(n: int, key: int, data: st.DataObject) -> None:
     index = np.array(data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=50, unique=True)))
     permuted = permute(index, n=n, key=key)
     assert permuted.min() >= 0 and permuted.max() < n
@@ -72,7 +72,7 @@ def test_permutation_looks_random(n: int) -> None:
     assert np.mean(permute(index, n=n, key=2) == permuted) < 0.01
 
 
-def test_every_permutation_of_few_is_about_as_likely() -> None:
+def test_permutations_of_four_are_equally_likely() -> None:
     keys = np.arange(24_000, dtype=np.uint64)
     columns = [permute(np.full(len(keys), i), n=4, key=keys) for i in range(4)]
     counts = Counter(zip(*(column.tolist() for column in columns), strict=True))
@@ -80,7 +80,7 @@ def test_every_permutation_of_few_is_about_as_likely() -> None:
     assert max(counts.values()) < 1.25 * 1000 and min(counts.values()) > 0.75 * 1000
 
 
-def test_permutation_outside_its_range() -> None:
+def test_permutation_refuses_indices_outside_its_range() -> None:
     for index in (-1, 5):
         with pytest.raises(ValueError, match="outside range"):
             permute(np.array([index]), n=5, key=0)
@@ -91,7 +91,7 @@ def test_permutation_outside_its_range() -> None:
 
 @given(st.integers(1, 20), st.integers(1, 400), st.integers(-(2**40), 2**70))
 @settings(deadline=None)
-def test_a_pass_visits_every_window_once(block_size: int, extra: int, seed: int) -> None:
+def test_pass_visits_every_window_once(block_size: int, extra: int, seed: int) -> None:
     n_tokens = block_size + extra
     stream = TokenStream(_never, n_tokens=n_tokens, block_size=block_size, seed=seed)
     n = stream.n_windows
@@ -109,13 +109,13 @@ def test_passes_and_seeds_differ() -> None:
     stream, other = _stream(), _stream(seed=4)
     n = stream.n_windows
     passes = stream.starts(np.arange(50 * n)).reshape(50, n)
-    assert set((passes[:, 0] % 8).tolist()) == set(range(8))  # the text is cut at every place
+    assert set((passes[:, 0] % 8).tolist()) == set(range(8))  # passes begin at every offset
     orders = {tuple(np.argsort(one).tolist()) for one in passes}
     assert len(orders) == 50
     assert not np.array_equal(other.starts(np.arange(n)), passes[0])
 
 
-def test_a_trillion_tokens_in_constant_memory() -> None:
+def test_stream_of_a_trillion_tokens_takes_constant_memory() -> None:
     stream = TokenStream(_never, n_tokens=10**12, block_size=1024, seed=1)
     assert stream.n_windows == (10**12 - 1) // 1024 - 1
     tracemalloc.start()
@@ -128,7 +128,7 @@ def test_a_trillion_tokens_in_constant_memory() -> None:
     assert starts.max() > 9 * 10**11
 
 
-def test_too_few_tokens() -> None:
+def test_too_few_tokens_are_refused() -> None:
     with pytest.raises(ValueError, match="too few"):
         _stream(n_tokens=8, block_size=8)
     assert _stream(n_tokens=9, block_size=8).starts(np.arange(5)).tolist() == [0] * 5
@@ -137,7 +137,7 @@ def test_too_few_tokens() -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
-def test_gather(tmp_path, dtype: type) -> None:
+def test_gather_returns_shifted_windows(tmp_path, dtype: type) -> None:
     tokens = np.random.default_rng(0).integers(0, 60_000, 500).astype(dtype)
     tokens.tofile(tmp_path / "x.bin")
     starts = np.array([0, 17, 500 - 9])
@@ -156,7 +156,7 @@ def test_gather(tmp_path, dtype: type) -> None:
     st.integers(1, 6),
 )
 @settings(deadline=None, max_examples=40)
-def test_ranks_batch_sizes_and_resuming_do_not_change_the_samples(
+def test_samples_are_independent_of_ranks_batch_size_and_resuming(
     first: int, batch_size: int, world_size: int, steps: int
 ) -> None:
     stream = _stream()
@@ -173,7 +173,7 @@ def test_ranks_batch_sizes_and_resuming_do_not_change_the_samples(
     assert seen == expected
 
 
-def test_one_rank_resumed_on_three_ends_where_the_uninterrupted_run_ends() -> None:
+def test_pass_resumed_on_three_ranks_visits_every_window_once() -> None:
     stream = _stream()
     n = stream.n_windows  # 123
     seen = np.concatenate(_first_tokens(TrainBatches(stream, batch_size=6), 10)).tolist()
@@ -183,13 +183,13 @@ def test_one_rank_resumed_on_three_ends_where_the_uninterrupted_run_ends() -> No
     assert len(seen) == n == len(set(seen))
 
 
-def test_batches_past_a_chunk() -> None:
+def test_batches_continue_across_chunks() -> None:
     stream = _stream()
     firsts = np.concatenate(_first_tokens(TrainBatches(stream, batch_size=2), 600))
     assert np.array_equal(firsts, stream.starts(np.arange(1200)))
 
 
-def test_loader_workers_do_not_change_the_order() -> None:
+def test_order_is_independent_of_loader_workers() -> None:
     dataset = TrainBatches(_stream(), batch_size=3, rank=1, world_size=2, first_sample=5)
     evaluation = EvalBatches(_opener(100), n_tokens=100, block_size=8, batch_size=2)
     plain = list(itertools.islice(DataLoader(dataset, batch_size=None), 12))
@@ -201,7 +201,7 @@ def test_loader_workers_do_not_change_the_order() -> None:
         assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
 
 
-def test_datasets_go_to_other_processes() -> None:
+def test_datasets_can_be_pickled() -> None:
     train = pickle.loads(pickle.dumps(TrainBatches(_stream(), batch_size=3)))
     assert next(iter(train))[0].shape == (3, 8)
     evaluation = EvalBatches(_opener(100), n_tokens=100, block_size=8, batch_size=2)

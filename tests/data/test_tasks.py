@@ -31,7 +31,7 @@ def all_rows(task, split):
 
 
 def mingpt_adder(ndigit):
-    """Build the rows of both splits as minGPT's code does, one at a time."""
+    """Build the rows of both splits as minGPT does, one at a time."""
     order = torch.randperm(100**ndigit, generator=torch.Generator().manual_seed(1337)).tolist()
     held_out = min(int(len(order) * 0.2), 500)
     rows = []
@@ -43,7 +43,7 @@ def mingpt_adder(ndigit):
 
 
 @pytest.mark.parametrize("ndigit", [1, 2])
-def test_adder_is_mingpts(ndigit):
+def test_adder_rows_equal_mingpt(ndigit):
     task, expected = Adder(ndigit=ndigit), mingpt_adder(ndigit)
     for split in SPLITS:
         assert all_rows(task, split).tolist() == expected[split]
@@ -55,7 +55,7 @@ def test_adder_is_mingpts(ndigit):
 
 
 @pytest.mark.parametrize(("length", "num_symbols"), [(6, 3), (3, 4), (1, 2), (2, 2)])
-def test_sort_splits_all_sequences(length, num_symbols):
+def test_sort_rows_cover_all_sequences(length, num_symbols):
     task = Sort(length=length, num_symbols=num_symbols)
     rows = {split: all_rows(task, split).tolist() for split in SPLITS}
     for row in rows["train"] + rows["val"]:
@@ -65,7 +65,7 @@ def test_sort_splits_all_sequences(length, num_symbols):
     assert rows["train"] and len(rows["val"]) == max(num_symbols**length // 4, 1)
 
 
-def test_sort_of_more_sequences_than_can_be_listed():
+def test_sort_rows_of_a_huge_task():
     task = Sort(length=10, num_symbols=40)
     assert task.n_rows("val") == 5000 and task.n_rows("train") == 40**10 - 5000
     held_out = {tuple(row) for row in all_rows(task, "val")[:, :10].tolist()}
@@ -77,7 +77,7 @@ def test_sort_of_more_sequences_than_can_be_listed():
 
 
 @pytest.mark.parametrize("task", [Adder(ndigit=1), Sort(length=4, num_symbols=3)], ids=repr)
-def test_training_visits_each_training_row_once_a_pass_and_no_other(task):
+def test_training_pass_visits_each_row_once(task):
     expected = sorted(map(tuple, all_rows(task, "train").tolist()))
     n = len(expected)
     passes = []
@@ -95,7 +95,7 @@ def test_training_visits_each_training_row_once_a_pass_and_no_other(task):
 
 
 @pytest.mark.parametrize(("limit", "scored"), [(None, 20), (7, 7)])
-def test_validation_scores_each_row_once_on_any_ranks(limit, scored):
+def test_validation_scores_each_row_once_on_three_ranks(limit, scored):
     task = Adder(ndigit=1)
     seen, lengths = [], set()
     for rank in range(3):
@@ -110,10 +110,10 @@ def test_validation_scores_each_row_once_on_any_ranks(limit, scored):
     assert sorted(seen) == sorted(tuple(row) for row in all_rows(task, "val")[:scored].tolist())
 
 
-def test_right_answers_are_whole_ones():
+def test_count_right_requires_whole_answers():
     targets = torch.tensor([[-1, 2, 1], [-1, 2, 1], [-1, 0, 0], [-1, -1, -1]])
-    said = torch.tensor([[0, 2, 1], [1, 2, 0], [2, 0, 0], [0, 0, 0]])  # right, half right, right, padding
-    assert count_right(torch.nn.functional.one_hot(said).float(), targets).tolist() == [2, 3]
+    predicted = torch.tensor([[0, 2, 1], [1, 2, 0], [2, 0, 0], [0, 0, 0]])  # answers: right, half right, right, padding
+    assert count_right(torch.nn.functional.one_hot(predicted).float(), targets).tolist() == [2, 3]
 
 
 def train_sort(folder, *, steps):
@@ -123,8 +123,8 @@ def train_sort(folder, *, steps):
     train.main([*NANO, *flags, "--sample_tokens=0", f"--out_dir={folder}"])
 
 
-def test_padding_of_the_vocabulary_is_no_answer():
-    logits = torch.tensor([[[0.0, 1.0, 2.0]]])  # 1 is the likeliest of what can be sampled
+def test_accuracy_ignores_vocabulary_padding():
+    logits = torch.tensor([[[0.0, 1.0, 2.0]]])  # token 2 may be padding; then 1 is the likeliest
     for padding, accuracy in ((1, 1.0), (0, 0.0)):
         sums = ScoreSums(torch.device("cpu"), has_answers=True, padding=padding)
         sums.add(logits, torch.tensor(0.5), torch.tensor([[1]]))
@@ -134,7 +134,7 @@ def test_padding_of_the_vocabulary_is_no_answer():
 
 @pytest.fixture(scope="module")
 def sort_run(tmp_path_factory):
-    """A run that has learnt to sort."""
+    """Train a run that has learned to sort; read-only."""
     folder = tmp_path_factory.mktemp("sort") / "run"
     train_sort(folder, steps=100)
     return folder
@@ -154,25 +154,25 @@ def greedy_accuracy(folder, *, which):
     return (answers == prompts.sort(dim=1).values).all(1).double().mean().item()
 
 
-def test_sort_learns_and_says_how_well(sort_run, tmp_path, capsys):
+def test_sort_learns_and_reports_accuracy(sort_run, tmp_path, capsys):
     found = score(tmp_path, "--checkpoint", sort_run)  # needs neither --length nor --num_symbols
     assert f"accuracy      {found['accuracy']:.4f}" in capsys.readouterr().out
     assert found["tokens"] == 64 * 4 and found["accuracy"] > 0.9
     assert found["accuracy"] == greedy_accuracy(sort_run, which="best")
 
 
-def test_accuracy_is_that_of_greedy_generation_also_while_it_is_bad(tmp_path, capsys):
+def test_accuracy_equals_greedy_generation_early_in_training(tmp_path, capsys):
     values = []
     for steps in (15, 30):
         folder = tmp_path / str(steps)
         train_sort(folder, steps=steps)
-        said = capsys.readouterr().out.partition("val_accuracy ")[2].split()[0]
+        printed = capsys.readouterr().out.partition("val_accuracy ")[2].split()[0]
         values.append(score(tmp_path, "--checkpoint", folder, "--which=last")["accuracy"])
-        assert values[-1] == greedy_accuracy(folder, which="last") and said == f"{values[-1]:.4f}"
+        assert values[-1] == greedy_accuracy(folder, which="last") and printed == f"{values[-1]:.4f}"
     assert any(0.05 < value < 0.95 for value in values), values
 
 
-def test_accuracy_of_fewer_batches_and_of_a_converted_checkpoint(sort_run, tmp_path):
+def test_accuracy_with_fewer_batches_and_after_conversion(sort_run, tmp_path):
     whole = score(tmp_path, "--checkpoint", sort_run, "--batch_size=3")
     assert score(tmp_path, "--checkpoint", sort_run, "--batch_size=3", "--eval_batches=2")["tokens"] == 6 * 4
     source = open_checkpoint(sort_run / "checkpoints" / "best.ckpt")
@@ -181,7 +181,7 @@ def test_accuracy_of_fewer_batches_and_of_a_converted_checkpoint(sort_run, tmp_p
         assert (converted["accuracy"], converted["tokens"]) == (whole["accuracy"], whole["tokens"])
 
 
-def test_a_run_shows_accuracy_and_answers_a_question(capsys, tmp_path):
+def test_run_prints_accuracy_and_answers_a_question(capsys, tmp_path):
     train.main([*TINY, "--data=sort", "--length=3", "--max_steps=2", f"--out_dir={tmp_path / 'run'}"])
     out = capsys.readouterr().out
     assert "Sort (length 3, num_symbols 3): 21 training and 6 validation rows, vocabulary 3" in out
@@ -208,7 +208,7 @@ def test_resume_is_bit_identical(tmp_path):
     torch.testing.assert_close(ours["state_dict"], theirs["state_dict"], rtol=0, atol=0)
 
 
-def test_a_folder_called_as_a_task_is_not_in_its_way(tmp_path, monkeypatch, capsys):
+def test_task_name_wins_over_a_folder_of_that_name(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     train.main([*TINY, "--data=adder", "--ndigit=1", "--max_steps=1", "--out_dir=adder"])
     train.main(["--resume=adder", "--max_steps=2"])
@@ -217,7 +217,7 @@ def test_a_folder_called_as_a_task_is_not_in_its_way(tmp_path, monkeypatch, caps
     assert parse_train(["--data=./adder"]).task_fields == {}
 
 
-def test_the_task_decides_flags_and_block_size(tmp_path):
+def test_task_determines_flags_and_block_size(tmp_path):
     config = parse_train(["--data=adder", "--ndigit=3"])
     assert config.task_fields == {"ndigit": 3} and config.model.block_size == 9
     saved = tmp_path / "config.yaml"
@@ -248,21 +248,21 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused_in_one_line(case, tmp_path, monkeypatch, refused):
+def test_wrong_task_options_are_refused(case, tmp_path, monkeypatch, refused):
     flags, mention = REFUSED[case]
     monkeypatch.chdir(tmp_path)
     refused(train.main, *NANO, *flags.split(), mentions=mention)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_task_is_not_scored_on_another(sort_run, tmp_path, text_file, capsys):
+def test_evaluating_a_task_on_other_data_is_refused(sort_run, tmp_path, text_file, capsys):
     for data, mention in (("adder", "--data adder"), (text_file, "vocabulary"), (f"chargpt:{text_file}", "vocab")):
         with pytest.raises(SystemExit):
             score(tmp_path, "--checkpoint", sort_run, f"--data={data}")
         assert mention in capsys.readouterr().err
 
 
-def test_chargpt_is_a_text_by_characters(text_file, tiny_flags, tmp_path):
+def test_chargpt_equals_a_text_with_char_tokenizer(text_file, tiny_flags, tmp_path):
     for name, data in (("a", [f"--data=chargpt:{text_file}"]), ("b", [f"--data={text_file}", "--tokenizer=char"])):
         train.main([*tiny_flags, *data, f"--out_dir={tmp_path / name}"])
     ours, theirs = (torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("a", "b"))
@@ -270,7 +270,7 @@ def test_chargpt_is_a_text_by_characters(text_file, tiny_flags, tmp_path):
     assert score(tmp_path, "--checkpoint", tmp_path / "a")["bits_per_byte"] > 0
 
 
-def test_docs_show_how_to_add_a_task(tmp_path, monkeypatch, capsys):
+def test_task_of_the_docs_trains(tmp_path, monkeypatch, capsys):
     code, _, rest = (REPO / "docs" / "extending.md").read_text().partition("# my_task.py\n")[2].partition("```\n")
     (tmp_path / "my_task.py").write_text(code)
     command = rest.partition("```bash\n")[2].partition("\n")[0].split()
@@ -286,7 +286,7 @@ def test_docs_show_how_to_add_a_task(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_stage_3"])
-def test_ranks_agree_with_a_single_one(strategy, tmp_path, capsys):
+def test_two_ranks_agree_with_a_single_process(strategy, tmp_path, capsys):
     if strategy.startswith("deepspeed"):
         pytest.importorskip("deepspeed")
     flags = "--data=sort --length=4 --num_symbols=4 --n_layer=1 --n_head=4 --n_embd=32 --max_steps=30".split()

@@ -1,4 +1,4 @@
-"""Token files: format, cache, nanoGPT's folders, and the one-line errors."""
+"""Token files: format, cache, nanoGPT's folders, and one-line errors."""
 
 import json
 import multiprocessing
@@ -52,7 +52,7 @@ def _nanogpt(folder: Path, meta: object = None) -> Path:
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65, "uint16"), (65536, "uint16"), (65537, "uint32")])
-def test_round_trip(tmp_path: Path, vocab_size: int, dtype: str) -> None:
+def test_token_files_round_trip(tmp_path: Path, vocab_size: int, dtype: str) -> None:
     train = np.array([0, 1, vocab_size - 1])
     tokenizer = CharTokenizer("ab\u00e9")
     folder = _write(
@@ -70,7 +70,7 @@ def test_round_trip(tmp_path: Path, vocab_size: int, dtype: str) -> None:
     assert pickle.loads(pickle.dumps(again.opener("val")))().tolist() == list(range(20))
 
 
-def test_writing_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = _write(tmp_path / "tokens")
     _write(folder, source="replaced")
     assert open_token_files(folder).source == "replaced"
@@ -86,7 +86,7 @@ def test_writing_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert open_token_files(folder).source == "replaced"
 
 
-def test_other_files_are_never_replaced(tmp_path: Path) -> None:
+def test_folder_with_other_files_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
     with pytest.raises(UserError, match="holds files other than token files"):
@@ -95,7 +95,7 @@ def test_other_files_are_never_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("tokenizer", "name"), [(None, "char"), ("char", "char"), ("byte", "byte")])
-def test_prepare_splits_the_characters(text_file: str, tokenizer: str | None, name: str) -> None:
+def test_prepare_splits_by_characters(text_file: str, tokenizer: str | None, name: str) -> None:
     files = prepare(text_file, tokenizer=tokenizer, block_size=8)
     cut = int(0.9 * len(TEXT))
     assert files.tokenizer.name == name
@@ -111,7 +111,7 @@ def test_prepare_gpt2(text_file: str) -> None:
     assert files.tokenizer.decode(files.tokens("train")) == TEXT[: int(0.9 * len(TEXT))]
 
 
-def test_prepare_bytes_that_are_no_text(tmp_path: Path) -> None:
+def test_prepare_bytes_that_are_not_utf8(tmp_path: Path) -> None:
     (tmp_path / "data.bin").write_bytes(b"\xff\x00" * 500)
     files = prepare(str(tmp_path / "data.bin"), tokenizer="byte", block_size=8)
     assert (files.train_tokens, files.val_tokens) == (900, 100)
@@ -119,7 +119,7 @@ def test_prepare_bytes_that_are_no_text(tmp_path: Path) -> None:
         prepare(str(tmp_path / "data.bin"), tokenizer="char", block_size=8)
 
 
-def test_a_second_start_does_not_tokenize(text_file: str, tmp_path: Path, cache: Path) -> None:
+def test_prepare_reuses_the_cache(text_file: str, tmp_path: Path, cache: Path) -> None:
     def snapshot() -> dict[str, tuple[int, int]]:
         return {str(p): (p.stat().st_ino, p.stat().st_mtime_ns) for p in sorted(cache.rglob("*"))}
 
@@ -134,7 +134,7 @@ def test_a_second_start_does_not_tokenize(text_file: str, tmp_path: Path, cache:
     assert prepare(text_file, tokenizer=None, block_size=8).folder != first.folder
 
 
-def test_a_damaged_cache_is_made_again(text_file: str) -> None:
+def test_prepare_replaces_a_damaged_cache(text_file: str) -> None:
     files = prepare(text_file, tokenizer=None, block_size=8)
     expected = files.tokens("train").tolist()
     files.path("train").write_bytes(b"\0\0")
@@ -155,7 +155,7 @@ def _count_writes(text_file: str, log: str) -> None:
     prepare(text_file, tokenizer="byte", block_size=8)
 
 
-def test_processes_that_start_at_once_tokenize_once(text_file: str, tmp_path: Path) -> None:
+def test_concurrent_processes_tokenize_once(text_file: str, tmp_path: Path) -> None:
     if not hasattr(os, "fork"):
         pytest.skip("forks processes")
     context = multiprocessing.get_context("fork")
@@ -168,7 +168,7 @@ def test_processes_that_start_at_once_tokenize_once(text_file: str, tmp_path: Pa
     assert (tmp_path / "writes").read_text() == "w"
 
 
-def test_cache_root(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+def test_cache_root_follows_the_environment(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     assert cache_root() == cache
     monkeypatch.delenv("LIGHTNING_GPT_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
@@ -178,13 +178,13 @@ def test_cache_root(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     assert cache_root() == Path("/home/me/.cache/lightning_gpt")
 
 
-def test_cache_dir_argument(text_file: str, tmp_path: Path, cache: Path) -> None:
+def test_cache_dir_argument_replaces_the_default(text_file: str, tmp_path: Path, cache: Path) -> None:
     files = prepare(text_file, tokenizer=None, block_size=8, cache_dir=tmp_path / "mine")
     assert files.folder.is_relative_to(tmp_path / "mine")
     assert not cache.exists()
 
 
-def test_cache_that_cannot_be_written(text_file: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_unwritable_cache_is_refused(text_file: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LIGHTNING_GPT_CACHE", text_file)
     with pytest.raises(UserError, match="cannot be written.*LIGHTNING_GPT_CACHE"):
         prepare(text_file, tokenizer=None, block_size=8)
@@ -202,7 +202,7 @@ def test_prepare_opens_a_token_folder(tmp_path: Path) -> None:
         prepare(str(folder), tokenizer="word", block_size=8)
 
 
-def test_nanogpt_characters(tmp_path: Path) -> None:
+def test_nanogpt_folder_with_characters(tmp_path: Path) -> None:
     meta = {"vocab_size": 3, "itos": dict(enumerate("\nab")), "stoi": {c: i for i, c in enumerate("\nab")}}
     files = open_token_files(_nanogpt(tmp_path / "shakespeare_char", meta))
     assert (files.vocab_size, files.train_tokens, files.val_tokens) == (3, 4, 2)
@@ -211,13 +211,13 @@ def test_nanogpt_characters(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("itos", [None, ["a", "b", "c"], {0: "a", 1: "b"}, {0: "a", 1: "b", 2: "cc"}])
-def test_nanogpt_with_another_vocabulary(tmp_path: Path, itos: object) -> None:
+def test_nanogpt_folder_with_another_vocabulary(tmp_path: Path, itos: object) -> None:
     files = open_token_files(_nanogpt(tmp_path / "tokens", {"vocab_size": 3, "itos": itos}))
     assert files.tokenizer is None
     assert files.vocab_size == 3
 
 
-def test_nanogpt_without_a_description_is_gpt2(tmp_path: Path) -> None:
+def test_nanogpt_folder_without_meta_is_gpt2(tmp_path: Path) -> None:
     files = open_token_files(_nanogpt(tmp_path / "openwebtext"))
     assert (files.vocab_size, files.tokenizer.name) == (50257, "gpt2")
 
@@ -244,7 +244,7 @@ def test_malicious_pickle_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_damaged_files(tmp_path: Path, split: str) -> None:
+def test_damaged_token_files_are_refused(tmp_path: Path, split: str) -> None:
     folder = _write(tmp_path / "tokens")
     path = folder / f"{split}.bin"
     whole = path.read_bytes()
@@ -267,7 +267,7 @@ def test_damaged_files(tmp_path: Path, split: str) -> None:
         prepare(str(folder), tokenizer=None, block_size=8)
 
 
-def test_scan_goes_in_chunks_and_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+def test_scan_reads_chunks_and_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     monkeypatch.setattr(token_files, "_SCAN_TOKENS", 7)
     folder = _write(tmp_path / "tokens")
     open_token_files(folder)
@@ -294,7 +294,7 @@ def test_scan_goes_in_chunks_and_is_remembered(tmp_path: Path, monkeypatch: pyte
         ({"tokenizer": 3}, "saved tokenizer"),
     ],
 )
-def test_damaged_meta(tmp_path: Path, change: dict, message: str) -> None:
+def test_damaged_meta_is_refused(tmp_path: Path, change: dict, message: str) -> None:
     folder = _write(tmp_path / "tokens")
     meta = json.loads((folder / "meta.json").read_text())
     (folder / "meta.json").write_text(json.dumps(meta | change))
@@ -305,7 +305,7 @@ def test_damaged_meta(tmp_path: Path, change: dict, message: str) -> None:
         open_token_files(folder)
 
 
-def test_too_little_text(tmp_path: Path) -> None:
+def test_too_little_text_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "input.txt"
     path.write_text("ab" * 20)
     with pytest.raises(UserError, match="training split has 36 tokens, but --block_size 64 needs at least 65"):

@@ -1,8 +1,8 @@
 """Run every shell and Python block of the README and the manual.
 
 A block runs in a fresh folder that looks like a clone in use: with texts, a few runs, and the files that the manual
-tells the reader to write. RULES shorten its commands by flags that are appended. What needs a GPU, another machine or a
-download is parsed instead. A block that no rule covers fails.
+tells the reader to write. RULES append flags that make its commands short. Commands that need a GPU, another machine or
+a download are only parsed. A command without a rule fails.
 """
 
 import ast
@@ -41,9 +41,9 @@ class Rule:
     Attributes:
         pattern: Regular expression that is searched in the command; the first rule that matches counts.
         flags: Flags to append.
-        how: "run" in this process, "process" for commands that start several, "parse", or "skip" for what is no program
-            of ours.
-        slow: Whether the block is one of the longer tests.
+        how: "run" in this process, "process" for commands that start several processes, "parse" to check flags only,
+            or "skip" for programs of others.
+        slow: Whether running the block is a slow test.
     """
 
     pattern: str
@@ -103,14 +103,14 @@ class Block:
     text: str
 
     def commands(self) -> list[str]:
-        """The shell commands, comments removed and continued lines joined; a pipe stays one command."""
+        """Return the shell commands, with comments removed and continued lines joined; a pipe is one command."""
         lines = self.text.replace("\\\n", " ").splitlines()
         words = [shlex.join(shlex.split(line, comments=True)) for line in lines]
         return [part for line in words if line for part in line.replace("'|'", "|").split(" '&&' ")]
 
     @property
     def file_name(self) -> str | None:
-        """The file that the reader is to write the block into, if it names one."""
+        """Return the file name in the first line, if the reader is to write the block to a file."""
         found = re.match(r"# (\w+\.py)\n", self.text)
         return found and found[1]
 
@@ -121,7 +121,7 @@ def _read(document: Path) -> list[Block]:
     return [Block(document, content[: f.start()].count("\n") + 1, *f.groups()) for f in fences]
 
 
-# Each text once, where it is first.
+# Each distinct block once, at its first place.
 BLOCKS: list[Block] = []
 for _block in itertools.chain.from_iterable(map(_read, DOCUMENTS)):
     if _block.text not in {known.text for known in BLOCKS}:
@@ -145,7 +145,7 @@ def _is_slow(block: Block) -> bool:
 
 
 def _program(command: str) -> tuple[str, list[str]]:
-    """The entry point that a command calls, and its flags."""
+    """Return the entry point that a command calls, and its flags."""
     words = shlex.split(command)
     place = next(i for i, word in enumerate(words) if word.endswith(".py"))
     return words[place].removesuffix(".py"), words[place + 1 :]
@@ -153,7 +153,7 @@ def _program(command: str) -> tuple[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory, text_file, tiny_flags) -> Path:
-    """A clone in which somebody has worked: small stand-ins for all files that the documents name."""
+    """Build a clone in use: small substitutes for all files that the documents name."""
     import evaluate
     import prepare
     import train
@@ -184,7 +184,7 @@ def template(tmp_path_factory, text_file, tiny_flags) -> Path:
 
 @pytest.fixture
 def clone(template, tmp_path, monkeypatch) -> Path:
-    """A fresh copy of the template, which is the working directory."""
+    """Copy the template to a fresh working directory."""
     folder = tmp_path / "clone"
     shutil.copytree(template, folder)
     monkeypatch.chdir(folder)
@@ -205,7 +205,7 @@ def _call(program: str, flags: list[str], monkeypatch, stdin: str = "def \n") ->
 
 
 def _parse(command: str, monkeypatch) -> None:
-    """Parse the flags of a command, those of torchrun included."""
+    """Parse the flags of a command, including those of torchrun."""
     if command.startswith("torchrun"):
         from torch.distributed.run import get_args_parser
 
@@ -253,7 +253,7 @@ def test_files_to_install_exist():
 
 
 @pytest.mark.parametrize("block", SHELL, ids=_name)
-def test_flags_are_known(block, clone, monkeypatch, capsys):
+def test_flags_of_shell_block_parse(block, clone, monkeypatch, capsys):
     for command in block.commands():
         if _rule(command).how != "skip":
             _parse(command, monkeypatch)
@@ -287,19 +287,19 @@ def test_python_block_runs(block, clone, capsys):
 
 
 @pytest.mark.parametrize("block", FILES, ids=_name)
-def test_file_is_used(block):
+def test_file_block_is_used_by_a_command(block):
     ast.parse(block.text)
     assert any(f" {block.file_name.removesuffix('.py')}:" in shell.text for shell in SHELL)
 
 
-def test_first_run_prints_what_the_readme_shows(clone, monkeypatch, capsys):
+def test_first_run_prints_the_output_in_the_readme(clone, monkeypatch, capsys):
     (shown,) = (block.text for block in BLOCKS if block.language == "text")
     _call("train", [*shlex.split(TINY), "--log_every_n_steps=1", "--trainer.enable_progress_bar=false"], monkeypatch)
     assert _shape(shown) == _shape(capsys.readouterr().out)
 
 
 def _shape(output: str) -> list[str]:
-    """The kinds of lines of a run, numbers replaced by #, and the sample left out."""
+    """Return the distinct lines of a run's output, with numbers replaced by # and without the sample."""
     output = re.sub(r"(?s)(--- sample ---\n).*?\n(-{14}\n)", r"\1\2", output)
     lines = [re.sub(r"[\d.,/-]*\d[\d.,/-]*", "#", line).strip() for line in output.splitlines() if line.strip()]
     return list(dict.fromkeys(lines))

@@ -1,4 +1,4 @@
-"""Test that the notebooks run from top to bottom, and that their saved output is current and clean.
+"""Notebooks: they run from top to bottom, and their saved output is current and clean.
 
 To save new output: ``HF_HUB_OFFLINE=1 jupyter execute --inplace examples/*.ipynb``.
 """
@@ -16,7 +16,7 @@ from lightning_gpt.models import GPTModule
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
-# What the output of each must contain.
+# Pattern that the output of each notebook must match.
 FOUND = {
     "demo": r"^201012 -> 001122\n[\s\S]*^1[78]\d of 182 sorted$",
     "generate": r"^Training a small model instead\.\n[\s\S]*^def main\(",
@@ -38,12 +38,12 @@ def _text(notebook: nbformat.NotebookNode) -> str:
     return "".join(output.get("text", "") for output in _outputs(notebook)).replace("\r\n", "\n")
 
 
-def test_there_are_three():
+def test_notebooks_are_the_known_ones():
     assert {path.stem for path in NOTEBOOKS} == set(FOUND)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_saved_as_run_and_clean(path):
+def test_saved_output_is_complete_and_clean(path):
     notebook = _read(path)
     counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
     assert counts == list(range(1, len(counts) + 1)), "run it from top to bottom, then save it"
@@ -57,7 +57,7 @@ def test_saved_as_run_and_clean(path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
+def test_notebook_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
     places = {name: tmp_path / name for name in ("TMPDIR", "IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "HF_HUB_CACHE")}
     for name, place in places.items():
         place.mkdir()

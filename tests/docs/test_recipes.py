@@ -1,4 +1,4 @@
-"""Test that every recipe of configs/ parses and says what it should, and that each kind runs at a reduced size."""
+"""Recipes of configs/: all parse with the expected values, and one of each kind runs at a reduced size."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ KINDS = {
     "train_gpt2_alibi": [],
     "train_gpt2_flash": [],
 }
-RUN_ELSEWHERE = {"train_gpt2_flash", "mingpt_1.7b_offload"}  # below; for 8 GPUs, in tests/planning/test_dry_run.py
+RUN_ELSEWHERE = {"train_gpt2_flash", "mingpt_1.7b_offload"}  # in a test below, and in tests/planning/test_dry_run.py
 REDUCED = (
     "--n_layer=1 --n_head=1 --n_embd=8 --block_size=16 --batch_size=2 --max_steps=2 --eval_interval=2 --eval_batches=1"
     " --accelerator=cpu --precision=32 --sample_tokens=0 --logger=none --compile=false --lr_decay_steps=2"
@@ -40,7 +40,7 @@ REDUCED = (
 
 @pytest.fixture(scope="module")
 def small_gpt2(tmp_path_factory) -> Path:
-    """Return a folder of a random GPT-2 with byte tokens, as transformers writes it."""
+    """Save a random GPT-2 with transformers, with a byte tokenizer, and return the folder."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     folder = tmp_path_factory.mktemp("gpt2")
@@ -93,7 +93,7 @@ def test_training_recipe_runs_at_a_reduced_size(name, small_gpt2, text_file, tmp
     assert "step 2:" in out and (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
 
 
-def test_evaluation_recipes(small_gpt2, text_file, tmp_path):
+def test_evaluation_recipes_parse_and_run(small_gpt2, text_file, tmp_path):
     parsed = {recipe.stem: parse_evaluate([f"--config={recipe}"]) for recipe in EVALUATIONS}
     for name, options in parsed.items():
         assert options.checkpoint == name.removeprefix("eval_").replace("_", "-")
@@ -119,7 +119,7 @@ def test_flash_recipe_is_refused_without_a_gpu_and_planned_for_one(text_file, tm
 
 
 @pytest.mark.parametrize("name", ["train_gpt2", "train_gpt2_alibi", "train_gpt2_flash"])
-def test_gpt2_recipes_are_nanogpts(name):
+def test_gpt2_recipes_match_nanogpt(name):
     config = parse_train([f"--config={CONFIGS / name}.yaml"])
     optim = config.optim
     assert (optim.learning_rate, optim.min_learning_rate, optim.warmup_steps) == (6e-4, 6e-5, 2000)
@@ -128,7 +128,7 @@ def test_gpt2_recipes_are_nanogpts(name):
 
 
 @pytest.mark.parametrize("nodes, gpus, accumulate", [(1, 1, 48), (1, 8, 6), (2, 8, 3)])
-def test_global_batch_is_the_same_on_any_number_of_devices(nodes, gpus, accumulate, text_file, capsys):
+def test_global_batch_is_independent_of_the_number_of_devices(nodes, gpus, accumulate, text_file, capsys):
     flags = [f"--data={text_file}", "--tokenizer=byte", f"--gpus={gpus}", f"--num_nodes={nodes}", "--dry_run"]
     flags += ["--n_layer=1", "--n_head=1", "--n_embd=16"]
     train.main([f"--config={CONFIGS / 'train_gpt2.yaml'}", *flags])
@@ -136,7 +136,7 @@ def test_global_batch_is_the_same_on_any_number_of_devices(nodes, gpus, accumula
     assert f"of 491,520 tokens (10 x 1024 x {accumulate} micro-batches x {nodes * gpus} devices, from --global_b" in out
 
 
-def test_global_batch_trains_as_its_accumulation_does(tiny_flags, text_file, tmp_path, capsys):
+def test_global_batch_trains_as_explicit_accumulation(tiny_flags, text_file, tmp_path, capsys):
     losses = []
     for name, flag in (("given", "--accumulate_grad_batches=3"), ("derived", f"--global_batch_tokens={3 * 4 * 16}")):
         flags = [*tiny_flags, "--batch_size=4", "--block_size=16", f"--data={text_file}", flag]
@@ -151,7 +151,7 @@ def test_global_batch_trains_as_its_accumulation_does(tiny_flags, text_file, tmp
     assert (resumed.global_batch_tokens, resumed.accumulate_grad_batches) == (None, 2)
 
 
-def test_global_batch_that_does_not_divide(tiny_flags, text_file, tmp_path, capsys):
+def test_global_batch_that_does_not_divide_is_refused(tiny_flags, text_file, tmp_path, capsys):
     flags = [*tiny_flags, "--batch_size=4", "--block_size=16", f"--data={text_file}", "--global_batch_tokens=200"]
     with pytest.raises(SystemExit) as stop:
         train.main([*flags, f"--out_dir={tmp_path / 'run'}"])

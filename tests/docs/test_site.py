@@ -1,4 +1,4 @@
-"""Test that the manual builds without warnings, and that its pages load nothing from the network."""
+"""Manual and README: the site builds without warnings and loads nothing from the network; links exist."""
 
 import re
 from pathlib import Path

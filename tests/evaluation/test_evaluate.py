@@ -1,4 +1,4 @@
-"""Scores with overlapping windows and other contexts, and several checkpoints side by side."""
+"""evaluate.py: overlapping windows, other context lengths, and tables of several checkpoints."""
 
 import json
 import math
@@ -21,7 +21,7 @@ from lightning_gpt.data.tokens.token_files import write_token_files
 from lightning_gpt.tokenizers import ByteTokenizer, CharTokenizer
 
 REPO = Path(__file__).parents[2]
-CHARS = CharTokenizer("abc\n ")  # those, and the block size, of the models of `saved_model`
+CHARS = CharTokenizer("abc\n ")  # the tokenizer of `saved_model`; BLOCK is its block size
 BLOCK = 12
 
 MODEL = """
@@ -60,7 +60,7 @@ class Mean(nn.Module):
 
 @pytest.fixture
 def letters(tmp_path) -> Path:
-    """A text of the characters that a `saved_model` knows; its validation split has 130 of them."""
+    """Write a text of 1300 characters that a `saved_model` knows; its validation split has 130."""
     draw = np.random.default_rng(0)
     file = tmp_path / "letters.txt"
     file.write_text("".join(draw.choice(list("abc\n "), size=1300)))
@@ -69,7 +69,7 @@ def letters(tmp_path) -> Path:
 
 @pytest.fixture
 def mean_model(tmp_path, monkeypatch) -> str:
-    """A model of a user's whose positions go on."""
+    """Write a user's model that extends its context, and return its --implementation."""
     (tmp_path / "mean_model.py").write_text(MODEL)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "mean_model", raising=False)
@@ -78,7 +78,7 @@ def mean_model(tmp_path, monkeypatch) -> str:
 
 @pytest.fixture
 def scored(tmp_path, capsys):
-    """Calls evaluate.py; what it wrote with --json."""
+    """Return a function that calls evaluate.py and returns the content of --json."""
 
     def score(*flags):
         file = tmp_path / "score.json"
@@ -89,7 +89,7 @@ def scored(tmp_path, capsys):
 
 
 def token_by_token(checkpoint: Path, tokens: list[int], *, block_size: int, stride: int) -> float:
-    """The mean loss, each token by itself after the context that it should have."""
+    """Return the mean loss; each token is scored in a forward pass of its own, after its expected context."""
     module = open_checkpoint(checkpoint).module().eval()
     module.model.block_size = max(block_size, getattr(module.model, "block_size", 0))
     losses = []
@@ -109,7 +109,7 @@ def held_out(file: Path) -> list[int]:
 
 @given(st.data(), st.integers(2, 200), st.integers(1, 20), st.integers(1, 4), st.integers(1, 3))
 @settings(deadline=None, max_examples=60)
-def test_every_token_is_scored_once_with_the_most_context(data, n_tokens, block_size, batch_size, world_size):
+def test_windows_score_every_token_once_with_the_most_context(data, n_tokens, block_size, batch_size, world_size):
     stride = data.draw(st.integers(1, block_size))
     context = {}
     for rank in range(world_size):
@@ -135,7 +135,7 @@ def test_every_token_is_scored_once_with_the_most_context(data, n_tokens, block_
 
 
 @pytest.mark.parametrize("implementation", ["mingpt", "nanogpt"])
-def test_stride_and_block_size_against_each_token_by_itself(implementation, saved_model, letters, scored):
+def test_loss_equals_token_by_token_loss_for_any_stride_and_block_size(implementation, saved_model, letters, scored):
     checkpoint = saved_model(implementation)
     given = ("--checkpoint", checkpoint, "--data", letters)
     for block_size, stride in ((BLOCK, 1), (BLOCK, 5), (7, 7), (7, 3)):
@@ -153,8 +153,8 @@ def test_stride_and_block_size_against_each_token_by_itself(implementation, save
     assert part["loss"] == pytest.approx(expected, rel=1e-6)
 
 
-def test_stride_against_transformers(tmp_path, scored):
-    """The loop of its guide to the perplexity of models with a fixed length."""
+def test_stride_equals_the_transformers_guide(tmp_path, scored):
+    """Compare with the loop in transformers' guide "Perplexity of fixed-length models"."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.GPT2Config(
@@ -167,7 +167,7 @@ def test_stride_against_transformers(tmp_path, scored):
     write_token_files(tmp_path / "tokens", train=tokens, val=tokens, **kept)
     total, before = 0.0, 0
     for begin in range(0, len(tokens), 6):
-        end = min(begin + 16 + 1, len(tokens))  # a target more than inputs
+        end = min(begin + 16 + 1, len(tokens))  # one more target than inputs
         labels = torch.tensor(tokens[begin:end])[None].clone()
         if begin:
             labels[:, : before - begin] = -100
@@ -181,7 +181,7 @@ def test_stride_against_transformers(tmp_path, scored):
     assert found["loss"] == pytest.approx(total / 100, rel=1e-5) and found["tokens"] == 100
 
 
-def test_longer_context_where_positions_go_on(saved_model, mean_model, letters, scored, evaluation_refused):
+def test_longer_context_with_a_model_that_extends(saved_model, mean_model, letters, scored, evaluation_refused):
     checkpoint = saved_model(mean_model)
     given = ("--checkpoint", checkpoint, "--data", letters)
     for stride in (30, 4):
@@ -189,14 +189,14 @@ def test_longer_context_where_positions_go_on(saved_model, mean_model, letters, 
         expected = token_by_token(checkpoint, held_out(letters), block_size=30, stride=stride)
         assert found["loss"] == pytest.approx(expected, rel=1e-6) and found["block_size"] == 30
     assert found["loss"] != scored(*given)["loss"]
-    # One that says so and whose weights know the length nevertheless.
+    # A model that declares extends_context although a weight depends on the length.
     evaluation_refused(
         "--checkpoint", saved_model(mean_model, has_rows=True), *given[2:], "--block_size=30", mentions=["rows"]
     )
 
 
 @pytest.mark.parametrize("implementation", ["mingpt", "nanogpt"])
-def test_longer_context_where_positions_end(implementation, saved_model, letters, evaluation_refused):
+def test_longer_context_refused_by_learned_positions(implementation, saved_model, letters, evaluation_refused):
     given = ("--checkpoint", saved_model(implementation), "--data", letters)
     evaluation_refused(
         *given, "--block_size=13", mentions=["--block_size 13", "positions", f"--implementation {implementation}"]
@@ -215,11 +215,11 @@ def test_longer_context_where_positions_end(implementation, saved_model, letters
         (["--convert_only", "--checkpoint", "b"], ["--convert_only", "any.ckpt, b"]),
     ],
 )
-def test_refused(flags, mentions, saved_model, letters, evaluation_refused):
+def test_wrong_options_are_refused(flags, mentions, saved_model, letters, evaluation_refused):
     evaluation_refused("--checkpoint", saved_model("mingpt"), f"--data={letters}", *flags, mentions=mentions)
 
 
-def test_several_checkpoints_on_the_command_line_and_in_a_file(tmp_path):
+def test_several_checkpoints_from_flags_and_yaml(tmp_path):
     file = tmp_path / "evaluate.yaml"
     file.write_text("checkpoint: [a, b c]\n")
     for flags in (["--checkpoint", "a", "b c"], ["--checkpoint=a", "--which=best", "--checkpoint", "b c"]):
@@ -230,7 +230,7 @@ def test_several_checkpoints_on_the_command_line_and_in_a_file(tmp_path):
 
 @pytest.fixture
 def two_kinds(saved_model, letters) -> list[Path]:
-    """A checkpoint with characters and one with bytes."""
+    """Save a checkpoint with a char tokenizer and one with a byte tokenizer."""
     folders = []
     for name, tokenizer in (("chars", CHARS), ("bytes", ByteTokenizer())):
         folders.append(letters.parent / f"{name}.ckpt")
@@ -238,7 +238,7 @@ def two_kinds(saved_model, letters) -> list[Path]:
     return folders
 
 
-def test_several_checkpoints_side_by_side(two_kinds, saved_model, letters, scored, capsys):
+def test_several_checkpoints_make_a_table_with_notes(two_kinds, saved_model, letters, scored, capsys):
     chars, bytes_ = two_kinds
     singles = [scored("--checkpoint", path, "--data", letters) for path in two_kinds]
     capsys.readouterr()
@@ -268,7 +268,7 @@ def test_several_checkpoints_side_by_side(two_kinds, saved_model, letters, score
     ]
 
 
-def test_accuracy_stands_beside_the_others(saved_model, scored, capsys):
+def test_table_shows_accuracy_of_tasks(saved_model, scored, capsys):
     checkpoint = saved_model("mingpt", Sort().tokenizer, block_size=Sort().block_size)
     found = scored("--checkpoint", checkpoint, checkpoint, "--data=sort", "--eval_batches=1")
     header, first, second = capsys.readouterr().out.splitlines()
@@ -277,13 +277,13 @@ def test_accuracy_stands_beside_the_others(saved_model, scored, capsys):
 
 
 @pytest.mark.slow
-def test_two_ranks_score_what_one_does(two_kinds, letters, scored, tmp_path):
+def test_two_ranks_score_the_same_as_one(two_kinds, letters, scored, tmp_path):
     flags = ["--checkpoint", *two_kinds, "--data", letters, "--batch_size=3", "--stride=5"]
     file = tmp_path / "ranks.json"
     command = [sys.executable, REPO / "evaluate.py", *flags, "--accelerator=cpu", "--strategy=ddp", "--devices=2"]
     done = subprocess.run([*map(str, command), f"--json={file}"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 4  # one of the ranks says it
+    assert len(done.stdout.splitlines()) == 4  # only one rank prints
     for found, expected in zip(json.loads(file.read_text()), scored(*flags), strict=True):
         for name in ("loss", "perplexity", "bits_per_byte"):
             assert found.pop(name) == pytest.approx(expected.pop(name), rel=1e-6)

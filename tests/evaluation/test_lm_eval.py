@@ -1,4 +1,4 @@
-"""lm-eval's tasks over a model of ours: what the adapter says, against logits by hand and our own scores."""
+"""lm-eval: compare the adapter's answers with hand-computed logits and with evaluate.py's own scores."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from lightning_gpt.tokenizers import ByteTokenizer, CharTokenizer
 
 HAS_LM_EVAL = find_spec("lm_eval") is not None
 needs_lm_eval = pytest.mark.skipif(not HAS_LM_EVAL, reason="lm-eval is not installed")
-CHARS = CharTokenizer("abc\n ")  # and the block size, of the models of `saved_model`
+CHARS = CharTokenizer("abc\n ")  # the tokenizer of `saved_model`; BLOCK is its block size
 BLOCK = 12
 
 QUESTIONS = [
@@ -60,7 +60,7 @@ metric_list:
 
 @pytest.fixture
 def tasks(tmp_path, monkeypatch):
-    """A folder of three tasks over a local file; one has code that needs Hugging Face's ``evaluate``, not ours."""
+    """Write three tasks over a local file; one imports Hugging Face's ``evaluate``, named like our script."""
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     folder = tmp_path / "tasks"
@@ -82,10 +82,10 @@ def scorer_of(checkpoint):
 
 
 def by_hand(model, context: list[int], answer: list[int], *, vocab: int = 5) -> tuple[float, bool]:
-    """The sum of log-softmax and whether each token is the likeliest, one forward pass for each token."""
+    """Return the sum of log-probabilities, and whether all tokens are the likeliest; one forward pass per token."""
     total, is_greedy = 0.0, True
     for at, token in enumerate(answer):
-        # All of the answer is read in one window, which ends before its last token.
+        # The whole answer is scored in one window, which ends before its last token.
         window = (context + answer)[:-1][-BLOCK:]
         idx = torch.tensor([window[: len(window) - (len(answer) - 1 - at)]])
         with torch.no_grad():
@@ -97,7 +97,7 @@ def by_hand(model, context: list[int], answer: list[int], *, vocab: int = 5) -> 
 
 @pytest.mark.parametrize("implementation", ["mingpt", "nanogpt"])
 @pytest.mark.parametrize("padding", [0, 3])
-def test_continuations_are_sums_of_log_softmax(implementation, padding, saved_model):
+def test_continuation_scores_are_sums_of_log_softmax(implementation, padding, saved_model):
     model, scorer = scorer_of(saved_model(implementation, vocab_padding=padding))
     draw = np.random.default_rng(0)
     pairs = [
@@ -115,7 +115,7 @@ def test_continuations_are_sums_of_log_softmax(implementation, padding, saved_mo
         scorer.continuations([([1], [1] * 13)])
 
 
-def test_padding_is_no_rival_of_the_likeliest_token():
+def test_greedy_flag_ignores_vocabulary_padding():
     logits = torch.tensor([0.0, 0, 0, 1, 0, 2])  # the last one is padding
     scorer = TokenScorer(
         lambda idx, targets: (logits.expand(*idx.shape, -1), None),
@@ -127,7 +127,7 @@ def test_padding_is_no_rival_of_the_likeliest_token():
     assert [is_greedy for _, is_greedy in scorer.continuations([([0], [3, 3]), ([0], [3, 2])])] == [True, False]
 
 
-def test_what_a_text_begins_with():
+def test_first_token_of_a_text():
     assert first_token(CHARS) == CHARS.encode("\n")[0] and first_token(ByteTokenizer()) == 10
     with pytest.raises(UserError, match="char tokenizer"):
         first_token(CharTokenizer("abc"))
@@ -135,8 +135,8 @@ def test_what_a_text_begins_with():
 
 @needs_lm_eval
 @pytest.mark.parametrize("text", ["abc abc\ncab cab bcb aabc", "abcab c" * 5])
-def test_rolling_is_our_own_score(text, saved_model, tmp_path):
-    """Of a text of whole windows side by side; of another, each last window has more context than ours."""
+def test_rolling_loglikelihood_equals_evaluate(text, saved_model, tmp_path):
+    """Compare with evaluate.py if the text is a whole number of windows; else the last window has more context."""
     checkpoint = saved_model("mingpt")
     model, scorer = scorer_of(checkpoint)
     nats = adapter(scorer, CHARS).loglikelihood_rolling([SimpleNamespace(args=(text,))])
@@ -157,7 +157,7 @@ def test_rolling_is_our_own_score(text, saved_model, tmp_path):
 
 
 @needs_lm_eval
-def test_written_until_a_stop(saved_model):
+def test_generate_until_a_stop_string(saved_model):
     model, scorer = scorer_of(saved_model("mingpt"))
     lm = adapter(scorer, CHARS)
     context = "ab cab"
@@ -175,7 +175,7 @@ def test_written_until_a_stop(saved_model):
 
 
 @needs_lm_eval
-def test_tasks_from_the_command_line(saved_model, tasks, tmp_path, capsys):
+def test_tasks_run_from_the_command_line(saved_model, tasks, tmp_path, capsys):
     checkpoint = saved_model("nanogpt")
     file = tmp_path / "score.json"
     flags = [f"--checkpoint={checkpoint}", f"--lm_eval={','.join(TASKS)}", f"--lm_eval_include={tasks}"]
@@ -210,7 +210,7 @@ def test_tasks_from_the_command_line(saved_model, tasks, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "mentions"),
     [
-        pytest.param(  # all of lm-eval's own tasks are looked through
+        pytest.param(  # slow: searches all of lm-eval's tasks
             ["--lm_eval=tiny_chioce"], ["tiny_chioce", "did you mean tiny_choice?"], marks=pytest.mark.slow
         ),
         (["--lm_eval=tiny_choice,lost"], ["--lm_eval", "lost.jsonl"]),
@@ -218,7 +218,7 @@ def test_tasks_from_the_command_line(saved_model, tasks, tmp_path, capsys):
         (["--lm_eval=tiny_choice", "--block_size=2"], ["3 tokens", "context of 2"]),
     ],
 )
-def test_tasks_refused(flags, mentions, saved_model, tasks, evaluation_refused):
+def test_wrong_tasks_are_refused(flags, mentions, saved_model, tasks, evaluation_refused):
     body = (tasks / "tiny_choice.yaml").read_text().replace("tiny_choice", "lost").replace("rows.jsonl", "lost.jsonl")
     (tasks / "lost.yaml").write_text(body)
     evaluation_refused("--checkpoint", saved_model("mingpt"), f"--lm_eval_include={tasks}", *flags, mentions=mentions)
@@ -233,11 +233,11 @@ def test_tasks_refused(flags, mentions, saved_model, tasks, evaluation_refused):
         (["--lm_eval_include=x"], ["--lm_eval_include x", "--lm_eval"]),
     ],
 )
-def test_flags_refused(flags, mentions, saved_model, evaluation_refused):
+def test_wrong_flags_are_refused(flags, mentions, saved_model, evaluation_refused):
     evaluation_refused("--checkpoint", saved_model("mingpt"), *flags, mentions=mentions)
 
 
-def test_without_lm_eval(saved_model, evaluation_refused, monkeypatch):
+def test_missing_lm_eval_is_refused(saved_model, evaluation_refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     evaluation_refused("--checkpoint", saved_model("mingpt"), "--lm_eval=x", mentions=["requirements/lm_eval.txt"])
     evaluation_refused(

@@ -1,4 +1,4 @@
-"""sample.py --compile: the same text, compiled once for texts of all lengths."""
+"""sample.py --compile: the text is unchanged, and one compilation serves texts of all lengths."""
 
 import shutil
 
@@ -26,7 +26,7 @@ MODELS = {
 
 @pytest.fixture
 def graphs():
-    """How many graphs were compiled so far."""
+    """Return a function that returns the number of graphs compiled so far."""
     torch.compiler.reset()
     counters.clear()
     yield lambda: counters["stats"]["unique_graphs"]
@@ -43,25 +43,25 @@ def module_of(name):
 
 
 @pytest.mark.parametrize(("name", "greedy"), [*((name, True) for name in MODELS), ("nanogpt", False)])
-def test_the_text_is_the_same_and_a_number_of_rows_is_compiled_once(name, greedy, graphs):
+def test_compiled_text_is_unchanged_and_compiles_once_per_batch_size(name, greedy, graphs):
     module = module_of(name)
     texts = [torch.randint(37, shape) for shape in [(1, 3), (1, 1), (1, 9), (1, 22), (1, 30)]]
     more = [torch.randint(37, shape) for shape in [(3, 2), (3, 7), (2, 20)]]
 
-    def written(texts):
+    def generate(texts):
         return [module.generate(idx, 18, do_sample=not greedy, seed=1).tolist() for idx in texts]
 
-    expected = written(texts), written(more)
+    expected = generate(texts), generate(more)
     assert graphs() == 0
     assert module.compile_generation("eager")
-    assert written(texts) == expected[0] and graphs() == 1
-    assert written(more) == expected[1] and graphs() == 2  # torch compiles a dimension of one apart
+    assert generate(texts) == expected[0] and graphs() == 1
+    assert generate(more) == expected[1] and graphs() == 2  # torch compiles a batch size of 1 separately
 
 
-def test_rows_of_different_lengths_that_end_at_different_times(graphs):
+def test_compiled_rows_of_different_lengths(graphs):
     module, prompts = module_of("nanogpt"), [[1, 2, 3, 4], [5], [6, 7]]
 
-    def written():
+    def generate():
         # Row r ends after r + 2 tokens.
         new = [[] for _ in prompts]
         settings = GenerationSettings(max_new_tokens=9, greedy=True)
@@ -70,15 +70,15 @@ def test_rows_of_different_lengths_that_end_at_different_times(graphs):
                 new[row].append(token)
         return new
 
-    expected = written()
+    expected = generate()
     assert [len(row) for row in expected] == [2, 3, 4] and graphs() == 0
     module.compile_generation("eager")
-    assert written() == expected and graphs() > 0
+    assert generate() == expected and graphs() > 0
 
 
-def test_a_module_that_trains_compiled_writes_compiled_where_that_is_asked_for(graphs):
+def test_generation_compiles_only_on_request(graphs):
     module = module_of("nanogpt")
-    module.compile_setting = "eager"  # of training
+    module.compile_setting = "eager"  # the setting of training
     idx = torch.tensor([[1, 2, 3]])
     expected = module.generate(idx, 6, do_sample=False)
     assert graphs() == 0
@@ -90,7 +90,7 @@ def test_a_module_that_trains_compiled_writes_compiled_where_that_is_asked_for(g
 
 @needs_compiler
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="needs torch with MKL, for x86 processors")
-def test_on_a_cpu_the_weights_are_part_of_the_code():
+def test_compiled_step_freezes_weights_on_a_cpu():
     model = module_of("nanogpt").model
     step = compile_step(model, setting=True)
     idx, next_one = torch.tensor([[1, 2, 3]]), torch.tensor([[4]])
@@ -112,7 +112,7 @@ def test_on_a_cpu_the_weights_are_part_of_the_code():
 
 
 @needs_compiler
-def test_sample_compiles_before_it_writes(tiny_run, capsys):
+def test_sample_compiles_before_generating(tiny_run, capsys):
     flags = [f"--checkpoint={tiny_run}", "--accelerator=cpu", "--max_new_tokens=20", "--prompt=the", "--top_k=5"]
     sample.main(flags)
     expected = capsys.readouterr().out
@@ -124,7 +124,7 @@ def test_sample_compiles_before_it_writes(tiny_run, capsys):
     assert "AUTOTUNE" not in err
 
 
-def test_a_model_without_a_cache_is_refused():
+def test_compile_refuses_a_model_without_a_cache():
     assert compile_step(nn.Linear(1, 1), setting=False) is None
     with pytest.raises(
         UserError, match="--compile eager: Linear.forward has no parameter `cache`.*; leave out --compile"

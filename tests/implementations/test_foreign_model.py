@@ -1,4 +1,4 @@
-"""A user's own model, from a file outside this repository, trained and scored from the command line."""
+"""A user's own model in a file outside this repository: trained, evaluated and sampled from the command line."""
 
 import csv
 import importlib
@@ -47,7 +47,7 @@ class MyGPT(nn.Module):
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
         return logits, loss
 '''
-# Not the tiny model's flags: this model has other sizes.
+# Not tiny_flags, because this model has other fields.
 FLAGS = (
     "--width 12 --scaled --block_size 16 --batch_size 8 --max_steps 40 --eval_interval 20 --log_every_n_steps 5"
     " --warmup_steps 0 --learning_rate 3e-2 --logger csv --accelerator cpu --out_dir out"
@@ -56,11 +56,11 @@ FLAGS = (
 
 @pytest.fixture(
     scope="module",
-    params=[("plain_model", ""), ("annotated_model", "from __future__ import annotations")],  # with annotations as text
+    params=[("plain_model", ""), ("annotated_model", "from __future__ import annotations")],  # annotations are strings
     ids=lambda param: param[0],
 )
 def name(request, tmp_path_factory):
-    """The model's name, package.module:Class; its file lies in the working directory."""
+    """Write the model's file to the working directory, and return its --implementation."""
     folder, (module, first_line) = tmp_path_factory.mktemp("mine"), request.param
     (folder / f"{module}.py").write_text(MODEL.format(first_line=first_line).lstrip())
     with pytest.MonkeyPatch.context() as patch:
@@ -73,7 +73,7 @@ def name(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(name, text_file):
-    """The model trained by a process of its own, which finds the file as a user's would."""
+    """Train the model in a separate process, which finds the file in the working directory."""
     command = [sys.executable, str(REPO / "train.py"), "--implementation", name, *FLAGS, "--data", str(text_file)]
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -82,13 +82,13 @@ def trained(name, text_file):
 
 
 def losses(column):
-    """The values of a column of the newest log."""
+    """Return the values of a column in the newest log."""
     newest = max(Path("out/logs").glob("*/metrics.csv"), key=os.path.getmtime)
     with open(newest) as file:
         return [float(row[column]) for row in csv.DictReader(file) if row[column]]
 
 
-def test_help_lists_its_fields(name, capsys):
+def test_help_lists_the_fields_of_the_model(name, capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(["--implementation", name, "--help"])
     out = capsys.readouterr().out
@@ -97,7 +97,7 @@ def test_help_lists_its_fields(name, capsys):
     assert "--n_layer" not in out and "--vocab_size" not in out
 
 
-def test_loss_falls_and_there_is_a_sample(trained):
+def test_training_lowers_the_loss_and_prints_a_sample(trained):
     found = losses("train_loss")
     assert len(found) == 8 and found[-1] < found[0] - 0.5
     assert "--- sample ---" in trained.stdout
@@ -113,7 +113,7 @@ def test_evaluate_reports_the_loss_of_the_best_validation(capsys):
 
 
 @pytest.mark.usefixtures("trained")
-def test_sample_works_without_a_generate_of_its_own(capsys):
+def test_sample_works_without_a_generate_method(capsys):
     sample.main(["--checkpoint=out", "--accelerator=cpu", "--prompt=the", "--max_new_tokens=30"])
     out = capsys.readouterr().out
     assert out.startswith("the") and len(out) == 3 + 30 + 1
@@ -128,4 +128,5 @@ def test_resume_continues_from_the_last_step(capsys):
     assert (first_run[0], resumed.step) == (40, 60)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     assert [line.partition(":")[0] for line in lines] == ["step 60"]  # steps 20 and 40 are not repeated
-    assert float(lines[0].partition("val_loss ")[2].split()[0]) < first_run[1] + 0.02  # a fresh start is far above
+    # A fresh start would be far above.
+    assert float(lines[0].partition("val_loss ")[2].split()[0]) < first_run[1] + 0.02

@@ -1,4 +1,4 @@
-"""New tokens: with the cache as without it, drawn from the right distribution, for any model and any prompts."""
+"""Generation: same tokens with and without the cache, drawn from the right distribution, for any model and prompts."""
 
 import inspect
 import math
@@ -25,7 +25,7 @@ MODELS = {
 
 
 def model_of(name, *, block_size=BLOCK, vocab_size=VOCAB, **fields):
-    """A model whose next token depends on all that it reads, in eval mode."""
+    """Build a model in eval mode whose next token depends on its whole input."""
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": block_size, "vocab_size": vocab_size}
     torch.manual_seed(0)
     model = get_implementation(name).build(sizes | fields)
@@ -42,7 +42,7 @@ def model(request):
 
 
 class Plain(nn.Module):
-    """Another's forward, with nothing else of it; keeps the shapes that it was asked to read."""
+    """Wrap a model's forward, without its other methods, and record the shapes of the inputs."""
 
     def __init__(self, model):
         super().__init__()
@@ -59,7 +59,7 @@ def prompts_of(lengths):
 
 
 def rows(model, prompts, settings, **options):
-    """The new tokens of each row."""
+    """Return the new tokens of each row."""
     new = [[] for _ in prompts]
     sizes = {"block_size": BLOCK, "vocab_size": VOCAB, "device": CPU} | options
     for step in generate_tokens(model, prompts, settings, **sizes):
@@ -68,8 +68,8 @@ def rows(model, prompts, settings, **options):
     return new
 
 
-def original(model, prompt, steps, *, vocab_size=VOCAB):
-    """What both originals do when they are greedy: read the last tokens again for each new one."""
+def original_loop(model, prompt, steps, *, vocab_size=VOCAB):
+    """Generate as minGPT and nanoGPT do when greedy: read the whole window again for each new token."""
     text = list(prompt)
     with torch.no_grad():
         for _ in range(steps):
@@ -93,19 +93,19 @@ LENGTHS = [[1], [5], [BLOCK], [BLOCK + 5], [4, 4, 4], [2] * 7, [1, 7, 3], [1, BL
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_greedy_tokens_are_the_originals_across_the_sliding_edge(model, lengths):
+def test_greedy_tokens_equal_the_original_loop(model, lengths):
     prompts = prompts_of(lengths)
     found = rows(model, prompts, GenerationSettings(max_new_tokens=3 * BLOCK, greedy=True))
-    assert found == [original(model, prompt, 3 * BLOCK) for prompt in prompts]
-    assert len({token for row in found for token in row}) > 2  # not one token for ever
+    assert found == [original_loop(model, prompt, 3 * BLOCK) for prompt in prompts]
+    assert len({token for row in found for token in row}) > 2  # not the same token forever
 
 
-def test_the_models_own_generate_is_the_originals_too(model):
+def test_model_generate_equals_the_original_loop(model):
     if not hasattr(model, "generate"):
         pytest.skip("this model leaves it to GPTModule.generate")
     prompts = prompts_of([3, 3])
     found = model.generate(torch.tensor(prompts), 3 * BLOCK, do_sample=False)
-    assert found.tolist() == [prompt + original(model, prompt, 3 * BLOCK) for prompt in prompts]
+    assert found.tolist() == [prompt + original_loop(model, prompt, 3 * BLOCK) for prompt in prompts]
 
 
 @pytest.mark.parametrize("lengths", [[6, 6], [2, 6, 4]], ids=str)
@@ -136,13 +136,13 @@ def test_cache_takes_one_token_at_a_time_after_the_prompt(model):
     assert cache.length == 2
 
 
-def test_cache_is_used_only_by_a_model_that_accepts_one(model):
+def test_accepts_cache_detects_the_parameter(model):
     assert accepts_cache(model)
     assert not accepts_cache(Plain(model))
 
 
 class Cached(Plain):
-    """The same for a model that accepts a cache."""
+    """The same wrapper for a model that accepts a cache."""
 
     def forward(self, idx, targets=None, *, cache=None):
         self.read.append(tuple(idx.shape))
@@ -150,22 +150,22 @@ class Cached(Plain):
 
 
 @pytest.mark.parametrize("lengths", [[5, 5], [5, 2, 4]], ids=str)
-def test_a_cached_step_reads_one_token_of_each_row(model, lengths):
+def test_cached_step_reads_one_token_per_row(model, lengths):
     prompts, settings = prompts_of(lengths), GenerationSettings(max_new_tokens=4, greedy=True)
     reader = Cached(model)
-    assert rows(reader, prompts, settings) == [original(model, prompt, 4) for prompt in prompts]
+    assert rows(reader, prompts, settings) == [original_loop(model, prompt, 4) for prompt in prompts]
     B = len(lengths)
     assert reader.read == [(B, 5), (B, 1), (B, 1), (B, 1)]
 
 
-def test_a_model_of_ones_own_is_read_again_without_padding(model):
+def test_model_without_cache_reads_unpadded_windows(model):
     prompts, settings = prompts_of([3, 1, 3, BLOCK + 3]), GenerationSettings(max_new_tokens=2, greedy=True)
     plain = Plain(model)
     assert rows(plain, prompts, settings) == rows(model, prompts, settings)
     assert plain.read == [(2, 3), (1, 1), (1, BLOCK), (2, 4), (1, 2), (1, BLOCK)]
 
 
-def test_rows_are_continued_as_they_are_alone(model):
+def test_batched_rows_equal_single_rows(model):
     prompts = prompts_of([4, 2, 9])
     settings = GenerationSettings(max_new_tokens=20, top_k=9, repetition_penalty=1.2, seed=3)
     together = rows(model, prompts, settings)
@@ -174,17 +174,17 @@ def test_rows_are_continued_as_they_are_alone(model):
         assert rows(model, [prompt], alone) == [together[row]]
 
 
-def test_a_seed_repeats_its_draw_and_leaves_the_global_state_alone(model):
+def test_seed_repeats_draws_and_keeps_the_global_state(model):
     state, prompts = torch.get_rng_state(), [[1, 2, 3]] * 2
     first, again, other = (rows(model, prompts, GenerationSettings(max_new_tokens=15, seed=s)) for s in (5, 5, 6))
     assert first == again and first[0] != first[1]
-    assert other[0] == first[1] and other != first  # row r has the seed's r-th successor
+    assert other[0] == first[1] and other != first  # row r uses seed + r
     assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("top_k", [None, 4])
-def test_draws_follow_the_originals_distribution(top_k):
-    """Chi-squared over 20,000 first tokens, against softmax of logits / temperature among the top_k."""
+def test_first_draws_follow_the_softmax(top_k):
+    """Test 20,000 first tokens by chi-squared against the softmax of logits / temperature over the top_k."""
     model, prompt, n = model_of("nanogpt", vocab_size=8), [1, 5, 2], 20_000
     logits = model(torch.tensor([prompt]))[0][0, -1].detach() / 6
     if top_k:
@@ -196,11 +196,11 @@ def test_draws_follow_the_originals_distribution(top_k):
     possible = expected > 0
     assert counts[~possible].sum() == 0 and expected[possible].min() > 5
     chi_squared = float(((counts - expected)[possible] ** 2 / expected[possible]).sum())
-    assert chi_squared < {8: 24.3, 4: 16.3}[int(possible.sum())]  # 0.1 % with 7 and with 3 degrees of freedom
+    assert chi_squared < {8: 24.3, 4: 16.3}[int(possible.sum())]  # 0.1 % quantiles for 7 and 3 degrees of freedom
 
 
-def test_later_draws_follow_it_too():
-    """The pair of two tokens: the second step's numbers are independent of the first's."""
+def test_second_draws_follow_the_softmax():
+    """Test pairs of tokens by chi-squared: the second draw is independent of the first."""
     model, n = model_of("mingpt", vocab_size=3), 12_000
     drawn = torch.tensor(rows(model, [[1]] * n, GenerationSettings(max_new_tokens=2, temperature=6), vocab_size=3))
     counts = torch.bincount(drawn[:, 0] * 3 + drawn[:, 1], minlength=9)
@@ -209,16 +209,16 @@ def test_later_draws_follow_it_too():
         second = model(torch.tensor([[1, token] for token in range(3)]))[0][:, -1].div(6).softmax(-1)
     expected = (first[:, None] * second).flatten() * n
     assert expected.min() > 5
-    assert float(((counts - expected) ** 2 / expected).sum()) < 26.1  # 0.1 % with 8 degrees of freedom
+    assert float(((counts - expected) ** 2 / expected).sum()) < 26.1  # 0.1 % quantile for 8 degrees of freedom
 
 
-def test_a_number_picks_the_token_whose_share_it_falls_into():
+def test_draw_maps_a_number_to_its_token():
     logits = torch.tensor([[-math.inf, math.log(0.25), math.log(0.75), -math.inf]])
     for number, token in ((0.0, 1), (0.2499, 1), (0.2501, 2), (1 - 2**-53, 2)):
         assert draw(logits, torch.tensor([number], dtype=torch.float64)).tolist() == [token]
 
 
-def test_processors_are_those_of_hugging_face():
+def test_processors_match_transformers():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     logits, ids = 3 * torch.randn(50, 200), torch.randint(200, (50, 30))
@@ -234,12 +234,12 @@ def test_processors_are_those_of_hugging_face():
     )(ids, logits.clone())
     found = warp(penalise(logits, seen, penalty=1.3), settings)
     torch.testing.assert_close(found, expected)
-    assert 1 <= found.isfinite().sum(-1).min() and found.isfinite().sum(-1).max() < 60  # both cut
+    assert 1 <= found.isfinite().sum(-1).min() and found.isfinite().sum(-1).max() < 60  # top_k and top_p both cut
     narrow = warp(logits, GenerationSettings(max_new_tokens=1, top_p=1e-6))
     assert torch.equal(narrow.isfinite().nonzero()[:, 1], logits.argmax(-1))
 
 
-def test_the_penalty_counts_the_prompt_and_new_tokens_but_no_padding(model):
+def test_repetition_penalty_covers_prompt_and_new_tokens(model):
     prompts = [[3, 3, 8, 1, 20], [2]]
     found = rows(model, prompts, GenerationSettings(max_new_tokens=BLOCK, greedy=True, repetition_penalty=1.7))
     for prompt, new in zip(prompts, found, strict=True):
@@ -254,7 +254,7 @@ def test_the_penalty_counts_the_prompt_and_new_tokens_but_no_padding(model):
     assert found != rows(model, prompts, GenerationSettings(max_new_tokens=BLOCK, greedy=True))
 
 
-def test_stop_tokens_end_their_row_alone(model):
+def test_stop_token_ends_only_its_row(model):
     prompts = prompts_of([3, 5, 1])
     free = GenerationSettings(max_new_tokens=2 * BLOCK, seed=4)
     whole = rows(model, prompts, free)
@@ -264,7 +264,7 @@ def test_stop_tokens_end_their_row_alone(model):
     assert len(found[0]) <= 6 and len(set(map(len, found))) > 1
 
 
-def test_rows_that_are_over_are_not_read_again(model):
+def test_finished_rows_are_not_read(model):
     plain = Plain(model)
     settings = GenerationSettings(max_new_tokens=5, greedy=True)
     found = rows(plain, prompts_of([2, 2, 2]), settings, is_over=lambda row, token: row != 1)
@@ -273,7 +273,7 @@ def test_rows_that_are_over_are_not_read_again(model):
 
 
 @pytest.mark.parametrize("name", ["mingpt", "nanogpt"])
-def test_padding_of_the_vocabulary_is_never_chosen(name):
+def test_vocabulary_padding_is_never_sampled(name):
     fields = {"n_layer": 1, "n_head": 1, "n_embd": 8, "vocab_size": 64, "block_size": 8, "vocab_padding": 60}
     module = GPTModule(name, model_config=fields).eval()
     for settings in ({"do_sample": True, "seed": 0, "temperature": 9.0}, {"do_sample": False}):
@@ -281,7 +281,7 @@ def test_padding_of_the_vocabulary_is_never_chosen(name):
 
 
 @pytest.mark.parametrize("name", ["mingpt", "nanogpt"])
-def test_the_module_generates_as_its_model_does(name):
+def test_module_generates_as_its_model(name):
     fields = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": VOCAB, "block_size": BLOCK}
     module = GPTModule(name, model_config=fields, compile="eager").eval()
     idx = torch.tensor(prompts_of([4, 4]))
@@ -292,12 +292,12 @@ def test_the_module_generates_as_its_model_does(name):
     torch.manual_seed(3)
     first = module.generate(idx, 20, do_sample=True)
     torch.manual_seed(3)
-    assert torch.equal(module.generate(idx, 20, do_sample=True), first)  # torch's seed counts where none is given
+    assert torch.equal(module.generate(idx, 20, do_sample=True), first)  # without a seed, torch's global one decides
     assert torch.equal(module.generate(idx, 0), idx)
 
 
 @pytest.mark.parametrize("name", ["mingpt", "nanogpt"])
-def test_predict_gives_every_position_or_the_last(name):
+def test_predict_returns_all_positions_or_the_last(name):
     fields = {"n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": VOCAB, "block_size": BLOCK}
     module = GPTModule(name, model_config=fields).eval()
     idx = torch.tensor(prompts_of([6, 6]))
@@ -311,11 +311,11 @@ def test_predict_gives_every_position_or_the_last(name):
 @pytest.mark.parametrize(
     "wrong", [{"temperature": 0.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}, {"repetition_penalty": 0.0}]
 )
-def test_settings_that_make_no_sense_are_refused(wrong):
+def test_invalid_settings_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         GenerationSettings(max_new_tokens=1, **wrong)
 
 
-def test_an_empty_prompt_is_refused(model):
+def test_empty_prompt_is_refused(model):
     with pytest.raises(ValueError, match="at least one token"):
         rows(model, [[1], []], GenerationSettings(max_new_tokens=1))

@@ -19,7 +19,7 @@ SIZES = f"--n_layer=2 --n_head=4 --n_kv_head=2 --n_embd=32 --block_size={BLOCK}"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with the page's my_llama.py, which is also the working directory."""
+    """Write the page's my_llama.py to a folder, which becomes the working directory."""
     code = re.search(r"```python\n(# my_llama\.py\n.*?)```", DOCS.read_text(encoding="ascii"), re.DOTALL)
     assert code
     folder = tmp_path_factory.mktemp("llama")
@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def module(folder, text_file):
-    """The module of a short run, in eval mode."""
+    """Return the module of a short run, in eval mode."""
     flags = "--batch_size=8 --max_steps=30 --eval_interval=30 --warmup_steps=0 --learning_rate=1e-2 --logger=none"
     options = [*flags.split(), f"--data={text_file}", "--accelerator=cpu", "--sample_tokens=8", "--out_dir=runs/llama"]
     train.main(["--implementation=my_llama:Llama", *SIZES, *options])
@@ -43,8 +43,8 @@ def module(folder, text_file):
 
 
 @pytest.fixture
-def reads(module, monkeypatch):
-    """The shapes of idx in each call of forward."""
+def input_shapes(module, monkeypatch):
+    """Record the shape of idx in each call of forward."""
     shapes, forward = [], type(module.model).forward
 
     def watched(self, idx, targets=None, *, cache=None):
@@ -80,25 +80,25 @@ PROMPTS = {
 
 
 @pytest.mark.parametrize("prompts", PROMPTS.values(), ids=PROMPTS)
-def test_greedy_text_is_the_same_with_and_without_the_cache(module, prompts):
+def test_greedy_text_is_unchanged_by_the_cache(module, prompts):
     found = generated(module, prompts, 2 * BLOCK)
     assert found == [generated_without_cache(module, prompt, 2 * BLOCK) for prompt in prompts]
     assert len(set(found[0])) > 2
 
 
-def test_each_step_after_the_prompt_reads_one_token_per_row(module, reads):
+def test_cached_step_reads_one_token_per_row(module, input_shapes):
     generated(module, PROMPTS["different lengths"], 6)
-    assert reads == [(3, 5)] + 5 * [(3, 1)]
+    assert input_shapes == [(3, 5)] + 5 * [(3, 1)]
 
 
-def test_sample_uses_the_cache(module, reads, capsys):
+def test_sample_uses_the_cache(module, input_shapes, capsys):
     sample.main(["--checkpoint=runs/llama", "--accelerator=cpu", "--prompt=the cat", "--max_new_tokens=9", "--greedy"])
     out = capsys.readouterr().out
     assert out.startswith("the cat") and len(out) == 7 + 9 + 1
-    assert reads == [(1, 7)] + 8 * [(1, 1)]
+    assert input_shapes == [(1, 7)] + 8 * [(1, 1)]
 
 
-def test_compiled_text_is_the_same(module):
+def test_compiled_text_is_unchanged(module):
     expected = generated(module, PROMPTS["same length"], 10)
     assert module.compile_generation("eager")
     try:

@@ -1,4 +1,4 @@
-"""Behaviour of mingpt.model, with transformers' GPT-2 as the independent reference."""
+"""mingpt.model, with transformers' GPT-2 as the independent reference."""
 
 import copy
 import dataclasses
@@ -24,7 +24,7 @@ def tiny_config(**changes) -> GPTConfig:
 
 
 def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Random weights, norms and biases included, large enough that every term shows in the logits."""
+    """Add noise to all parameters, including norms and biases, so that every term affects the logits."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():

@@ -1,4 +1,4 @@
-"""The modules and their forms for strategies that shard, from Python; and what a strategy refuses."""
+"""The LightningModules and their FSDP and DeepSpeed forms, from Python; options that strategies refuse."""
 
 import json
 import sys
@@ -31,7 +31,7 @@ SIZES = dict(vocab_size=10, block_size=8, model_type=None, n_layer=2, n_head=2, 
 
 
 def fit(module: GPTModule, **settings) -> Trainer:
-    """Train on counting up from 0, under a plain Trainer."""
+    """Train to count up from 0 under a plain Trainer."""
     idx = torch.arange(9).repeat(64, 1)
     loader = DataLoader(TensorDataset(idx[:, :-1], idx[:, 1:]), batch_size=8)
     quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
@@ -49,7 +49,7 @@ PAIRS = [
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(("form", "plain"), PAIRS)
-def test_form_trains_as_the_plain_module_under_a_plain_trainer(form, plain, recompute, tmp_path):
+def test_form_trains_as_the_plain_module(form, plain, recompute, tmp_path):
     modules, losses = [], []
     for cls in (plain, form):
         torch.manual_seed(5)
@@ -63,7 +63,7 @@ def test_form_trains_as_the_plain_module_under_a_plain_trainer(form, plain, reco
 
 
 @pytest.mark.parametrize(("form", "plain"), PAIRS)
-def test_form_keeps_no_weights_until_it_is_configured_and_its_checkpoint_is_the_plain_one(form, plain, tmp_path):
+def test_form_is_on_meta_until_configured_and_saves_a_plain_checkpoint(form, plain, tmp_path):
     module = form(**SIZES)
     assert all(p.is_meta for p in module.parameters())
     trainer = fit(module)
@@ -76,8 +76,8 @@ def test_form_keeps_no_weights_until_it_is_configured_and_its_checkpoint_is_the_
 
 
 @pytest.mark.parametrize("cls", [*PLAIN, *(form for form, _ in PAIRS)])
-def test_loads_its_own_checkpoint_and_every_other_form_of_it(cls, tmp_path):
-    """Arguments of the model, training arguments and the optimizer's options come back; changed ones win."""
+def test_load_from_checkpoint_of_own_and_other_forms(cls, tmp_path):
+    """Check that model, training and optimizer arguments are restored, and that given arguments override them."""
     plain = next(base for base in PLAIN if issubclass(cls, base))
     module = fit(plain(**SIZES, learning_rate=0.3, optimizer="muon", muon_learning_rate=0.05), max_steps=1)
     module.save_checkpoint(tmp_path / "plain.ckpt")
@@ -86,7 +86,7 @@ def test_loads_its_own_checkpoint_and_every_other_form_of_it(cls, tmp_path):
     again = cls.load_from_checkpoint(tmp_path / "own.ckpt", weights_only=True, strict=True, weight_decay=0.7)
     assert again.recompute and again.weight_decay == 0.7 and again.model_config == written.model_config
     torch.testing.assert_close(again.model.state_dict(), written.model.state_dict(), rtol=0, atol=0)
-    if not issubclass(cls, FORMS["deepspeed"]):  # which refuses muon
+    if not issubclass(cls, FORMS["deepspeed"]):  # DeepSpeed refuses muon
         again = cls.load_from_checkpoint(tmp_path / "plain.ckpt", weights_only=True)
         assert again.learning_rate == 0.3 and again.optimizer_options == {"muon_learning_rate": 0.05}
     if cls is plain:
@@ -94,8 +94,8 @@ def test_loads_its_own_checkpoint_and_every_other_form_of_it(cls, tmp_path):
         assert again.model_config == written.model_config
 
 
-def test_checkpoints_of_earlier_versions_load(tmp_path):
-    """They hold muon's learning rate for every optimizer."""
+def test_load_from_checkpoint_of_earlier_versions(tmp_path):
+    """Load a checkpoint that stores muon's learning rate although its optimizer is AdamW."""
     module = NanoGPT(**SIZES)
     fit(module, max_steps=1).save_checkpoint(tmp_path / "own.ckpt")
     content = torch.load(tmp_path / "own.ckpt", weights_only=True)
@@ -107,13 +107,13 @@ def test_checkpoints_of_earlier_versions_load(tmp_path):
     torch.testing.assert_close(again.model.state_dict(), module.model.state_dict(), rtol=0, atol=0)
 
 
-def test_an_unknown_argument_is_refused():
+def test_unknown_argument_is_refused():
     for build in (lambda **more: NanoGPT(**SIZES, **more), lambda **more: DeepSpeedNanoGPT(**SIZES, **more)):
         with pytest.raises(TypeError, match="unexpected keyword argument 'muon_learning_rat'"):
             build(muon_learning_rat=0.1)
 
 
-def test_a_module_without_memory_has_the_names_and_shapes_of_one_with():
+def test_module_without_memory_has_the_same_names_and_shapes():
     fields = {name: value for name, value in SIZES.items() if name != "model_type"}
     module = GPTModule.without_memory("nanogpt", model_config=fields, optimizer="muon")
     assert all(p.is_meta for p in module.parameters()) and module.hidden_matrices
@@ -147,8 +147,8 @@ def test_offload_trains_under_a_plain_trainer_with_cpu_adam():
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
-def test_fused_adam_where_it_can_be_compiled_and_is_wanted(monkeypatch):
-    """FusedAdam needs a GPU. A stand-in shows that it is chosen, and with which arguments."""
+def test_fused_adam_is_chosen_if_it_compiles(monkeypatch):
+    """Replace FusedAdam, which needs a GPU, to check that it is chosen, and its arguments."""
     adam = pytest.importorskip("deepspeed.ops.adam")
     monkeypatch.setattr(adam, "FusedAdam", lambda groups, **settings: (groups, settings))
     weight = torch.nn.Parameter(torch.ones(2))
@@ -173,7 +173,7 @@ def test_fused_adam_on_a_gpu():
     assert type(trainer.optimizers[0]).__name__ in ("FusedAdam", "AdamW")  # AdamW if FusedAdam cannot be compiled
 
 
-def test_names_and_aliases():
+def test_strategy_names_and_aliases():
     stages = [f"deepspeed_stage_{stage}" for stage in ("1", "2", "3", "2_offload", "3_offload")]
     assert list(STRATEGIES) == ["auto", "ddp", "fsdp", *stages]
     assert ALIASES == {"deepspeed": "deepspeed_stage_2", "fsdp_native": "fsdp"}
@@ -192,7 +192,7 @@ def test_names_and_aliases():
 
 
 class Stop(Exception):
-    """Raised where training would begin."""
+    """Raised in place of training."""
 
 
 @pytest.mark.parametrize("alias", ALIASES)
@@ -215,7 +215,7 @@ def test_alias_is_the_same_strategy(alias, tiny_flags, text_file, tmp_path, monk
 
 @pytest.fixture
 def refused(refused, tmp_path, monkeypatch, text_file, tiny_flags):
-    """Call train.py with further flags; check that it refuses in one line and leaves nothing behind."""
+    """Return a function that calls train.py with more flags, and checks that it refuses and leaves no file behind."""
     folder = tmp_path / "cwd"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -230,7 +230,7 @@ def refused(refused, tmp_path, monkeypatch, text_file, tiny_flags):
 
 
 @pytest.mark.parametrize("strategy", ["deepspeed", *(name for name in STRATEGIES if name.startswith("deepspeed"))])
-def test_missing_deepspeed(strategy, refused, monkeypatch, tiny_run):
+def test_missing_deepspeed_is_refused(strategy, refused, monkeypatch, tiny_run):
     monkeypatch.setattr("lightning_gpt.strategies.deepspeed.find_spec", lambda name: None)
     flags = ["--strategy", strategy]
     refused(*flags, mentions=["pip install -r requirements/deepspeed.txt"])
@@ -238,7 +238,7 @@ def test_missing_deepspeed(strategy, refused, monkeypatch, tiny_run):
     refused(*flags, mentions=["pip install -r requirements/deepspeed.txt"], main=evaluate.main)
 
 
-def test_missing_deepspeed_beside_its_config(refused, monkeypatch, tmp_path):
+def test_missing_deepspeed_with_a_config_is_refused(refused, monkeypatch, tmp_path):
     monkeypatch.setattr("lightning_gpt.strategies.deepspeed.find_spec", lambda name: None)
     (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2}}')
     refused("--deepspeed_config", tmp_path / "ds.json", mentions=["pip install -r requirements/deepspeed.txt"])
@@ -248,7 +248,7 @@ OFFLOAD_FILE = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device"
 
 
 @pytest.mark.parametrize("flag", ["deepspeed_stage_2_offload", "deepspeed_stage_3_offload", "file"])
-def test_missing_tools_that_compile_cpu_adam(flag, refused, monkeypatch, tmp_path):
+def test_offload_without_compiler_tools_is_refused(flag, refused, monkeypatch, tmp_path):
     pytest.importorskip("deepspeed")
     (tmp_path / "ds.json").write_text(json.dumps(OFFLOAD_FILE))
     flags = ["--deepspeed_config", tmp_path / "ds.json"] if flag == "file" else ["--strategy", flag]
@@ -265,7 +265,7 @@ def test_missing_tools_that_compile_cpu_adam(flag, refused, monkeypatch, tmp_pat
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU torch compiles with triton")
 @pytest.mark.parametrize("strategy", ["auto", "fsdp", "deepspeed_stage_2"])
 @pytest.mark.parametrize("mode", ["true", "max-autotune"])
-def test_compile_without_a_compiler(strategy, mode, refused, monkeypatch, tmp_path):
+def test_compile_without_a_compiler_is_refused(strategy, mode, refused, monkeypatch, tmp_path):
     if "deepspeed" in strategy:
         pytest.importorskip("deepspeed")
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -273,7 +273,7 @@ def test_compile_without_a_compiler(strategy, mode, refused, monkeypatch, tmp_pa
 
 
 ZERO = {"zero_optimization": {"stage": 2}}
-# Content of the file, further flags, and what the error mentions.
+# Content of the file, more flags, and texts in the error.
 FILES = {
     "missing": (None, [], ["ds.json", "No such file"]),
     "no JSON": ("{'stage': 2}", [], ["ds.json", "line 1"]),
@@ -325,7 +325,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("case", FILES)
-def test_deepspeed_json_that_is_refused(case, refused, tmp_path):
+def test_wrong_deepspeed_config_is_refused(case, refused, tmp_path):
     pytest.importorskip("deepspeed")
     content, flags, mentions = FILES[case]
     if content is not None:
@@ -343,14 +343,14 @@ def test_deepspeed_refuses_muon(strategy, refused):
         )
 
 
-def test_deepspeed_clips_by_norm_alone(refused):
+def test_deepspeed_refuses_clipping_by_value(refused):
     pytest.importorskip("deepspeed")
     flags = ["--strategy=deepspeed", "--trainer.gradient_clip_algorithm=value"]
     refused(*flags, mentions=["gradient_clip_algorithm"])
 
 
-def test_initial_weights_are_drawn_on_the_cpu_whatever_the_default_device():
-    """Lightning builds with the GPU as the default device; here the meta device stands in for it."""
+def test_initial_weights_are_drawn_on_the_cpu():
+    """Build with the meta device as the default device, as Lightning does with the GPU."""
     torch.manual_seed(7)
     plain = NanoGPT(**SIZES).model.state_dict()
     torch.manual_seed(7)
@@ -361,7 +361,7 @@ def test_initial_weights_are_drawn_on_the_cpu_whatever_the_default_device():
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", *(name for name in STRATEGIES if name.startswith("deepspeed"))])
-def test_precision_that_the_strategy_lacks(strategy, refused):
+def test_unsupported_precision_is_refused(strategy, refused):
     if strategy != "fsdp":
         pytest.importorskip("deepspeed")
     refused("--strategy", strategy, "--precision=64", mentions=["--precision 64", f"--strategy {strategy}", "32-true"])
@@ -369,7 +369,7 @@ def test_precision_that_the_strategy_lacks(strategy, refused):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="seen on Linux")
-def test_max_autotune_trains_as_eager_does(tmp_path, tiny_flags, text_file):
+def test_max_autotune_trains_as_eager(tmp_path, tiny_flags, text_file):
     losses = []
     for name, flags in (("eager", []), ("tuned", ["--compile", "max-autotune"])):
         out = [f"--out_dir={tmp_path / name}", f"--data={text_file}", "--implementation=nanogpt"]

@@ -1,4 +1,4 @@
-"""Behaviour of moderngpt.model, with transformers' NanoChat as the independent reference."""
+"""moderngpt.model, with transformers' NanoChat as the independent reference."""
 
 import math
 
@@ -13,7 +13,7 @@ L, H, C, V, S = 3, 4, 32, 61, 16
 
 
 def model_of(**fields) -> GPT:
-    """A model in eval mode whose every weight is random, so that every term shows in the logits."""
+    """Build a model in eval mode with random weights, so that every term affects the logits."""
     sizes = {"n_layer": L, "n_head": H, "n_embd": C, "vocab_size": V, "block_size": S}
     model = GPT(GPTConfig(**(sizes | fields)))
     draw = torch.Generator().manual_seed(0)
@@ -73,7 +73,7 @@ def test_matches_transformers(n_kv_head, softcap):
     assert logits.abs().max() < softcap < 20 * logits.abs().max()
 
 
-def test_the_loss_leaves_out_targets_of_minus_one():
+def test_loss_ignores_targets_of_minus_one():
     model, idx = model_of(), tokens()
     targets = idx.roll(-1, 1)
     targets[:, -3:] = -1
@@ -97,8 +97,8 @@ def test_initial_weights():
 
 
 @pytest.mark.parametrize("window", [1, 4, S, S + 9])
-def test_a_window_hides_what_is_further_back(window):
-    """Of five layers the first three have it, the fourth and the last see all."""
+def test_window_limits_attention(window):
+    """Check five layers: the first three have the window, the fourth and the last attend to all tokens."""
     model, idx = model_of(n_layer=5, window=window), tokens(1)
     seen: dict[int, torch.Tensor] = {}
     for layer, block in enumerate(model.transformer.h):
@@ -114,8 +114,8 @@ def test_a_window_hides_what_is_further_back(window):
 
 
 @pytest.mark.parametrize("padding", [0, 7])
-def test_a_pair_has_its_row(padding):
-    """Changing one row of the table changes the text from the pair's second token on, and no other text."""
+def test_bigram_row_affects_only_its_pair(padding):
+    """Change one row of the table: only logits from the pair's second token on change, only in texts with the pair."""
     model = model_of(vocab_size=V + padding, vocab_padding=padding, bigram=V * (V + 1))
     idx = torch.arange(S)[None] * 3
     before, first = logits_of(model, idx), logits_of(model, idx[:, 5:])
@@ -124,10 +124,10 @@ def test_a_pair_has_its_row(padding):
     after = logits_of(model, idx)
     changed = (before != after).any(-1)[0]
     assert not changed[:5].any() and changed[5:].all()
-    assert torch.equal(logits_of(model, idx[:, 5:]), first)  # at the beginning it is no pair's second
+    assert torch.equal(logits_of(model, idx[:, 5:]), first)  # as the first token it is not part of a pair
 
 
-def test_smearing_adds_the_embedding_before_by_a_gate_of_the_token():
+def test_smear_adds_the_gated_previous_embedding():
     plain, smeared = model_of(), model_of(smear=True)
     smeared.load_state_dict(plain.state_dict(), strict=False)
     seen: list[torch.Tensor] = []
@@ -141,7 +141,7 @@ def test_smearing_adds_the_embedding_before_by_a_gate_of_the_token():
     torch.testing.assert_close(y[:, 1:], x[:, 1:] + gates[..., None] * x[:, :-1])
 
 
-def test_pairs_share_the_rows_of_a_small_table():
+def test_bigram_with_a_small_table():
     model = model_of(bigram=10)
     assert torch.isfinite(logits_of(model, tokens())).all() and model.transformer.bigram.weight.shape == (10, C)
 
@@ -149,7 +149,7 @@ def test_pairs_share_the_rows_of_a_small_table():
 @pytest.mark.parametrize(
     "fields", [{}, {"window": 5, "bigram": 97, "n_kv_head": 2, "smear": True}], ids=["plain", "all"]
 )
-def test_it_cannot_see_the_future(fields):
+def test_future_tokens_do_not_reach_earlier_logits(fields):
     model, idx = model_of(**fields), tokens(1)
     other = idx.clone()
     other[0, 9] = (other[0, 9] + 1) % V
@@ -157,7 +157,7 @@ def test_it_cannot_see_the_future(fields):
     assert not changed[:9].any() and changed[9:].all()
 
 
-def test_it_reads_further_than_it_was_trained():
+def test_longer_block_size_extends_the_context():
     short, long = model_of(), model_of(block_size=2 * S)
     assert short.extends_context
     long.load_state_dict(short.state_dict())
@@ -167,7 +167,7 @@ def test_it_reads_further_than_it_was_trained():
         short(idx)
 
 
-def test_dropout_acts_in_training_alone():
+def test_dropout_acts_in_training_only():
     model, idx = model_of(dropout=0.5), tokens()
     expected = logits_of(model_of(), idx)
     assert torch.equal(logits_of(model, idx), expected)
@@ -175,7 +175,7 @@ def test_dropout_acts_in_training_alone():
 
 
 @pytest.mark.parametrize(
-    "fields, said",
+    "fields, message",
     [
         ({"n_embd": 36}, "n_embd=36 is not divisible by twice n_head=4"),
         ({"n_kv_head": 3}, "n_head=4 is not divisible by n_kv_head=3"),
@@ -187,22 +187,22 @@ def test_dropout_acts_in_training_alone():
         ({"vocab_padding": V}, "vocab_padding must be from 0"),
     ],
 )
-def test_bad_sizes(fields, said):
-    with pytest.raises(ValueError, match=said):
+def test_refuses_bad_config(fields, message):
+    with pytest.raises(ValueError, match=message):
         model_of(**fields)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, text_file, tiny_flags):
-    """The folder of a finished run."""
+    """Train a tiny moderngpt and return its run folder."""
     out_dir = tmp_path_factory.mktemp("runs") / "modern"
     train.main([*tiny_flags, "--implementation=moderngpt", f"--data={text_file}", f"--out_dir={out_dir}"])
     return out_dir
 
 
 @pytest.mark.parametrize("flag", ["--n_head=2", "--window=3", "--softcap=9", "--block_size=8"])
-def test_a_run_does_not_go_on_as_another_model(run, capsys, flag):
-    """No shape of a weight shows any of these."""
+def test_resume_with_another_model_config_is_refused(run, capsys, flag):
+    """Check settings that weight shapes do not reveal."""
     with pytest.raises(SystemExit) as stop:
         train.main([f"--resume={run}", "--max_steps=8", flag])
     error = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""nanoGPT's --attention and --position: all implementations agree, and unavailable ones are refused in one line."""
+"""nanogpt's --attention and --position: all implementations agree, and unavailable ones are refused."""
 
 import math
 
@@ -22,7 +22,7 @@ V, C, S = 61, 48, 16
 NANO = ["--implementation=nanogpt"]
 ALIBI = [*NANO, "--position=alibi"]
 WPE = "transformer.wpe.weight"
-# What MPT calls the same.
+# MPT's parameter names, and ours.
 MPT = {
     "blocks": "h",
     "norm_f": "ln_f",
@@ -37,7 +37,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is n
 
 
 def model_of(**fields) -> GPT:
-    """A model whose every weight shows in the logits."""
+    """Build a model in eval mode with random weights, so that every weight affects the logits."""
     torch.manual_seed(0)
     sizes = {"block_size": S, "vocab_size": V, "n_layer": 2, "n_head": 6, "n_embd": C}
     model = GPT(GPTConfig(**(sizes | fields)))
@@ -58,11 +58,11 @@ def tokens(T=S, B=3) -> torch.Tensor:
     [(8, [1, 2, 3, 4, 5, 6, 7, 8]), (16, [n / 2 for n in range(1, 17)]), (6, [2, 4, 6, 8, 1, 3]), (1, [8])]
     + [(12, [1, 2, 3, 4, 5, 6, 7, 8, 0.5, 1.5, 2.5, 3.5])],
 )
-def test_slopes_are_the_published_ones(heads, exponents):
+def test_slopes_match_the_paper(heads, exponents):
     torch.testing.assert_close(alibi_slopes(heads), torch.tensor([2.0**-e for e in exponents]), rtol=1e-6, atol=0)
 
 
-def test_slopes_are_those_of_bloom_for_any_number_of_heads():
+def test_slopes_match_bloom_for_any_number_of_heads():
     bloom = pytest.importorskip("transformers.models.bloom.modeling_bloom")
     for heads in range(1, 70):
         theirs = bloom.build_alibi_tensor(torch.ones(1, 2), heads, torch.float32)[:, 0, 1]
@@ -71,8 +71,8 @@ def test_slopes_are_those_of_bloom_for_any_number_of_heads():
 
 @pytest.mark.parametrize("attention", ["sdpa", "manual"])
 @pytest.mark.parametrize("n_head", [4, 6])
-def test_logits_are_those_of_mpt(attention, n_head):
-    """Hugging Face's MPT is this model to the last term, where it has no biases; also beyond the trained length."""
+def test_logits_match_mpt(attention, n_head):
+    """Compare with transformers' MPT, which is the same model without biases."""
     transformers = pytest.importorskip("transformers")
     sizes = {"d_model": C, "n_heads": n_head, "n_layers": 2, "max_seq_len": 2 * S, "vocab_size": V}
     torch.manual_seed(0)
@@ -91,7 +91,7 @@ def test_logits_are_those_of_mpt(attention, n_head):
 
 
 @pytest.mark.parametrize("position", ["learned", "alibi"])
-def test_manual_and_sdpa_agree_in_values_and_gradients(position):
+def test_manual_equals_sdpa_with_gradients(position):
     found = []
     for attention in ("sdpa", "manual"):
         model = model_of(position=position, attention=attention)
@@ -105,8 +105,8 @@ def test_manual_and_sdpa_agree_in_values_and_gradients(position):
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("heads", [4, 6])
-def test_flex_attention_is_the_biased_attention(heads):
-    """What a GPU compiles, computed here as it stands, on more than one of its blocks."""
+def test_flex_attention_equals_biased_sdpa(heads):
+    """Run the attention that a GPU would compile, here eagerly, on a sequence of more than one block."""
     T = 256
     q, k, v = torch.randn(3, 2, heads, T, 16, generator=torch.Generator().manual_seed(0))
     slopes = alibi_slopes(heads)
@@ -117,8 +117,8 @@ def test_flex_attention_is_the_biased_attention(heads):
 
 
 @pytest.mark.slow
-def test_flex_attention_is_compiled_once_inside_and_outside_of_blocks():
-    """Blocks get a new bias, of the same make, with each batch."""
+def test_flex_attention_compiles_once():
+    """Check that a new bias of the same kind, which each batch builds, causes no recompilation."""
     slopes, T = alibi_slopes(6), 128
     attend = model_of(position="alibi").transformer.h[0].attn
     x = torch.randn(2, T, C)
@@ -132,7 +132,7 @@ def test_flex_attention_is_compiled_once_inside_and_outside_of_blocks():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_bias_is_made_once_in_the_type_of_the_attention(dtype, monkeypatch):
+def test_bias_is_built_once_in_the_attention_dtype(dtype, monkeypatch):
     model, seen = model_of(position="alibi"), []
     attend = F.scaled_dot_product_attention
 
@@ -146,7 +146,7 @@ def test_bias_is_made_once_in_the_type_of_the_attention(dtype, monkeypatch):
     assert len(seen) == 2 and seen[0] is seen[1] and seen[0].dtype is dtype and seen[0].shape == (1, 6, S, S)
 
 
-def test_alibi_has_no_position_embedding_and_no_end():
+def test_alibi_has_no_position_embedding_and_extends():
     alibi, learned = model_of(position="alibi"), model_of()
     assert {n for n, _ in learned.named_parameters()} - {n for n, _ in alibi.named_parameters()} == {WPE}
     assert not list(alibi.buffers()) and (alibi.extends_context, learned.extends_context) == (True, False)
@@ -160,8 +160,8 @@ def test_alibi_has_no_position_embedding_and_no_end():
     assert module.model.extends_context
 
 
-def test_alibi_is_scored_beyond_its_context(saved_model, tmp_path):
-    """Each token by itself, after the context that it should have."""
+def test_alibi_scores_a_longer_context(saved_model, tmp_path):
+    """Compare with a loop that scores each token in a forward pass of its own."""
     text = "".join(np.random.default_rng(0).choice(list("abc\n "), size=1300))
     (tmp_path / "letters.txt").write_text(text)
     path, (size, stride) = saved_model("nanogpt", position="alibi"), (40, 9)
@@ -178,19 +178,19 @@ def test_alibi_is_scored_beyond_its_context(saved_model, tmp_path):
     assert found != pytest.approx(score(parse_evaluate(flags)).scores[0].loss, rel=1e-4)
 
 
-def test_learned_positions_end(saved_model, refused):
+def test_learned_positions_refuse_a_longer_context(saved_model, refused):
     err = refused(evaluate.main, f"--checkpoint={saved_model('nanogpt')}", "--block_size=13")
     assert "--block_size 13" in err and "end at the 12" in err
 
 
 @pytest.mark.parametrize("form", ["hf", "nanogpt"])
-def test_alibi_is_no_gpt2(saved_model, tmp_path, form, refused):
+def test_alibi_export_to_gpt2_formats_is_refused(saved_model, tmp_path, form, refused):
     path = saved_model("nanogpt", position="alibi")
     err = refused(evaluate.main, f"--checkpoint={path}", f"--export={form}", f"--out={tmp_path / 'out'}")
     assert "--position alibi" in err and "--export safetensors or pt" in err and not (tmp_path / "out").exists()
 
 
-def test_alibi_is_exported_as_it_is(saved_model, export):
+def test_alibi_export_to_canonical_formats(saved_model, export):
     path = saved_model("nanogpt", position="alibi")
     folder, _ = export(path, "safetensors")
     assert open_checkpoint(folder).hash() == open_checkpoint(path).hash()
@@ -204,7 +204,7 @@ def test_alibi_is_exported_as_it_is(saved_model, export):
 TINY = "--max_steps=2 --eval_interval=2 --batch_size=4 --logger=none --accelerator=cpu --sample_tokens=0".split()
 
 
-def test_a_run_starts_from_weights_of_its_own_positions_alone(saved_model, tmp_path, capsys, refused):
+def test_init_from_requires_the_same_positions(saved_model, tmp_path, capsys, refused):
     data = tmp_path / "letters.txt"
     data.write_text("abc\n " * 200)
     flags = [*TINY, f"--data={data}", f"--out_dir={tmp_path / 'run'}"]
@@ -212,7 +212,7 @@ def test_a_run_starts_from_weights_of_its_own_positions_alone(saved_model, tmp_p
     assert "trained with --position learned, and --position alibi" in refused(train.main, *flags, *source)
     source = [f"--init_from={saved_model('nanogpt', position='alibi')}"]
     assert "--position learned is another" in refused(train.main, *flags, *source, "--position=learned")
-    assert "is no GPT-2" in refused(train.main, *flags, *source, "--implementation=mingpt")
+    assert "is not a GPT-2" in refused(train.main, *flags, *source, "--implementation=mingpt")
     assert not (tmp_path / "run").exists()
     for block, word in ((6, "cropped"), (30, "extended")):
         train.main([*flags, *source, f"--block_size={block}", f"--out_dir={tmp_path / str(block)}"])
@@ -223,7 +223,7 @@ def test_a_run_starts_from_weights_of_its_own_positions_alone(saved_model, tmp_p
 
 
 @pytest.mark.parametrize("flags", [ALIBI, [*ALIBI, "--attention=manual"], [*NANO, "--attention=manual"]], ids=" ".join)
-def test_embeddings_come_from_elsewhere_and_stay(flags, tiny_flags, text_file, tmp_path, capsys):
+def test_pretrained_embeddings_stay_frozen(flags, tiny_flags, text_file, tmp_path, capsys):
     matrix = np.random.default_rng(0).normal(size=(20, 16)).astype(np.float32)
     np.save(tmp_path / "wte.npy", matrix)
     flags = [*tiny_flags, *flags, f"--data={text_file}", f"--pretrained_embeddings={tmp_path / 'wte.npy'}"]
@@ -235,12 +235,12 @@ def test_embeddings_come_from_elsewhere_and_stay(flags, tiny_flags, text_file, t
 
 
 def losses(capsys, *flags) -> list[str]:
-    """The lines of a run's validations."""
+    """Train, and return the printed lines of the validations."""
     train.main([*flags])
     return [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
 
 
-def test_alibi_trains_alike_compiled_recomputed_and_by_the_formula(tiny_flags, text_file, tmp_path, capsys):
+def test_alibi_training_unchanged_by_compile_recompute_and_kernel(tiny_flags, text_file, tmp_path, capsys):
     flags = [*tiny_flags, *ALIBI, "--n_head=4", "--n_layer=2", f"--data={text_file}"]
     ways = (
         [],
@@ -259,7 +259,7 @@ def planned(capsys, *flags) -> dict[str, str]:
     return {line[:16].strip(): line[16:].strip() for line in capsys.readouterr().out.splitlines()}
 
 
-def test_a_dry_run_counts_what_is_there(text_file, capsys):
+def test_dry_run_counts_positions_and_bias(text_file, capsys):
     flags = [*NANO, "--model_type=gpt-mini", "--block_size=512", f"--data={text_file}", "--gpus=1", "--precision=bf16"]
     learned, alibi, flash = (
         planned(capsys, *flags, *more) for more in ([], ["--position=alibi"], ["--attention=flash"])
@@ -273,8 +273,8 @@ def test_a_dry_run_counts_what_is_there(text_file, capsys):
 
 
 @pytest.mark.slow
-def test_a_longer_context_costs_nothing_with_alibi(tmp_path, capsys):
-    """The loss at 2 and 4 times the length, windows side by side, as evaluate.py reads them by itself."""
+def test_alibi_loss_does_not_rise_with_longer_contexts(tmp_path, capsys):
+    """Compare the losses at half, 1, 2 and 4 times the trained length, with windows that do not overlap."""
     draw = np.random.default_rng(0)
     words = ["".join(draw.choice(list("abcdefgh"), size=draw.integers(2, 6))) for _ in range(40)]
     lines = [" ".join(words[i] for i in draw.zipf(1.3, 8) % 40) for _ in range(3000)]
@@ -300,7 +300,7 @@ def test_a_longer_context_costs_nothing_with_alibi(tmp_path, capsys):
 # Flash
 
 
-def test_flash_is_refused_where_it_cannot_be_had(tiny_flags, text_file, tmp_path, refused):
+def test_flash_is_refused_where_unavailable(tiny_flags, text_file, tmp_path, refused):
     flags = [*tiny_flags, *NANO, "--attention=flash", f"--data={text_file}", f"--out_dir={tmp_path / 'run'}"]
     for more, words in (
         (["--precision=bf16"], "not bfloat16 on cpu; use --attention sdpa"),
@@ -314,7 +314,7 @@ def test_flash_is_refused_where_it_cannot_be_had(tiny_flags, text_file, tmp_path
         model_of(attention="flash")(tokens())
 
 
-def test_what_flash_trained_is_scored_and_sampled_anywhere(saved_model, tmp_path, capsys, refused):
+def test_flash_checkpoint_is_scored_and_sampled_on_a_cpu(saved_model, tmp_path, capsys, refused):
     data = tmp_path / "letters.txt"
     data.write_text("abc\n " * 200)
     flash, plain = saved_model("nanogpt", attention="flash").rename(tmp_path / "flash.ckpt"), saved_model("nanogpt")
@@ -335,9 +335,9 @@ def test_what_flash_trained_is_scored_and_sampled_anywhere(saved_model, tmp_path
     train.main([*TINY, f"--init_from={flash}", *options, f"--out_dir={tmp_path / 'run'}", "--attention=sdpa"])
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # in which torch says why
-def test_flash_insists_on_its_kernel():
-    """Shown by the CPU's kernel of that name, which has no dropout: torch takes another for sdpa, none for flash."""
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's reasons for rejecting kernels
+def test_flash_uses_no_other_kernel():
+    """Use the CPU's flash kernel, which has no dropout: sdpa falls back to another kernel, flash must not."""
     x = tokens()[..., None].expand(-1, -1, C).float()
     made = {
         name: CausalSelfAttention(GPTConfig(n_embd=C, n_head=4, dropout=0.5, attention=name))
@@ -351,8 +351,8 @@ def test_flash_insists_on_its_kernel():
     torch.testing.assert_close(*outputs)
 
 
-def test_a_cached_step_of_flash_is_one_query_that_sees_all(monkeypatch):
-    """As above by the CPU's kernel; rows of different lengths have a mask, which the kernel does not take on a GPU."""
+def test_flash_cached_step_equals_manual(monkeypatch):
+    """Use the CPU's flash kernel; it also takes the mask of rows of different lengths, which a GPU's does not."""
     monkeypatch.setattr(GPT, "refuses", lambda *_: None)
     for lengths in (None, torch.tensor([2, 4, 1])):
         found = []
@@ -373,8 +373,8 @@ def test_a_cached_step_of_flash_is_one_query_that_sees_all(monkeypatch):
     [{"attention": "flash"}, {"position": "alibi"}, {"position": "alibi", "dropout": 0.0, "n_head": 3}],
     ids=str,
 )
-def test_half_precision_on_a_gpu_is_near_the_formula(fields):
-    """Flash, and ALiBi by FlexAttention: values, gradients, cached steps."""
+def test_half_precision_on_a_gpu_is_close_to_manual(fields):
+    """Compare flash, and ALiBi by FlexAttention, with manual attention: values, gradients and cached steps."""
     sizes = {"block_size": 256, "n_embd": 96}
     exact = model_of(**(sizes | fields | {"attention": "manual"})).cuda()
     quick = model_of(**(sizes | fields)).cuda()
@@ -393,7 +393,7 @@ def test_half_precision_on_a_gpu_is_near_the_formula(fields):
 
 
 @needs_gpu
-def test_alibi_on_a_gpu_keeps_no_bias():
+def test_alibi_on_a_gpu_allocates_no_bias():
     model = model_of(position="alibi", block_size=4096, n_embd=96).cuda()
     idx = tokens(4096, B=1).cuda()
     torch.cuda.reset_peak_memory_stats()

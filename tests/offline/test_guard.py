@@ -1,4 +1,4 @@
-"""The guard of .ci/run refuses connections to other machines, and allows those to this one."""
+"""The network guard of .ci/run: it refuses connections to other machines and allows loopback."""
 
 import os
 import socket

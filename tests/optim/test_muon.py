@@ -1,4 +1,4 @@
-"""Muon: its parameters, its equality with torch's, and its state under strategies, precisions and checkpoints."""
+"""Muon: parameter groups, equality with torch.optim.Muon, and state under strategies, precisions and checkpoints."""
 
 import math
 import os
@@ -75,12 +75,12 @@ def fit(module: GPTModule, steps: int = 4, **arguments) -> GPTModule:
     return module
 
 
-# Which parameters
+# Parameter groups
 
 
 @pytest.mark.parametrize("cls", [MinGPT, NanoGPT])
 @pytest.mark.parametrize("changed", [{}, {"recompute": True, "compile": "eager"}, {"freeze_embeddings": True}], ids=str)
-def test_hidden_matrices_go_to_muon_and_all_else_to_adamw(cls, changed):
+def test_groups_hidden_matrices_to_muon_and_rest_to_adamw(cls, changed):
     module = cls(**SIZES, optimizer="muon", learning_rate=1e-3, muon_learning_rate=0.05, **changed)
     groups = module.configure_optimizers()["optimizer"].param_groups
     taken = {name: group["parts"] for group in groups if "parts" in group for name in group["param_names"]}
@@ -94,7 +94,7 @@ def test_hidden_matrices_go_to_muon_and_all_else_to_adamw(cls, changed):
     assert owned == {id(p) for p in module.parameters() if p.requires_grad}
 
 
-def test_a_model_without_known_blocks():
+def test_hidden_matrices_without_a_block_class():
     for tied in (False, True):
         module = GPTModule(f"{__name__}:Plain", model_config={"vocab_size": 11, "tied": tied}, optimizer="muon")
         assert module.hidden_matrices == {"body.0.weight": 1}
@@ -105,7 +105,7 @@ def test_a_model_without_known_blocks():
         GPTModule(f"{__name__}:Plain", model_config={"vocab_size": 11, "parts": 4}, optimizer="muon")
 
 
-def test_a_tied_projection_in_a_block_is_left_to_adamw(monkeypatch):
+def test_hidden_matrices_exclude_a_tied_projection(monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "Block", nn.Sequential, raising=False)
     fields = {"vocab_size": 11, "layers": 2}
     module = GPTModule(f"{__name__}:Plain", model_config=fields, optimizer="muon")
@@ -114,11 +114,11 @@ def test_a_tied_projection_in_a_block_is_left_to_adamw(monkeypatch):
     assert module.implementation.hidden_matrices(module.model, vocab_size=11) == {"body.0.weight": 1}
 
 
-# Its numbers
+# Numerical equality
 
 
 def grads_of(step: int, name: str, shape: torch.Size) -> torch.Tensor:
-    """Return gradients of different scales. Those of attention projections have low rank, like real ones."""
+    """Return gradients of varying scale; those of attention output projections have low rank, as in real training."""
     generator = torch.Generator().manual_seed(hash((step, len(name), shape[0])) % 2**31)
     full = torch.randn(shape, generator=generator) * 10 ** (step % 3 - 1)
     return full[:, :2] @ full[:2] if "attn.c_proj" in name and len(shape) == 2 else full
@@ -126,8 +126,8 @@ def grads_of(step: int, name: str, shape: torch.Size) -> torch.Tensor:
 
 @pytest.mark.parametrize("together", [2**24, 500])
 @pytest.mark.parametrize("cls", [MinGPT, NanoGPT])
-def test_it_is_torchs_muon_over_separate_matrices(cls, together, monkeypatch):
-    """Compare with torch.optim.Muon in float32, on query, key and value separately, and with torch's AdamW."""
+def test_steps_equal_torch_muon_on_separate_matrices(cls, together, monkeypatch):
+    """Compare with torch.optim.Muon in float32, with query, key and value separate, and with torch.optim.AdamW."""
     monkeypatch.setattr(muon, "_BATCH_ELEMENTS", together)
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)  # torch's Muon computes in bfloat16
     module = cls(**SIZES, optimizer="muon", weight_decay=0.3, learning_rate=1e-2, warmup_steps=2, decay_steps=6)
@@ -166,8 +166,8 @@ def test_it_is_torchs_muon_over_separate_matrices(cls, together, monkeypatch):
 
 @pytest.mark.parametrize("columns", [24, 96], ids=["square", "wide"])
 @pytest.mark.parametrize("rank", [24, 3])
-def test_matrices_become_orthogonal(columns, rank):
-    """Compare with the formula in float64, and with bfloat16, which GPUs use; singular values come near 1."""
+def test_orthogonalise_matches_float64_formula(columns, rank):
+    """Compare with the formula in float64 and with bfloat16, which GPUs use; singular values are close to 1."""
     torch.manual_seed(0)
     matrices = torch.randn(5, 24, rank) @ torch.randn(5, rank, columns) / rank + 1e-4 * torch.randn(5, 24, columns)
     x = matrices.double() / matrices.double().norm(dim=(1, 2), keepdim=True)
@@ -187,8 +187,8 @@ def test_matrices_become_orthogonal(columns, rank):
 # Under a Trainer
 
 
-def test_loss_scaling_of_float16_changes_nothing():
-    """The scaler unscales once, before clipping, and a step with infinite gradients is skipped."""
+def test_float16_loss_scaling_leaves_steps_unchanged():
+    """Check that gradients are unscaled once, before clipping, and that a step with infinite gradients is skipped."""
     found = {}
     for scale in (1.0, 2.0**10):
         seed_everything(3, verbose=False)
@@ -207,7 +207,7 @@ def test_loss_scaling_of_float16_changes_nothing():
     torch.testing.assert_close(module.model.state_dict(), before, rtol=0, atol=0)
 
 
-def test_recomputation_and_compilation_change_nothing():
+def test_training_unchanged_by_recomputation_and_compilation():
     found = []
     for changed in ({}, {"recompute": True}, {"compile": "eager"}):
         seed_everything(3, verbose=False)
@@ -218,7 +218,7 @@ def test_recomputation_and_compilation_change_nothing():
 
 
 @pytest.mark.parametrize("form", ["plain", "fsdp"])
-def test_bf16_weights_and_frozen_embeddings(form):
+def test_training_with_bf16_weights_and_frozen_embeddings(form):
     seed_everything(3, verbose=False)
     fields = {k: v for k, v in SIZES.items() if k != "model_type"}
     module = FORMS[form]("nanogpt", model_config=fields, optimizer="muon", freeze_embeddings=True)
@@ -231,7 +231,7 @@ def test_bf16_weights_and_frozen_embeddings(form):
         assert after[name].isfinite().all() and (after[name].float() - before[name]).abs().max() > 1e-3, name
 
 
-def test_deepspeed_forms_refuse_it():
+def test_deepspeed_form_refuses_muon():
     with pytest.raises(UserError, match="--optimizer muon does not work under DeepSpeed: .*whole matrix"):
         FORMS["deepspeed"]("nanogpt", model_config={"vocab_size": 11}, optimizer="muon")
 
@@ -245,9 +245,9 @@ ADAM = {"step", "exp_avg", "exp_avg_sq"}
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, text_file) -> Path:
-    """A run of 8 steps in one process; read only."""
-    out_dir = tmp_path_factory.mktemp("muon") / "whole"
+def uninterrupted(tmp_path_factory, text_file) -> Path:
+    """Train 8 steps in one process and return the run folder; read-only."""
+    out_dir = tmp_path_factory.mktemp("muon") / "uninterrupted"
     train.main([*RUN, "--batch_size=4", "--max_steps=8", f"--data={text_file}", f"--out_dir={out_dir}"])
     return out_dir
 
@@ -256,8 +256,8 @@ def last(run: Path) -> Path:
     return run / "checkpoints" / "last.ckpt"
 
 
-def test_state_goes_on_under_any_strategy(whole, text_file, tmp_path):
-    """Train two steps in one process, two under FSDP, two under DDP, and two from the canonical form in one process."""
+def test_resume_under_other_strategies(uninterrupted, text_file, tmp_path):
+    """Train two steps each in one process, under FSDP, under DDP, and in one process from the canonical form."""
     parts = tmp_path / "parts"
     train.main([*RUN, "--batch_size=4", "--max_steps=2", f"--data={text_file}", f"--out_dir={parts}"])
     env = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")}
@@ -279,7 +279,7 @@ def test_state_goes_on_under_any_strategy(whole, text_file, tmp_path):
     evaluate.main([f"--checkpoint={last(parts)}", "--convert_only"])
     resumed = [f"--resume={last(parts).with_suffix('')}", f"--data={text_file}", f"--out_dir={tmp_path / 'end'}"]
     train.main([*RUN, *resumed, "--strategy=auto", "--devices=1", "--batch_size=4", "--max_steps=8"])
-    ours, expected = open_checkpoint(last(tmp_path / "end")), open_checkpoint(last(whole))
+    ours, expected = open_checkpoint(last(tmp_path / "end")), open_checkpoint(last(uninterrupted))
     assert ours.step == expected.step == 8
     for name in ours.names():
         torch.testing.assert_close(ours.weight(name), expected.weight(name), rtol=1e-4, atol=2e-5)
@@ -288,8 +288,8 @@ def test_state_goes_on_under_any_strategy(whole, text_file, tmp_path):
             torch.testing.assert_close(ours.optimizer_state(name)[key], state, rtol=1e-4, atol=2e-5 * scale)
 
 
-def test_plain_trainer_goes_on_from_its_own_file(tmp_path):
-    """Lightning's own resume goes through the optimizer's load_state_dict."""
+def test_optimizer_state_loads_from_a_plain_trainer_checkpoint(tmp_path):
+    """Load the state through the optimizer's load_state_dict, as Lightning's own resume does."""
     seed_everything(3, verbose=False)
     module = fit(NanoGPT(**SIZES, dropout=0.0, optimizer="muon"), steps=2)
     module.trainer.save_checkpoint(tmp_path / "two.ckpt")
@@ -311,18 +311,18 @@ def test_plain_trainer_goes_on_from_its_own_file(tmp_path):
     assert math.isclose(float(optimizer.state[module.model.lm_head.weight]["step"]), 3)
 
 
-@pytest.mark.parametrize(("run", "other"), [("whole", "adamw"), ("tiny_run", "muon")])
+@pytest.mark.parametrize(("run", "other"), [("uninterrupted", "adamw"), ("tiny_run", "muon")])
 def test_resume_with_another_optimizer_is_refused(run, other, request, capsys):
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         train.main([f"--resume={request.getfixturevalue(run)}", f"--optimizer={other}", "--max_steps=99"])
     out, err = capsys.readouterr()
     own = {"adamw": "muon", "muon": "adamw"}[other]
-    assert stop.value.code == 2 and err.count("\n") == 1 and f"trained with --optimizer {own}, with whose state" in err
+    assert stop.value.code == 2 and err.count("\n") == 1 and f"trained with --optimizer {own}, and" in err
 
 
-def test_export_to_nanogpt_leaves_the_state_out(whole, tmp_path, capsys):
-    evaluate.main([f"--checkpoint={last(whole)}", "--export=nanogpt", f"--out={tmp_path / 'out'}"])
+def test_export_to_nanogpt_omits_muon_state(uninterrupted, tmp_path, capsys):
+    evaluate.main([f"--checkpoint={last(uninterrupted)}", "--export=nanogpt", f"--out={tmp_path / 'out'}"])
     assert "state of muon is left out" in capsys.readouterr().err
     content = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=False)
     assert "optimizer" not in content and content["iter_num"] == 8

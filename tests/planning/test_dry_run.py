@@ -1,4 +1,4 @@
-"""``--dry_run``: the published commands for billions of parameters, word for word, on a machine that has no GPU."""
+"""``--dry_run`` of the published commands for billions of parameters, word for word, on a machine without a GPU."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ PUBLISHED = "--gpus 8 --precision 16 --batch_size 1 --strategy deepspeed_stage_3
 
 
 def _dry_run(argv, text_file, tmp_path, monkeypatch, capsys) -> dict[str, str]:
-    """Return the printed lines, by their first words."""
+    """Return the printed values by their labels."""
     monkeypatch.chdir(tmp_path)
     train.main([*argv, f"--data={text_file}", "--dry_run"])
     assert os.listdir() == [], "nothing is written"
@@ -21,31 +21,32 @@ def _dry_run(argv, text_file, tmp_path, monkeypatch, capsys) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("sizes", [(15, 16, 3072), (13, 16, 8192)], ids=["1.7B", "10B"])
-def test_published_commands(sizes, text_file, tmp_path, monkeypatch, capsys):
+def test_dry_run_of_published_commands(sizes, text_file, tmp_path, monkeypatch, capsys):
     n_layer, n_head, n_embd = sizes
     argv = f"--n_layer {n_layer} --n_head {n_head} --n_embd {n_embd} {PUBLISHED}".split()
-    said = _dry_run(argv, text_file, tmp_path, monkeypatch, capsys)
+    printed = _dry_run(argv, text_file, tmp_path, monkeypatch, capsys)
     matrices = 12 * n_layer * n_embd**2
-    parameters = int(said["parameters"].replace(",", ""))
+    parameters = int(printed["parameters"].replace(",", ""))
     assert matrices < parameters < matrices * 1.002
-    assert said["tokens per step"] == "512"
-    assert float(said["FLOPs per step"]) == pytest.approx(6 * parameters * 512, rel=0.01)
-    assert said["optimizer"] == "0.0 MiB"  # float32 weights, two moments, gradients, and half-precision shards:
-    size, unit = said["host"].split()[:2]
+    assert printed["tokens per step"] == "512"
+    assert float(printed["FLOPs per step"]) == pytest.approx(6 * parameters * 512, rel=0.01)
+    assert printed["optimizer"] == "0.0 MiB"  # it is on the host
+    # Bytes per parameter: float32 weights, two moments and gradients, and half-precision shards.
+    size, unit = printed["host"].split()[:2]
     assert unit == "GiB" and 18 < float(size.replace(",", "")) * 2**30 / parameters < 22
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", sorted((REPO / "configs").glob("mingpt_*b_offload.yaml")), ids=lambda p: p.stem)
-def test_recipes_are_the_size_they_are_called(recipe, text_file, tmp_path, monkeypatch, capsys):
-    said = _dry_run([f"--config={recipe}"], text_file, tmp_path, monkeypatch, capsys)
+def test_recipe_size_matches_its_name(recipe, text_file, tmp_path, monkeypatch, capsys):
+    printed = _dry_run([f"--config={recipe}"], text_file, tmp_path, monkeypatch, capsys)
     billions = float(recipe.stem.split("_")[1].removesuffix("b"))
-    assert int(said["parameters"].replace(",", "")) / 1e9 == pytest.approx(billions, rel=0.06)
+    assert int(printed["parameters"].replace(",", "")) / 1e9 == pytest.approx(billions, rel=0.06)
 
 
-def test_what_this_machine_lacks_does_not_matter_but_mistakes_do(text_file, tmp_path, monkeypatch, capsys):
-    said = _dry_run(["--gpus=64", "--strategy=fsdp"], text_file, tmp_path, monkeypatch, capsys)
-    assert said["tokens per step"] == f"{64 * 12 * 64:,}"
+def test_dry_run_ignores_missing_devices_but_refuses_mistakes(text_file, tmp_path, monkeypatch, capsys):
+    printed = _dry_run(["--gpus=64", "--strategy=fsdp"], text_file, tmp_path, monkeypatch, capsys)
+    assert printed["tokens per step"] == f"{64 * 12 * 64:,}"
     for wrong, message in ((["--precision=12"], "--precision 12"), (["--trainer.colour=red"], "--trainer.colour")):
         with pytest.raises(SystemExit) as stop:
             _dry_run(wrong, text_file, tmp_path, monkeypatch, capsys)

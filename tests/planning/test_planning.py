@@ -1,4 +1,4 @@
-"""The plan of --dry_run against the memory of real training. As a script, this file is one rank that measures."""
+"""Compare the plan of --dry_run with the memory of real training. As a script, this file is one measuring rank."""
 
 import ctypes
 import dataclasses
@@ -36,7 +36,7 @@ class Case:
     dropout: float = 0.0
     recompute: bool = False
     accumulate: int = 1
-    bucket: int = 9_000_000  # DeepSpeed's default of 200 million elements would dominate everything else
+    bucket: int = 9_000_000  # elements; DeepSpeed's default of 200 million would exceed everything else
 
     @property
     def ranks(self) -> int:
@@ -72,7 +72,7 @@ def _plan(case: Case, *, fields: dict[str, int | float] | None = None, **changes
 
 
 def _measured(case: Case, tmp_path: Path) -> tuple[int, int]:
-    """Return the bytes of the first rank between two steps, and their peak within a step."""
+    """Return the bytes that rank 0 holds between two steps, and their peak within a step."""
     out = tmp_path / "measured.json"
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={case.ranks}"] if case.ranks > 1 else []
     command = [sys.executable, *launch, __file__, json.dumps(dataclasses.asdict(case)), str(out)]
@@ -92,10 +92,10 @@ def _check(case: Case, tmp_path: Path) -> None:
     print(f"peak {planned_peak / 1e6:.1f} planned {peak / 1e6:.1f} measured MB")
     assert planned == pytest.approx(resident, rel=0.1)
     assert planned_peak == pytest.approx(peak, rel=0.1)
-    # The difference is compared too, so that an error in it cannot hide in the larger numbers.
+    # Also compare the difference, because the larger numbers would hide an error in it.
     assert planned_peak - planned == pytest.approx(peak - resident, rel=0.1)
     if case.strategy not in ("auto", "ddp"):
-        # A plan without sharding would not pass.
+        # Check that a plan without sharding would fail.
         whole = _plan(case, world_size=1).memory
         assert whole.resident + whole.host_resident != pytest.approx(resident, rel=0.1)
 
@@ -105,13 +105,13 @@ def _check(case: Case, tmp_path: Path) -> None:
     [Case(), Case(recompute=True, dropout=0.1, accumulate=2), Case(optimizer="muon")],
     ids=["plain", "recompute-dropout-accumulate", "muon"],
 )
-def test_single_device_as_measured(case, tmp_path):
+def test_plan_matches_measurement_on_a_single_device(case, tmp_path):
     _check(case, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [Case(precision="bf16-mixed"), Case(implementation="nanogpt", dropout=0.1)], ids=str)
-def test_single_device_as_measured_further(case, tmp_path):
+def test_plan_matches_measurement_on_a_single_device_slow(case, tmp_path):
     _check(case, tmp_path)
 
 
@@ -119,13 +119,13 @@ def test_single_device_as_measured_further(case, tmp_path):
 @pytest.mark.parametrize(
     ("strategy", "optimizer"), [("fsdp", "muon"), *((name, "adamw") for name in ("ddp", "fsdp", *DEEPSPEED))]
 )
-def test_two_ranks_as_measured(strategy, optimizer, tmp_path):
+def test_plan_matches_measurement_on_two_ranks(strategy, optimizer, tmp_path):
     if strategy in DEEPSPEED:
         pytest.importorskip("deepspeed")
     _check(Case(strategy=strategy, optimizer=optimizer), tmp_path)
 
 
-def test_large_model_takes_no_memory():
+def test_planning_a_large_model_allocates_nothing():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     large = {"n_layer": 56, "n_head": 16, "n_embd": 8192, "vocab_size": 50304, "block_size": 1024}
     planned = _plan(Case(strategy="fsdp"), fields=large, world_size=64, devices_per_node=8)
@@ -136,13 +136,13 @@ def test_large_model_takes_no_memory():
     assert planned.flops_per_step == pytest.approx(6 * planned.parameters * planned.tokens_per_step, rel=0.05)
 
 
-def test_muon_keeps_one_moment_of_hidden_matrices_and_two_of_the_rest():
+def test_muon_stores_one_moment_for_hidden_matrices():
     adamw, muon = (_plan(Case(optimizer=name)).memory for name in ("adamw", "muon"))
     hidden = SIZES["n_layer"] * 12 * SIZES["n_embd"] ** 2
-    assert adamw.optimizer - muon.optimizer == pytest.approx(4 * hidden, rel=1e-4)  # AdamW counts its steps, too
+    assert adamw.optimizer - muon.optimizer == pytest.approx(4 * hidden, rel=1e-4)  # AdamW also stores its step counts
 
 
-def test_recomputation_saves_what_blocks_keep():
+def test_recomputation_reduces_activations():
     kept, recomputed = (_plan(Case(recompute=r), fields={"n_layer": 12}).memory.activations for r in (False, True))
     assert recomputed < kept / 4
     assert _plan(Case(recompute=True)).flops_per_step == _plan(Case()).flops_per_step, (
@@ -150,11 +150,11 @@ def test_recomputation_saves_what_blocks_keep():
     )
 
 
-def test_attention_under_dropout_keeps_no_probabilities_on_a_gpu():
+def test_attention_with_dropout_stores_no_probabilities_on_a_gpu():
     cpu, cuda = (
         _plan(Case(dropout=0.1), fields={"block_size": 512}, device_type=d).memory.activations for d in ("cpu", "cuda")
     )
-    assert cpu - cuda > BATCH_SIZE * 4 * 512**2 * 4 * SIZES["n_layer"]  # at least the (B, n_head, T, T) of each layer
+    assert cpu - cuda > BATCH_SIZE * 4 * 512**2 * 4 * SIZES["n_layer"]  # a (B, n_head, T, T) tensor per layer
 
 
 def test_offloading_moves_the_optimizer_to_the_host():
@@ -164,14 +164,14 @@ def test_offloading_moves_the_optimizer_to_the_host():
     assert "host" in offloaded.table() and "host" not in here.table()
 
 
-def test_table_says_everything_and_its_sources():
+def test_table_lists_all_parts_and_its_source():
     table = _plan(Case()).table()
     for text in ("parameters      7,344,384", "weights         28.0 MiB", "optimizer       56.0 MiB", "1910.02054"):
         assert text in table
     assert table.isascii() and all(len(line) < 200 for line in table.splitlines())
 
 
-def test_flops_count_a_tied_head_once_and_no_positions():
+def test_flops_count_a_tied_head_once_and_skip_positions():
     from lightning_gpt.implementations.registry import get_implementation
 
     model = get_implementation("nanogpt").build(Case(implementation="nanogpt").fields, meta=True)
@@ -179,7 +179,7 @@ def test_flops_count_a_tied_head_once_and_no_positions():
     assert flops_per_token(model, block_size=128) == 6 * n + 12 * 4 * 384 * 128
 
 
-def test_model_that_looks_at_values_is_refused_in_one_line(tmp_path, monkeypatch):
+def test_plan_refuses_a_model_that_reads_values(tmp_path, monkeypatch):
     (tmp_path / "nosy.py").write_text(
         "from dataclasses import dataclass\nimport torch\n"
         "@dataclass\nclass Config:\n    vocab_size: int = 8\n    block_size: int = 8\n"
@@ -216,17 +216,17 @@ class _Mallinfo(ctypes.Structure):
 
 
 def measure(case: Case, out: Path) -> None:
-    """Train for three steps, and write down how much malloc had allocated in the third.
+    """Train for three steps, and write the bytes that malloc had allocated in the third to `out`.
 
-    malloc allocates large blocks by mmap and counts them separately: large tensors, whoever made them and whichever
-    thread frees them. (torch.profiler misses what gloo's threads free.)
+    malloc allocates large blocks with mmap and counts them separately. The count includes all large tensors, in
+    whichever thread they are freed; torch.profiler misses those that gloo's threads free.
     """
     from lightning import Callback, Trainer
     from torch.utils._python_dispatch import TorchDispatchMode
 
     libc = ctypes.CDLL("libc.so.6")
     libc.mallinfo2.restype = _Mallinfo
-    libc.mallopt(-3, 32 * 1024)  # M_MMAP_THRESHOLD, which is then fixed
+    libc.mallopt(-3, 32 * 1024)  # M_MMAP_THRESHOLD; setting it turns its dynamic adjustment off
     row = STRATEGIES[case.strategy]
     options = TrainerOptions(
         strategy=case.strategy, accelerator="cpu", devices=case.ranks, precision=case.precision.removesuffix("-true")
@@ -237,7 +237,7 @@ def measure(case: Case, out: Path) -> None:
         arguments["strategy"].config["zero_optimization"]["allgather_bucket_size"] = case.bucket
     tokens = torch.randint(0, SIZES["vocab_size"], (3 * case.accumulate * case.ranks * BATCH_SIZE, SIZES["block_size"]))
     data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(tokens, tokens), batch_size=BATCH_SIZE)
-    # The math libraries allocate buffers on their first call, which the plan does not count.
+    # Warm up: the math libraries allocate buffers on their first call, which the plan does not count.
     first = GPTModule(case.implementation, model_config=case.fields | {"n_layer": 1}, recompute=case.recompute)
     mixed = case.precision == "bf16-mixed"
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
@@ -249,7 +249,7 @@ def measure(case: Case, out: Path) -> None:
     gc.collect()
     base = libc.mallinfo2().hblkhd
     readings: list[int] = []
-    third: list[int] = []  # where the readings of the third step begin and end
+    third: list[int] = []  # indices in `readings` where the third step begins and ends
 
     class Reader(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -1,9 +1,9 @@
 """Every strategy against a single process: initial weights, ties, decay groups, shards, recomputation, precision.
 
-``tests/bench/test_parity.py`` compares losses and weights of the built-in models; here are those of a user's models.
+``tests/bench/test_parity.py`` compares losses and weights of the built-in models; this file those of a user's models.
 
-Run as a script, this file is what the ranks of one strategy run: ``test_strategies.py FOLDER`` trains the command lines
-of ``FOLDER/runs.json``, one after another, and records what it sees of each. One launch serves all tests of a strategy.
+Run as a script, this file is one rank: ``test_strategies.py FOLDER`` trains the command lines of ``FOLDER/runs.json``,
+one after another, and records what it observes. One launch serves all tests of a strategy.
 """
 
 import json
@@ -33,8 +33,8 @@ RANKS = 2
 STEPS = 3
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 
-# A user's model: blocks, a tie, and a weight matrix outside of any Linear. The second can be built without memory.
-MINE = """
+# Two user models with blocks, a tie and a matrix outside of any Linear; Applied can be built on the meta device.
+USER_MODEL = """
 from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
@@ -81,7 +81,7 @@ class Applied(Mine):
             self.head.weight = self.tokens.weight
 """
 N_LAYER = 4
-# The decay takes a seventh of a weight's norm in three steps, so that a wrongly decayed weight is far off.
+# Three steps of decay take a seventh of a weight's norm, so that a wrongly decayed weight is far off.
 COMMON = (
     f"--block_size=16 --max_steps={STEPS} --eval_interval={STEPS} --eval_batches=2 --logger=none --sample_tokens=0"
     " --accelerator=cpu --weight_decay=50 --learning_rate=1e-3 --min_learning_rate=1e-3 --warmup_steps=0"
@@ -95,11 +95,11 @@ MODELS = {
     "applied": ["--implementation=mine:Applied"],
 }
 RECOMPUTED = ["mingpt", "nanogpt", "moderngpt", "mine"]
-# FSDP2's mixed precision copies dataclasses that are handed to blocks. Sampling needs a cache that is none.
+# FSDP2's mixed precision copies dataclass arguments of blocks; sampling checks that the cache is not copied.
 SAMPLE = 4
-ALONE = {**MODELS, "alibi": [*MODELS["nanogpt"], "--position=alibi"]}
+REFERENCE_RUNS = {**MODELS, "alibi": [*MODELS["nanogpt"], "--position=alibi"]}
 RUNS = {
-    **ALONE,
+    **REFERENCE_RUNS,
     "nanogpt": [*MODELS["nanogpt"], f"--sample_tokens={SAMPLE}"],
     **{f"{name} recompute": [*MODELS[name], "--recompute"] for name in RECOMPUTED},
     "dropout": [*MODELS["nanogpt"], "--dropout=0.2"],
@@ -123,7 +123,7 @@ every_row = pytest.mark.parametrize("strategy", ROWS)
 
 
 class LiveBytes(TorchDispatchMode):
-    """Measures the peak memory of tensors that are allocated under it."""
+    """Measure the peak memory of the tensors allocated in this mode."""
 
     def __init__(self):
         super().__init__()
@@ -132,7 +132,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(is_traceable_wrapper_subclass(t) for t in tree_leaves((args, kwargs))):
-            return NotImplemented  # the DTensor calls again with its local shard
+            return NotImplemented  # DTensor then dispatches the op on its local shard
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
@@ -148,8 +148,8 @@ class LiveBytes(TorchDispatchMode):
         self.live -= self.sizes.pop(key)
 
 
-def whole(parameter):
-    """Return a copy of a full parameter, however it is sharded; call it on all ranks."""
+def full(parameter):
+    """Return a full copy of a parameter that may be sharded; a collective."""
     if hasattr(parameter, "ds_id"):
         import deepspeed
 
@@ -159,14 +159,14 @@ def whole(parameter):
 
 
 def held(parameter):
-    """Return the number of elements of a parameter that this rank keeps."""
+    """Return the number of elements of a parameter that this rank holds."""
     if hasattr(parameter, "ds_id"):
         return max(parameter.numel(), parameter.ds_tensor.numel())
     return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).numel()
 
 
 class Record(Callback):
-    """Records what one rank sees of one run."""
+    """Record what one rank observes in one run."""
 
     def __init__(self, *, compiled):
         self.compiled = compiled
@@ -187,7 +187,7 @@ class Record(Callback):
     def on_fit_start(self, trainer, pl_module):
         seen, model = self.seen, pl_module.model
         named = dict(model.named_parameters())
-        seen.initial = {name: whole(p) for name, p in named.items()}
+        seen.initial = {name: full(p) for name, p in named.items()}
         seen.held = {name: held(p) for name, p in named.items()}
         every = dict(model.named_parameters(remove_duplicate=False))
         seen.ties = {name for name, p in every.items() if any(p is q for n, q in every.items() if n != name)}
@@ -196,7 +196,7 @@ class Record(Callback):
         optimizer = trainer.optimizers[0]
         seen.optimizer = type(getattr(optimizer, "optimizer", optimizer)).__name__
         seen.groups = [(g["weight_decay"], sorted(g["param_names"])) for g in optimizer.param_groups]
-        # DeepSpeed keeps the parameters of each group beside its own flat ones.
+        # DeepSpeed stores the parameters of each group beside its flat ones.
         taken = [g["params"] for g in optimizer.param_groups]
         taken = getattr(optimizer, "bit16_groups", getattr(optimizer, "fp16_groups", taken))
         seen.taken = [sorted(name for name, p in named.items() if any(p is q for q in group)) for group in taken]
@@ -215,12 +215,12 @@ class Record(Callback):
 
     def on_train_end(self, trainer, pl_module):
         self.seen.kept = {name: held(p) for name, p in pl_module.model.named_parameters()}
-        self.seen.final = {name: whole(p) for name, p in pl_module.model.named_parameters()}
+        self.seen.final = {name: full(p) for name, p in pl_module.model.named_parameters()}
         self.seen.graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def work(folder):
-    """Train the command lines of a folder, as one rank."""
+    """Train the command lines of a folder as one rank."""
     from lightning_gpt.cli import parse_train
     from lightning_gpt.training.run import train
 
@@ -231,7 +231,7 @@ def work(folder):
         gathered[output.dtype] += 1
         return all_gather(output, *args, **kwargs)
 
-    torch.distributed.all_gather_single = counted  # what FSDP2 gathers weights with
+    torch.distributed.all_gather_single = counted  # FSDP2 gathers weights with this function
     for name, flags in json.loads((folder / "runs.json").read_text()).items():
         gathered.clear()
         torch._dynamo.reset()
@@ -244,12 +244,12 @@ def work(folder):
 
 
 @pytest.fixture(scope="session")
-def group(tmp_path_factory, text_file):
-    """Run command lines in one group of processes; return what was recorded, by name and rank."""
+def launch_runs(tmp_path_factory, text_file):
+    """Return a function that runs command lines in one process group and returns the records by name and rank."""
 
     def launch(runs, *, ranks=RANKS):
         folder = tmp_path_factory.mktemp("group")
-        (folder / "mine.py").write_text(MINE)
+        (folder / "mine.py").write_text(USER_MODEL)
         batch = [f"--batch_size={8 // ranks}", f"--data={text_file}"]
         (folder / "runs.json").write_text(json.dumps({n: [*COMMON, *batch, *flags] for n, flags in runs.items()}))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
@@ -265,14 +265,14 @@ def group(tmp_path_factory, text_file):
 
 
 @pytest.fixture(scope="session")
-def alone(group):
-    """What was recorded of the runs in a single process, by name."""
-    return {name: seen for name, [seen] in group(ALONE, ranks=1).items()}
+def reference(launch_runs):
+    """Return the records of the runs in a single process, by name."""
+    return {name: seen for name, [seen] in launch_runs(REFERENCE_RUNS, ranks=1).items()}
 
 
 @pytest.fixture(scope="session")
-def under(group, tmp_path_factory):
-    """The runs under a strategy, launched on first use."""
+def records(launch_runs, tmp_path_factory):
+    """Return a function that returns the records of all runs under a strategy, launched on first use."""
     folder = tmp_path_factory.mktemp("files")
     for file, content in FILES.items():
         (folder / file).write_text(json.dumps(content))
@@ -282,7 +282,7 @@ def under(group, tmp_path_factory):
         runs = {name: [*flags, f"--strategy={strategy}"] for name, flags in RUNS.items()}
         if strategy == "deepspeed_stage_3":
             runs |= {file: [*MODELS["nanogpt"], f"--deepspeed_config={folder / file}"] for file in FILES}
-        return group(runs)
+        return launch_runs(runs)
 
     return runs
 
@@ -292,7 +292,7 @@ def mean_losses(ranks):
 
 
 def expected_std(name):
-    """Return the standard deviation of initial weights in closed form; None for constants."""
+    """Return the standard deviation of initial weights by the formula; None for constants."""
     if name.endswith("bias") or ".ln_" in name:
         return None
     return 0.02 / math.sqrt(2 * N_LAYER) if name.endswith("c_proj.weight") else 0.02
@@ -300,16 +300,16 @@ def expected_std(name):
 
 @every_row
 @pytest.mark.parametrize("model", MODELS)
-def test_initial_weights_are_the_single_process_ones_bit_for_bit(under, alone, strategy, model):
-    for seen in under(strategy)[model]:
-        assert seen.initial.keys() == alone[model].initial.keys()
-        for name, weight in alone[model].initial.items():
+def test_initial_weights_equal_single_process(records, reference, strategy, model):
+    for seen in records(strategy)[model]:
+        assert seen.initial.keys() == reference[model].initial.keys()
+        for name, weight in reference[model].initial.items():
             assert torch.equal(seen.initial[name], weight), name
 
 
 @pytest.mark.parametrize("model", ["mingpt", "nanogpt"])
-def test_initial_weights_have_the_standard_deviation_of_the_closed_form(alone, model):
-    for name, weight in alone[model].initial.items():
+def test_initial_weights_match_closed_form(reference, model):
+    for name, weight in reference[model].initial.items():
         std = expected_std(name)
         if std is None:
             assert (weight == (0.0 if name.endswith("bias") else 1.0)).all(), name
@@ -321,13 +321,13 @@ def test_initial_weights_have_the_standard_deviation_of_the_closed_form(alone, m
 
 @every_row
 @pytest.mark.parametrize("model", MODELS)
-def test_tied_weights_are_one_parameter(under, strategy, model):
+def test_tied_weights_are_one_parameter(records, strategy, model):
     head = {"mingpt": set(), "moderngpt": set(), "nanogpt": {"lm_head.weight", "transformer.wte.weight"}}
-    assert all(seen.ties == head.get(model, {"head.weight", "tokens.weight"}) for seen in under(strategy)[model])
+    assert all(seen.ties == head.get(model, {"head.weight", "tokens.weight"}) for seen in records(strategy)[model])
 
 
 def decays(model, name):
-    """Return whether a parameter decays, by its name alone."""
+    """Return whether weight decay applies to a parameter, by its name."""
     if model in ("mingpt", "moderngpt"):
         return name.endswith("weight") and not any(part in name for part in (".ln_", "wte", "wpe", "bigram"))
     return name.endswith(("weight", "places")) and ".ln_" not in name
@@ -335,78 +335,81 @@ def decays(model, name):
 
 @every_row
 @pytest.mark.parametrize("model", MODELS)
-def test_decay_groups(under, alone, strategy, model):
-    names = alone[model].initial.keys()
+def test_decay_groups_by_name(records, reference, strategy, model):
+    names = reference[model].initial.keys()
     decayed = sorted(name for name in names if decays(model, name))
     rest = sorted(name for name in names if not decays(model, name))
-    for seen in under(strategy)[model]:
+    for seen in records(strategy)[model]:
         assert seen.groups == [(50, decayed), (0, rest)] and seen.taken == [decayed, rest]
 
 
 @every_row
 @pytest.mark.parametrize("model", ["mine", "applied", "alibi"])
-def test_trains_as_a_single_process_does(under, alone, strategy, model):
-    """Compare three losses, and the final weights, which depend on decay and clipping."""
-    ranks = under(strategy)[model]
-    assert mean_losses(ranks) == pytest.approx(alone[model].losses, rel=1e-4) and len(alone[model].losses) == STEPS
-    for name, weight in alone[model].final.items():
-        if alone[model].initial[name].any():  # what starts at 0 is all noise after three steps of Adam
+def test_training_equals_single_process(records, reference, strategy, model):
+    """Compare the losses of three steps, and the final weights, which depend on decay and clipping."""
+    ranks = records(strategy)[model]
+    assert mean_losses(ranks) == pytest.approx(reference[model].losses, rel=1e-4)
+    assert len(reference[model].losses) == STEPS
+    for name, weight in reference[model].final.items():
+        if reference[model].initial[name].any():  # weights that start at 0 are dominated by noise
             distance = (ranks[0].final[name] - weight).norm() / weight.norm()
             assert distance < 0.02, name
 
 
 @every_row
 @pytest.mark.parametrize("model", RECOMPUTED)
-def test_recompute_runs_each_block_twice_and_changes_nothing(under, alone, strategy, model):
-    kept, recomputed = under(strategy)[model], under(strategy)[f"{model} recompute"]
+def test_recompute_runs_each_block_twice(records, reference, strategy, model):
+    kept, recomputed = records(strategy)[model], records(strategy)[f"{model} recompute"]
     assert mean_losses(recomputed) == pytest.approx(mean_losses(kept), rel=1e-6)
     assert [seen.forwards for seen in (*kept, *recomputed)] == [STEPS, STEPS, 2 * STEPS, 2 * STEPS]
 
 
 @every_row
-def test_recompute_draws_the_same_dropout_again(under, strategy):
-    kept, recomputed = under(strategy)["dropout"], under(strategy)["dropout recompute"]
-    assert mean_losses(kept) != pytest.approx(mean_losses(under(strategy)["nanogpt"]), rel=1e-4)
+def test_recompute_repeats_dropout(records, strategy):
+    kept, recomputed = records(strategy)["dropout"], records(strategy)["dropout recompute"]
+    assert mean_losses(kept) != pytest.approx(mean_losses(records(strategy)["nanogpt"]), rel=1e-4)
     assert mean_losses(recomputed) == pytest.approx(mean_losses(kept), rel=1e-6)
 
 
 @every_row
 @pytest.mark.parametrize("model", MODELS)
-def test_weights_are_shared_out_exactly_where_the_strategy_says_so(under, alone, strategy, model):
-    for seen in under(strategy)[model]:
-        for name, weight in alone[model].initial.items():
-            share = -(-weight.numel() // RANKS) if strategy in SHARDS_WEIGHTS else weight.numel()
-            assert seen.held[name] <= share + weight.numel() // len(weight), name
+def test_weights_are_sharded_by_sharding_strategies(records, reference, strategy, model):
+    for seen in records(strategy)[model]:
+        for name, weight in reference[model].initial.items():
+            if strategy in SHARDS_WEIGHTS:
+                assert seen.held[name] <= -(-weight.numel() // RANKS) + weight.numel() // len(weight), name
+            else:
+                assert seen.held[name] == weight.numel(), name
 
 
 @pytest.mark.parametrize("strategy", [row for row in ROWS if row.values[0] in SHARDS_WEIGHTS])
 @pytest.mark.parametrize("model", ["mingpt", "nanogpt"])
-def test_no_rank_ever_holds_the_whole_model_while_it_is_built(under, alone, strategy, model):
-    """A rank holds its shards, and some copies of one module, of which the largest is an eighth of a block."""
-    weights = 4 * sum(w.numel() for w in alone[model].initial.values())
-    assert alone[model].peak >= weights
-    for seen in under(strategy)[model]:
+def test_no_rank_holds_the_whole_model_while_building(records, reference, strategy, model):
+    """Bound the peak: a rank holds its shards and some copies of one module, at most an eighth of a block."""
+    weights = 4 * sum(w.numel() for w in reference[model].initial.values())
+    assert reference[model].peak >= weights
+    for seen in records(strategy)[model]:
         assert weights / RANKS < seen.peak < 0.85 * weights
 
 
 @every_row
-def test_bf16_is_what_moves_where_weights_are_gathered(under, alone, strategy):
-    runs = under(strategy)
+def test_bf16_weights_are_gathered_in_bf16(records, reference, strategy):
+    runs = records(strategy)
     half, full = {torch.bfloat16}, {torch.float32}
-    casts = strategy != "ddp"  # under DDP and alone autocast casts operation by operation
+    casts = strategy != "ddp"  # under DDP and in one process, autocast casts per operation
     for seen, single in zip(runs["bf16"], runs["nanogpt"], strict=True):
         assert single.forward_dtypes == full and seen.forward_dtypes == (half if casts else full)
         if strategy == "fsdp":
             assert set(single.gathered) == full and set(seen.gathered) == half
             assert seen.gathered[torch.bfloat16] == single.gathered[torch.float32] > STEPS * N_LAYER
-    assert mean_losses(runs["bf16"]) == pytest.approx(alone["nanogpt"].losses, rel=2e-2)
+    assert mean_losses(runs["bf16"]) == pytest.approx(reference["nanogpt"].losses, rel=2e-2)
 
 
 @every_row
-def test_strategy_and_optimizer_are_those_of_the_row(under, strategy):
+def test_strategy_and_optimizer_match_the_row(records, strategy):
     kind = {"ddp": "DDPStrategy", "fsdp": "FSDP"}.get(strategy, "DeepSpeed")
     offload = strategy.endswith("offload")
-    for seen in under(strategy)["mingpt"]:
+    for seen in records(strategy)["mingpt"]:
         assert seen.strategy == kind
         assert seen.optimizer == ("DeepSpeedCPUAdam" if offload else "AdamW")
         if kind == "DeepSpeed":
@@ -416,27 +419,27 @@ def test_strategy_and_optimizer_are_those_of_the_row(under, strategy):
 
 @needs_deepspeed
 @pytest.mark.parametrize("file", FILES)
-def test_deepspeed_json_is_used(under, alone, file):
-    """Its stage and its threshold are used: in stage 3 small weights are sharded too, not kept whole by default."""
-    ranks, wanted = under("deepspeed_stage_3")[file], FILES[file]["zero_optimization"]
-    assert mean_losses(ranks) == pytest.approx(alone["nanogpt"].losses, rel=1e-4)
+def test_deepspeed_config_is_used(records, reference, file):
+    """Check the stage and the threshold: stage 3 shards small weights, too, which it keeps whole by default."""
+    ranks, wanted = records("deepspeed_stage_3")[file], FILES[file]["zero_optimization"]
+    assert mean_losses(ranks) == pytest.approx(reference["nanogpt"].losses, rel=1e-4)
     for seen in ranks:
         assert (seen.strategy, seen.zero["stage"]) == ("DeepSpeed", wanted["stage"])
-        whole, kept = (sum(counts.values()) for counts in (seen.held, seen.kept))
-        assert kept == whole
-        assert kept == sum(w.numel() for w in alone["nanogpt"].initial.values()) // (wanted["stage"] - 1)
+        total, kept = (sum(counts.values()) for counts in (seen.held, seen.kept))
+        assert kept == total
+        assert kept == sum(w.numel() for w in reference["nanogpt"].initial.values()) // (wanted["stage"] - 1)
 
 
 @pytest.mark.slow
 @every_row
-def test_compiled_blocks_train_as_eager_ones_do(group, under, strategy):
-    """Every implementation, and one recomputed, has the same losses and the same keys in the checkpoint."""
-    # Offloading does not touch what blocks compute, so one model is enough.
+def test_compiled_blocks_train_as_eager_ones(launch_runs, records, strategy):
+    """Compare losses and checkpoint keys of every implementation, and of one with recomputation."""
+    # Offloading does not change what blocks compute, so one model is enough.
     names = ["nanogpt"] if strategy.endswith("offload") else [name for name in MODELS if name != "applied"]
     names.append("nanogpt recompute")
-    compiled = group({name: [*RUNS[name], f"--strategy={strategy}", "--compile"] for name in names})
+    compiled = launch_runs({name: [*RUNS[name], f"--strategy={strategy}", "--compile"] for name in names})
     for name in names:
-        eager, fast = under(strategy)[name], compiled[name]
+        eager, fast = records(strategy)[name], compiled[name]
         assert mean_losses(fast) == pytest.approx(mean_losses(eager), rel=1e-4)
         assert eager[0].graphs == 0 and fast[0].graphs > 0
         shapes = open_checkpoint(fast[0].checkpoint).shapes()

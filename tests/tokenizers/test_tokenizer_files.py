@@ -1,4 +1,4 @@
-"""Tokenizers that need files: tiktoken's tables, a Hugging Face tokenizer.json, and runs that outlive them."""
+"""Tokenizers that need files: tiktoken's tables and tokenizer.json. Runs keep working when the files are deleted."""
 
 import base64
 import hashlib
@@ -32,14 +32,14 @@ from lightning_gpt.tokenizers import (
 URL = "https://example.invalid/encodings/toy.tiktoken"
 _TOKENS = [*(bytes([b]) for b in range(256)), b"th", b"the", b" the", b"at", b"cat", b" on"]
 TABLE = b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(_TOKENS))
-END = 270  # a gap of eight ids lies before it
+END = 270  # after eight unused ids
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 GPT2_TABLES = Path(os.environ.get("TIKTOKEN_CACHE_DIR", "nowhere"))
 
 
 @pytest.fixture
-def places(tmp_path, monkeypatch) -> Path:
-    """Empty folders for all places where tables are searched, and no network."""
+def table_folders(tmp_path, monkeypatch) -> Path:
+    """Create empty folders for all locations where tables are searched, and cut off the network."""
     requests = pytest.importorskip("requests")
 
     def offline(url, **_):
@@ -58,8 +58,8 @@ def places(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def toy(places, monkeypatch) -> Path:
-    """The table of an encoding ``toy`` that tiktoken knows by its URL and hash, in none of those folders."""
+def toy(table_folders, monkeypatch) -> Path:
+    """Register an encoding ``toy`` with tiktoken, and write its table to a file outside of the searched folders."""
     tiktoken = pytest.importorskip("tiktoken")
     tiktoken.list_encoding_names()
 
@@ -75,12 +75,12 @@ def toy(places, monkeypatch) -> Path:
         }
 
     monkeypatch.setitem(tiktoken.registry.ENCODING_CONSTRUCTORS, "toy", constructor)
-    file = places / "given" / "toy.tiktoken"
+    file = table_folders / "given" / "toy.tiktoken"
     file.write_bytes(TABLE)
     return file
 
 
-def _toy():
+def _build_toy():
     return build_tokenizer("toy", corpus=None, source="x")
 
 
@@ -88,9 +88,9 @@ def _snapshot(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_any_encoding_by_its_name(toy: Path) -> None:
+def test_tiktoken_encoding_by_name(toy: Path) -> None:
     keep_tables("toy", str(toy))
-    tokenizer = _toy()
+    tokenizer = _build_toy()
     assert (tokenizer.name, tokenizer.vocab_size, tokenizer.end_of_text) == ("toy", END + 1, END)
     assert tokenizer.encode("the cat").tolist() == [257, 32, 260]
     assert tokenizer.decode([257, END]) == "the<|endoftext|>"
@@ -100,79 +100,79 @@ def test_any_encoding_by_its_name(toy: Path) -> None:
     assert again.to_dict() == tokenizer.to_dict()
     shutil.rmtree(cache_root())
     tables.load_encoding.cache_clear()
-    again = tokenizer_from_dict(tokenizer.to_dict())  # its numbers need no tables
+    again = tokenizer_from_dict(tokenizer.to_dict())  # sizes and ids need no tables
     assert (again.name, again.vocab_size, again.end_of_text) == ("toy", END + 1, END)
 
 
 @pytest.mark.parametrize("name", ["toy.tiktoken", hashlib.sha1(URL.encode()).hexdigest()])
-def test_tables_in_a_folder(toy: Path, monkeypatch, name: str) -> None:
+def test_tables_found_in_a_folder(toy: Path, monkeypatch, name: str) -> None:
     folder = toy.parent
     toy.rename(folder / name)
     keep_tables("toy", str(folder))
-    assert _toy().vocab_size == END + 1
+    assert _build_toy().vocab_size == END + 1
     monkeypatch.setenv("LIGHTNING_GPT_CACHE", str(folder / "empty"))
     tables.load_encoding.cache_clear()
     with pytest.raises(UserError, match="toy"):
-        _toy()
+        _build_toy()
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(folder))
-    assert _toy().vocab_size == END + 1
+    assert _build_toy().vocab_size == END + 1
 
 
-def test_without_network_and_tables(toy: Path, monkeypatch) -> None:
+def test_missing_tables_without_a_network(toy: Path, monkeypatch) -> None:
     import requests
 
     asked, offline = [], requests.get
     monkeypatch.setattr(requests, "get", lambda url, **options: asked.append(options["timeout"]) or offline(url))
     with pytest.raises(UserError) as caught:
-        _toy()
+        _build_toy()
     for mention in (URL, "TIKTOKEN_CACHE_DIR", "--tokenizer_file", "--tokenizer char", "ConnectionError"):
         assert mention in str(caught.value)
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r"vocab\.bpe and .*encoder\.json into a folder"):
         GPT2Tokenizer().encode("a")
-    # Each encoding waits for the network once, for seconds, though GPT-2 lacks two files.
+    # One request per encoding, although GPT-2 needs two files, and each with a short timeout.
     assert len(asked) == 2 and all(0 < connect <= 5 and 0 < read <= 60 for connect, read in asked)
 
 
-def test_a_wrong_table_is_named_and_left_alone(toy: Path, places: Path, monkeypatch) -> None:
+def test_wrong_table_is_named_and_kept(toy: Path, table_folders: Path, monkeypatch) -> None:
     asked = []
     monkeypatch.setattr(tables, "_download", lambda url, expected: asked.append(url) or TABLE)
-    wrong = places / "tiktoken" / hashlib.sha1(URL.encode()).hexdigest()
+    wrong = table_folders / "tiktoken" / hashlib.sha1(URL.encode()).hexdigest()
     wrong.write_bytes(TABLE + b"\n")
     with pytest.raises(UserError, match=f"{wrong} is not toy's toy.tiktoken: its sha256 begins with"):
-        _toy()
+        _build_toy()
     toy.write_bytes(TABLE[:-1])
-    before = _snapshot(places)
+    before = _snapshot(table_folders)
     for path in (toy, toy.parent):
         with pytest.raises(UserError, match=f"{toy} is not toy's toy.tiktoken: its sha256 begins with"):
             keep_tables("toy", str(path))
-    assert _snapshot(places) == before
+    assert _snapshot(table_folders) == before
     assert not asked
     wrong.unlink()
-    assert _toy().vocab_size == END + 1 and asked == [URL]
+    assert _build_toy().vocab_size == END + 1 and asked == [URL]
     tables.load_encoding.cache_clear()
-    assert _toy().vocab_size == END + 1 and asked == [URL]  # the download is kept
+    assert _build_toy().vocab_size == END + 1 and asked == [URL]  # the download is cached
 
 
-def test_a_wrong_download_is_not_kept(toy: Path, places: Path, monkeypatch) -> None:
+def test_wrong_download_is_not_cached(toy: Path, table_folders: Path, monkeypatch) -> None:
     import requests
 
     answer = requests.Response()
     answer.status_code, answer._content = 200, b"<html>please log in</html>"
     monkeypatch.setattr(requests, "get", lambda url, **_: answer)
-    before = _snapshot(places)
-    with pytest.raises(UserError, match=f"{URL} gave a file whose sha256"):
-        _toy()
-    assert _snapshot(places) == before
+    before = _snapshot(table_folders)
+    with pytest.raises(UserError, match=f"{URL} returned a file whose sha256"):
+        _build_toy()
+    assert _snapshot(table_folders) == before
 
 
-def test_what_tokenizer_file_cannot_be(toy: Path, places: Path) -> None:
+def test_wrong_tokenizer_file_is_refused(toy: Path, table_folders: Path) -> None:
     with pytest.raises(UserError, match="--tokenizer_file .*nowhere: no such file or folder"):
-        keep_tables("toy", str(places / "nowhere"))
+        keep_tables("toy", str(table_folders / "nowhere"))
     with pytest.raises(UserError, match="has no toy.tiktoken, which toy needs"):
-        keep_tables("toy", str(places / "tmp"))
+        keep_tables("toy", str(table_folders / "tmp"))
     with pytest.raises(UserError, match=r"has no vocab\.bpe and no encoder\.json, which gpt2 needs"):
-        keep_tables("gpt2", str(places / "given"))
+        keep_tables("gpt2", str(table_folders / "given"))
     for name in ("char", "byte", "x/tokenizer.json"):
         with pytest.raises(UserError, match=f"--tokenizer_file holds .* --tokenizer is {name}; leave it out"):
             keep_tables(name, str(toy))
@@ -181,21 +181,21 @@ def test_what_tokenizer_file_cannot_be(toy: Path, places: Path) -> None:
 
 
 @pytest.mark.tables
-def test_gpt2_from_its_two_files(places: Path) -> None:
+def test_gpt2_from_its_two_files(table_folders: Path) -> None:
     for name in ("vocab.bpe", "encoder.json"):
         table = GPT2_TABLES / hashlib.sha1((GPT2_URL + name).encode()).hexdigest()
         if not table.is_file():
             pytest.skip("needs TIKTOKEN_CACHE_DIR with GPT-2's tables")
-        shutil.copyfile(table, places / "given" / name)
-    keep_tables("gpt2", str(places / "given"))
+        shutil.copyfile(table, table_folders / "given" / name)
+    keep_tables("gpt2", str(table_folders / "given"))
     assert GPT2Tokenizer().encode("Hello world").tolist() == [15496, 995]
-    with open(places / "given" / "encoder.json", "ab") as file:
+    with open(table_folders / "given" / "encoder.json", "ab") as file:
         file.write(b" ")
     with pytest.raises(UserError, match=r"encoder\.json is not gpt2's encoder\.json"):
-        keep_tables("gpt2", str(places / "given"))
+        keep_tables("gpt2", str(table_folders / "given"))
 
 
-def test_missing_packages(byte_level_file: Path, monkeypatch) -> None:
+def test_missing_packages_are_named(byte_level_file: Path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     monkeypatch.setitem(sys.modules, "tiktoken", None)
     tables.load_encoding.cache_clear()
@@ -206,7 +206,7 @@ def test_missing_packages(byte_level_file: Path, monkeypatch) -> None:
         GPT2Tokenizer().encode("a")
     with pytest.raises(UserError, match="cl100k_base is not known; choose from char, byte, gpt2, .*tiktoken"):
         build_tokenizer("cl100k_base", corpus=None, source="x")
-    # Their size and their saved form need no package.
+    # Vocabulary size and saved form need no package.
     saved = {"name": "huggingface", "tokenizer_json": "{}", "vocab_size": 9, "end_of_text": 3}
     assert tokenizer_from_dict(saved).vocab_size == 9
     assert tokenizer_from_dict({"name": "gpt2"}).vocab_size == 50257
@@ -224,7 +224,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_what_is_no_tokenizer_json(case: str, tmp_path: Path) -> None:
+def test_broken_tokenizer_json_is_refused(case: str, tmp_path: Path) -> None:
     pytest.importorskip("tokenizers")
     file = tmp_path / "tokenizer.json"
     file.write_bytes(BROKEN[case])
@@ -233,14 +233,14 @@ def test_what_is_no_tokenizer_json(case: str, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_no_tokenizer_json_there(tmp_path: Path) -> None:
+def test_missing_tokenizer_json_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "tokenizer.json", tmp_path):
         with pytest.raises(UserError, match=f"--tokenizer {path}: .*give the path of a tokenizer.json"):
             build_tokenizer(str(path), corpus=None, source="x")
 
 
-def test_only_text_decides_the_tokens(byte_level_file: Path, tmp_path: Path) -> None:
-    """Truncation, padding, dropout and a template for special tokens are ignored."""
+def test_tokens_ignore_truncation_padding_and_dropout(byte_level_file: Path, tmp_path: Path) -> None:
+    """Check that truncation, padding, BPE dropout and a template for special tokens are ignored."""
     import tokenizers
 
     plain = build_tokenizer(str(byte_level_file), corpus=None, source="x")
@@ -259,18 +259,18 @@ def test_only_text_decides_the_tokens(byte_level_file: Path, tmp_path: Path) -> 
         plain.decode([300])
 
 
-def test_a_gap_in_the_vocabulary(byte_level_file: Path, tmp_path: Path) -> None:
+def test_decode_with_a_gap_in_the_vocabulary(byte_level_file: Path, tmp_path: Path) -> None:
     pytest.importorskip("tokenizers")
-    said = json.loads(byte_level_file.read_text(encoding="utf-8"))
-    said["model"]["vocab"] = {t: i if i < 299 else 310 for t, i in said["model"]["vocab"].items()}
+    content = json.loads(byte_level_file.read_text(encoding="utf-8"))
+    content["model"]["vocab"] = {t: i if i < 299 else 310 for t, i in content["model"]["vocab"].items()}
     file = tmp_path / "tokenizer.json"
-    file.write_text(json.dumps(said), encoding="utf-8")
+    file.write_text(json.dumps(content), encoding="utf-8")
     tokenizer = build_tokenizer(str(file), corpus=None, source="x")
     assert tokenizer.vocab_size == 311
     assert tokenizer.decode([1, 305, 1]) == f"{tokenizer.decode([1])}\ufffd{tokenizer.decode([1])}"
 
 
-def test_a_text_that_has_no_tokens(tmp_path: Path) -> None:
+def test_encode_text_without_tokens_is_refused(tmp_path: Path) -> None:
     tokenizers = pytest.importorskip("tokenizers")
     file = tmp_path / "tokenizer.json"
     tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="?")).save(str(file))
@@ -280,8 +280,8 @@ def test_a_text_that_has_no_tokens(tmp_path: Path) -> None:
         tokenizer.encode_bytes(b"b", source="in.txt")
 
 
-def _outlives(file: Path, out_dir: Path, other: Path, capsys) -> None:
-    """Sample, score and resume a run after its tokenizer's file was deleted."""
+def _assert_run_works_without(file: Path, out_dir: Path, other: Path, capsys) -> None:
+    """Delete the tokenizer's file, then sample, evaluate and resume the run."""
     file.unlink()
     tables.load_encoding.cache_clear()
     checkpoint = f"--checkpoint={out_dir}"
@@ -307,23 +307,23 @@ def other_text(tmp_path) -> Path:
     return file
 
 
-def test_a_run_outlives_its_tokenizer_json(
+def test_run_works_after_its_tokenizer_json_is_deleted(
     byte_level_file, text_file, tiny_flags, other_text, tmp_path, capsys
 ) -> None:
     file, out_dir = tmp_path / "tokenizer.json", tmp_path / "run"
     shutil.copyfile(byte_level_file, file)
     train.main([*tiny_flags, f"--data={text_file}", f"--tokenizer={file}", f"--out_dir={out_dir}"])
-    _outlives(file, out_dir, other_text, capsys)
+    _assert_run_works_without(file, out_dir, other_text, capsys)
 
 
-def test_a_run_outlives_its_tables(toy: Path, text_file, tiny_flags, other_text, tmp_path, capsys) -> None:
+def test_run_works_after_its_tables_are_deleted(toy: Path, text_file, tiny_flags, other_text, tmp_path, capsys) -> None:
     out_dir = tmp_path / "run"
     flags = ["--tokenizer=toy", f"--tokenizer_file={toy}"]
     train.main([*tiny_flags, f"--data={text_file}", *flags, f"--out_dir={out_dir}"])
-    _outlives(toy, out_dir, other_text, capsys)
+    _assert_run_works_without(toy, out_dir, other_text, capsys)
 
 
-def test_tokenizer_file_is_checked_before_anything_else(tiny_flags, text_file, tmp_path, capsys) -> None:
+def test_tokenizer_file_is_checked_first(tiny_flags, text_file, tmp_path, capsys) -> None:
     out_dir = tmp_path / "run"
     with pytest.raises(SystemExit) as exit_:
         train.main([*tiny_flags, f"--data={text_file}", f"--tokenizer_file={tmp_path}", f"--out_dir={out_dir}"])
@@ -331,7 +331,7 @@ def test_tokenizer_file_is_checked_before_anything_else(tiny_flags, text_file, t
     assert "--tokenizer is char; leave it out" in capsys.readouterr().err
 
 
-def test_another_text_is_scored_with_the_runs_own_tokenizer(tiny_run, tmp_path, capsys) -> None:
+def test_other_text_is_scored_with_the_tokenizer_of_the_run(tiny_run, tmp_path, capsys) -> None:
     own = open_checkpoint(tiny_run / "checkpoints" / "best.ckpt", trust=False).tokenizer
     text = "a moon under the dog\nsaw\n" * 40
     known, unknown = tmp_path / "known.txt", tmp_path / "unknown.txt"
@@ -351,7 +351,7 @@ def test_another_text_is_scored_with_the_runs_own_tokenizer(tiny_run, tmp_path, 
     assert f"{unknown}: character 'Q' (U+0051) is not in this tokenizer's vocabulary" in capsys.readouterr().err
 
 
-def test_a_runs_own_text_is_not_encoded_again(text_file) -> None:
+def test_prepare_reuses_tokens_of_an_equal_tokenizer(text_file) -> None:
     files = prepare(str(text_file), tokenizer="char", block_size=8)
     assert prepare(str(text_file), tokenizer=files.tokenizer, block_size=8).folder == files.folder
 
@@ -376,14 +376,14 @@ def test_tokens_of_another_tokenizer_are_refused(byte_level_file, tmp_path: Path
         prepare(folder("6", None), tokenizer=None, tokenizer_file="x", block_size=8)
 
 
-def test_resuming_with_another_tokenizer(tiny_run, tmp_path, capsys) -> None:
+def test_resume_with_another_tokenizer_is_refused(tiny_run, tmp_path, capsys) -> None:
     with pytest.raises(SystemExit) as exit_:
         train.main([f"--resume={tiny_run}", "--tokenizer=byte", f"--out_dir={tmp_path}/new", "--max_steps=5"])
     assert exit_.value.code == 2
-    assert "--tokenizer byte is not what the run was trained with (char)" in capsys.readouterr().err
+    assert "--tokenizer byte differs from the run's tokenizer (char)" in capsys.readouterr().err
 
 
-def test_a_tokenizer_json_with_other_line_ends_is_known_again(byte_level_file, tmp_path) -> None:
+def test_tokenizer_json_with_other_line_endings_is_recognised(byte_level_file, tmp_path) -> None:
     file = tmp_path / "tokenizer.json"
     file.write_bytes(byte_level_file.read_bytes().replace(b"\n", b"\r\n"))
     tokenizer = build_tokenizer(str(file), corpus=None, source="x")

@@ -1,4 +1,4 @@
-"""Tokenizers: round trips of any text, safe cuts, saved form, one-line errors."""
+"""Tokenizers: round trips of any text, cuts that preserve tokens, saved form, one-line errors."""
 
 import functools
 import json
@@ -35,7 +35,7 @@ def byte_level(byte_level_file: Path) -> HuggingFaceTokenizer:
     return build_tokenizer(str(byte_level_file), corpus=None, source="x")
 
 
-# What patterns look at: kinds of white space, letters, contractions, digits, punctuation, and more than ASCII.
+# What the patterns distinguish: white space, letters, contractions, digits, punctuation and non-ASCII characters.
 TRICKY = st.text(alphabet=" \t\r\n\x1c\u2003\u00a0ab'sB1.!/\u00e9\u0301\u65e5\U0001f600", max_size=60)
 
 
@@ -72,7 +72,7 @@ def test_gpt2_round_trip(gpt2: GPT2Tokenizer, text: str) -> None:
 
 @given(st.lists(st.sampled_from(["<|endoftext|>", "<|", "|>", "endoftext", " ", "\n", "a\u00e9"])).map("".join))
 @settings(deadline=None)
-def test_gpt2_is_tiktokens_own(gpt2: GPT2Tokenizer, text: str) -> None:
+def test_gpt2_matches_tiktoken(gpt2: GPT2Tokenizer, text: str) -> None:
     import tiktoken
 
     expected = tiktoken.get_encoding("gpt2").encode_ordinary(text)
@@ -92,7 +92,7 @@ def test_hugging_face_byte_level_round_trip(byte_level: HuggingFaceTokenizer, te
     assert byte_level.end_of_text not in ids
 
 
-def test_hugging_face_is_the_librarys_own(byte_level: HuggingFaceTokenizer, text_file: Path) -> None:
+def test_hugging_face_matches_the_library(byte_level: HuggingFaceTokenizer, text_file: Path) -> None:
     import tokenizers
 
     library = tokenizers.Tokenizer.from_str(byte_level.text)
@@ -101,13 +101,13 @@ def test_hugging_face_is_the_librarys_own(byte_level: HuggingFaceTokenizer, text
     assert len(byte_level.encode(text)) < len(text) / 2
     end = library.token_to_id("<|endoftext|>")
     assert (byte_level.end_of_text, byte_level.vocab_size) == (end, library.get_vocab_size())
-    # Left to itself the library takes it for the special token.
+    # By default the library parses this text as the special token.
     assert end in library.encode("a<|endoftext|>").ids
     assert byte_level.decode([end]) == "<|endoftext|>"
 
 
 def _cuts(tokenizer: Tokenizer, data: bytes) -> list[int]:
-    """Return all cuts of a tokenizer, which `cut` must find from every start."""
+    """Return all cuts of a text, and check that `cut` finds the next one from every start."""
     places = sorted({at for start in range(len(data) + 2) if (at := tokenizer.cut(data, start)) is not None})
     for start in range(len(data) + 2):
         assert tokenizer.cut(data, start) == next((at for at in places if at >= start), None)
@@ -115,7 +115,7 @@ def _cuts(tokenizer: Tokenizer, data: bytes) -> list[int]:
 
 
 @given(TRICKY)
-def test_cuts_of_char_and_byte(text: str) -> None:
+def test_cuts_of_char_and_byte_are_character_boundaries(text: str) -> None:
     data = text.encode()
     assert _cuts(ByteTokenizer(), data) == list(range(1, len(data)))
     tokenizer = CharTokenizer("".join(sorted(set(text) | {"x"})))
@@ -124,19 +124,19 @@ def test_cuts_of_char_and_byte(text: str) -> None:
 
 @given(TRICKY)
 @settings(deadline=None, max_examples=300)
-def test_cuts_keep_the_tokens_of_gpt2(gpt2: GPT2Tokenizer, text: str) -> None:
-    _cuts_keep_the_tokens(gpt2, text)
+def test_cuts_preserve_the_tokens_of_gpt2(gpt2: GPT2Tokenizer, text: str) -> None:
+    _assert_cuts_preserve_tokens(gpt2, text)
     assert len(_cuts(gpt2, ("\na" + text + "\na").encode())) >= 1
 
 
 @given(TRICKY)
 @settings(deadline=None, max_examples=300)
-def test_cuts_keep_the_tokens_of_hugging_face(byte_level: HuggingFaceTokenizer, text: str) -> None:
-    _cuts_keep_the_tokens(byte_level, text)
+def test_cuts_preserve_the_tokens_of_hugging_face(byte_level: HuggingFaceTokenizer, text: str) -> None:
+    _assert_cuts_preserve_tokens(byte_level, text)
     assert len(_cuts(byte_level, ("\na" + text + "\na").encode())) >= 1
 
 
-def _cuts_keep_the_tokens(tokenizer: Tokenizer, text: str) -> None:
+def _assert_cuts_preserve_tokens(tokenizer: Tokenizer, text: str) -> None:
     data = text.encode()
     whole = tokenizer.encode(text).tolist()
     for at in _cuts(tokenizer, data):
@@ -147,7 +147,7 @@ def _cuts_keep_the_tokens(tokenizer: Tokenizer, text: str) -> None:
 @given(text=TRICKY)
 @example(text="!\n/")
 @settings(deadline=None, max_examples=200)
-def test_cuts_keep_the_pieces(name: str, text: str) -> None:
+def test_cuts_preserve_the_pieces_of_the_pattern(name: str, text: str) -> None:
     pattern = _pattern(name)
     tokenizer = TiktokenTokenizer(name, vocab_size=1, end_of_text=None)
     data = text.encode()
@@ -160,7 +160,7 @@ def test_cuts_keep_the_pieces(name: str, text: str) -> None:
 
 @functools.cache
 def _pattern(name: str):
-    """An encoding's published pattern, for the package regex, whose $ would also match before a last newline."""
+    """Return an encoding's pattern for the package regex, whose $ would also match before a final newline."""
     pytest.importorskip("tiktoken")
     import regex
 
@@ -168,7 +168,7 @@ def _pattern(name: str):
     return regex.compile(fields["pat_str"].replace("$", r"\Z"))
 
 
-def test_no_cut_where_no_rule_is_proven(byte_level: HuggingFaceTokenizer) -> None:
+def test_no_cut_for_unknown_patterns_and_settings(byte_level: HuggingFaceTokenizer) -> None:
     other = json.loads(byte_level.text)
     for change in (
         {"normalizer": {"type": "Lowercase"}},
@@ -183,12 +183,12 @@ def test_no_cut_where_no_rule_is_proven(byte_level: HuggingFaceTokenizer) -> Non
     assert byte_level.cut(b"a\nb\nc", 2) == 3
 
 
-def test_gpt2_special_tokens_in_a_text_are_plain_text(gpt2: GPT2Tokenizer) -> None:
+def test_gpt2_encodes_special_tokens_as_plain_text(gpt2: GPT2Tokenizer) -> None:
     assert 50256 not in gpt2.encode("a<|endoftext|>b")
     assert gpt2.encode("Hello world").tolist() == [15496, 995]
 
 
-def test_gpt2_needs_tables_only_to_encode() -> None:
+def test_gpt2_loads_without_tables() -> None:
     tokenizer = pickle.loads(pickle.dumps(tokenizer_from_dict({"name": "gpt2"})))
     assert (tokenizer.name, tokenizer.vocab_size) == ("gpt2", 50257)
 
@@ -204,7 +204,7 @@ def test_gpt2_needs_tables_only_to_encode() -> None:
     ],
     ids=lambda t: t.name,
 )
-def test_saved_form(tokenizer) -> None:
+def test_saved_form_round_trip(tokenizer) -> None:
     again = tokenizer_from_dict(json.loads(json.dumps(tokenizer.to_dict())))
     assert type(again) is type(tokenizer)
     assert again.to_dict() == tokenizer.to_dict()
@@ -213,7 +213,7 @@ def test_saved_form(tokenizer) -> None:
 
 
 @pytest.mark.parametrize("text", ["abX", "ab\U0001f600", "a\nb"])
-def test_char_missing_character(text: str) -> None:
+def test_char_encode_of_a_missing_character(text: str) -> None:
     missing = next(char for char in text if char not in "ab")
     with pytest.raises(UserError) as caught:
         CharTokenizer("ab").encode(text)
@@ -221,11 +221,11 @@ def test_char_missing_character(text: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_byte_decode_of_a_cut_character() -> None:
+def test_byte_decode_of_an_incomplete_character() -> None:
     assert ByteTokenizer().decode([0x61, 0xC3]) == "a\ufffd"
 
 
-def test_byte_encode_of_a_command_line_that_is_not_utf8() -> None:
+def test_byte_encode_of_surrogate_escapes() -> None:
     assert ByteTokenizer().encode(b"a\xff".decode("utf-8", "surrogateescape")).tolist() == [0x61, 0xFF]
 
 
@@ -235,19 +235,19 @@ def test_decode_outside_the_vocabulary(ids: list[int]) -> None:
         CharTokenizer("ab").decode(ids)
 
 
-def test_empty() -> None:
+def test_empty_text_round_trip() -> None:
     for tokenizer in (CharTokenizer("ab"), ByteTokenizer()):
         assert tokenizer.encode("").shape == (0,)
         assert tokenizer.decode([]) == ""
 
 
-def test_not_utf8() -> None:
+def test_char_refuses_bytes_that_are_not_utf8() -> None:
     with pytest.raises(UserError, match=r"in\.txt is not UTF-8 text \(byte 1 is 0xFF\).*--tokenizer byte"):
         build_tokenizer("char", corpus=b"a\xff", source="in.txt")
     assert build_tokenizer("byte", corpus=b"a\xff", source="in.txt").vocab_size == 256
 
 
-def test_unknown_name() -> None:
+def test_unknown_tokenizer_is_refused() -> None:
     with pytest.raises(UserError, match="choose from char, byte, gpt2"):
         build_tokenizer("word", corpus=b"a", source="x")
     assert list(TOKENIZERS) == ["char", "byte", "gpt2", "tiktoken", "huggingface"]
@@ -265,11 +265,11 @@ def test_unknown_name() -> None:
         {"name": "huggingface", "tokenizer_json": {}, "vocab_size": 3},
     ],
 )
-def test_damaged_saved_form(fields) -> None:
+def test_damaged_saved_form_is_refused(fields) -> None:
     with pytest.raises(UserError):
         tokenizer_from_dict(fields)
 
 
-def test_char_without_a_corpus() -> None:
+def test_char_without_a_corpus_is_refused() -> None:
     with pytest.raises(UserError, match="--tokenizer byte"):
         build_tokenizer("char", corpus=None, source="x")

@@ -42,7 +42,7 @@ def column(run: Path, name: str) -> dict[int, float]:
 
 
 @pytest.mark.parametrize("cls", [MinGPT, NanoGPT])
-def test_trains_under_a_plain_trainer_and_loads_again(cls: type, tmp_path: Path) -> None:
+def test_plain_trainer_trains_and_loads_a_checkpoint(cls: type, tmp_path: Path) -> None:
     torch.manual_seed(0)
     idx = torch.arange(9).repeat(64, 1)  # counting up, learned in a few steps
     loader = DataLoader(TensorDataset(idx[:, :-1], idx[:, 1:]), batch_size=8)
@@ -61,7 +61,7 @@ def test_trains_under_a_plain_trainer_and_loads_again(cls: type, tmp_path: Path)
 
 
 @pytest.mark.parametrize("cls", [MinGPT, NanoGPT])
-def test_decay_groups_are_the_originals(cls: type) -> None:
+def test_decay_groups_match_the_originals(cls: type) -> None:
     module = cls(vocab_size=10, block_size=8, model_type="gpt-nano")
     decayed, rest = module.configure_optimizers()["optimizer"].param_groups
     assert (decayed["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
@@ -76,7 +76,7 @@ def test_decay_groups_are_the_originals(cls: type) -> None:
     assert {id(p) for p in rest["params"]} == {id(named[name]) for name in named.keys() - expected}
 
 
-def test_schedule_is_the_closed_form() -> None:
+def test_schedule_matches_the_closed_form() -> None:
     factor = [warmup_cosine(s, warmup_steps=10, decay_steps=110, final=0.1) for s in range(120)]
     assert factor[0] == pytest.approx(1 / 11)
     assert factor[10] == pytest.approx(1.0)
@@ -86,7 +86,7 @@ def test_schedule_is_the_closed_form() -> None:
     assert all(b < a for a, b in zip(factor[10:110], factor[11:111], strict=True))
 
 
-def test_a_run_logs_learns_saves_and_is_scored_and_sampled(
+def test_run_learns_logs_saves_evaluates_and_samples(
     tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
@@ -121,7 +121,7 @@ def test_a_run_logs_learns_saves_and_is_scored_and_sampled(
 
 
 def test_validation_loss_equals_a_plain_sum_over_the_split(tmp_path: Path, text: str) -> None:
-    """Compare with the formula, one sequence at a time, without padding."""
+    """Compare with a loop over single sequences, without padding."""
     from lightning_gpt.checkpoint import open_checkpoint
     from lightning_gpt.data.tokens.preparation import prepare
 
@@ -138,8 +138,8 @@ def test_validation_loss_equals_a_plain_sum_over_the_split(tmp_path: Path, text:
 
 
 @pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
-def test_two_ranks_equal_one(tmp_path: Path, text: str, launcher: str) -> None:
-    """The same global batches give the same losses and the same validation, although ranks pad it differently."""
+def test_two_ranks_train_as_one(tmp_path: Path, text: str, launcher: str) -> None:
+    """Compare training and validation of the same global batches; ranks pad the validation differently."""
     flags = ["--implementation", "nanogpt", "--data", text, *SIZES, *QUIET, "--max_steps", "6", "--eval_interval", "3"]
     flags += ["--eval_batches", "5"]
     train.main([*flags, "--batch_size", "6", "--out_dir", str(tmp_path / "one"), "--eval_batches", "5"])
@@ -157,8 +157,8 @@ def test_two_ranks_equal_one(tmp_path: Path, text: str, launcher: str) -> None:
     assert not (tmp_path / "runs").exists()
 
 
-def test_gradients_are_clipped_unscaled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The logged norm is that of the unscaled gradient, whatever the loss scale."""
+def test_gradient_norm_is_independent_of_the_loss_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that the logged norm is that of the unscaled gradient."""
     norms = {}
     for scale in (1.0, 65536.0):
         plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=scale))
@@ -192,7 +192,7 @@ def test_budgets(tmp_path: Path, text: str, budget: list[str], steps: int) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["mingpt", "nanogpt"])
-def test_compiled_blocks_train_the_same(tmp_path: Path, text: str, implementation: str) -> None:
+def test_compiled_blocks_train_as_eager_ones(tmp_path: Path, text: str, implementation: str) -> None:
     flags = ["--implementation", implementation, "--data", text, *SIZES, *QUIET, "--max_steps", "4"]
     flags += ["--embd_pdrop=0", "--resid_pdrop=0", "--attn_pdrop=0"] if implementation == "mingpt" else []
     train.main([*flags, "--out_dir", str(tmp_path / "eager")])

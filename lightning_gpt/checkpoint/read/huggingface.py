@@ -174,7 +174,7 @@ def hub_folder(name: str) -> Path:
             fetch(_TOKENIZER)
     except Exception as error:  # no such model, no network, a full disk: each library raises its own errors
         raise UserError(
-            f"{name} is not a local path, and cannot be downloaded from the Hugging Face hub ({type(error).__name__}); without a"
-            f" network, put its {CONFIG} and {WEIGHTS} into a folder and give that folder"
+            f"{name} is not a local path, and cannot be downloaded from the Hugging Face hub ({type(error).__name__});"
+            f" without a network, put its {CONFIG} and {WEIGHTS} into a folder and give that folder"
         ) from error
     return folder

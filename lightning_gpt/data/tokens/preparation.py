@@ -125,7 +125,8 @@ def _named_corpus(options: PrepareOptions) -> tuple[Corpus, NamedSet] | None:
     names = [name for name in options.inputs if name in NAMED_SETS]
     if names and len(options.inputs) > 1:
         raise UserError(
-            f"{names[0]} cannot be combined with other inputs; give it alone, or ./{names[0]} for a file or folder of that name"
+            f"{names[0]} cannot be combined with other inputs; give it alone, or ./{names[0]} for a file or"
+            " folder of that name"
         )
     if options.from_file is not None and not names:
         raise UserError(f"--from {options.from_file}: it needs a named data set; add one of {', '.join(NAMED_SETS)}")

@@ -130,7 +130,7 @@ def _write(
 ) -> dict[str, Any]:
     state = _State(**writer.state)
     if writer.resumed and state.disk:
-        say(f"going on where an earlier start was stopped: {state.disk / 1e6:,.0f} MB are done")
+        say(f"continuing an interrupted run: {state.disk / 1e6:,.0f} MB already done")
     tokenizer, is_char = plan.tokenizer, plan.tokenizer == CharTokenizer.name
     if isinstance(tokenizer, str):
         tokenizer = CharTokenizer("a") if is_char else build_tokenizer(tokenizer, corpus=None, source=corpus.source)
