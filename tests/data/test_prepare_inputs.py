@@ -215,7 +215,7 @@ def test_wrong_options_are_refused(tmp_path, refused, monkeypatch):
     assert "--val_fraction 1.0" in refused(prepare.main, text, "--out=out", "--val_fraction=1.0")
     assert "--workers 0" in refused(prepare.main, text, "--out=out", "--workers=0")
     assert "--tokenizer word" in refused(prepare.main, text, "--out=out", "--tokenizer=word")
-    assert "prepared by itself" in refused(prepare.main, "shakespeare", text, "--out=out")
+    assert "cannot be combined" in refused(prepare.main, "shakespeare", text, "--out=out")
     assert "--from a.txt" in refused(prepare.main, text, "--out=out", "--from=a.txt")
     assert "a.txt is a file" in refused(prepare.main, text, "--out=a.txt", "--tokenizer=byte")
     _write(tmp_path / "mine" / "thesis.tex", b"x")
@@ -317,7 +317,7 @@ def test_openwebtext_from_the_hub_and_from_a_file(tmp_path, monkeypatch, small_u
     assert _prepare(tmp_path, "openwebtext", "--from", tmp_path / "a.jsonl", flags=flags) == rows
     hub.load_dataset = lambda name, split, streaming: _Lost({"text": text} for text in TEXTS)
     error = refused(prepare.main, "openwebtext", f"--out={tmp_path / 'out'}", "--tokenizer=byte", *flags)
-    assert "the line is dead" in error and "goes on" in error
+    assert "the line is dead" in error and "to continue" in error
     hub.load_dataset = lambda name, split, streaming: _Streamed({"text": text} for text in TEXTS)
     capsys.readouterr()
     assert _prepare(tmp_path, "openwebtext", flags=flags) == rows
