@@ -207,7 +207,7 @@ def test_resume_from_a_converted_folder(chain, fsdp, refused, capsys):
 def test_resume_from_weights_only_is_refused(fsdp, scored, refused):
     scored(fsdp)
     folder = fsdp / "checkpoints" / "last"
-    refused(train.main, f"--resume={folder}", f"--max_steps={STEPS}", mentions=[folder, "weights alone"])
+    refused(train.main, f"--resume={folder}", f"--max_steps={STEPS}", mentions=[folder, "only weights"])
 
 
 def test_resume_of_a_moved_run_keeps_its_best(chain, tmp_path):

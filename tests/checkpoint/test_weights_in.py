@@ -120,7 +120,7 @@ def test_from_pretrained_refuses_unsupported_settings(tmp_path):
     assert_same_logits(nanogpt.model.GPT.from_pretrained(exact), hugging_face(activation_function="gelu"))
     wide = str(saved(hugging_face(n_inner=20), tmp_path / "wide"))
     for cls, folder, wrong in (
-        (nanogpt.model.GPT, untied, "head of its own"),
+        (nanogpt.model.GPT, untied, "untied head"),
         (mingpt.model.GPT, exact, "tanh GELU"),
         (mingpt.model.GPT, wide, "n_inner"),
         (nanogpt.model.GPT, wide, "n_inner"),
@@ -202,7 +202,7 @@ def test_tokenizer_of_another_size_than_the_embedding(tmp_path, capsys):
     assert len(capsys.readouterr().out) == 302
     with pytest.raises(SystemExit):
         sample.main([f"--checkpoint={tmp_path / 'fewer'}", *flags])
-    assert "token 7, and the model knows 3" in capsys.readouterr().err
+    assert "token 7, but the model has 3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("own", ["mingpt", "nanogpt"])
