@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-import os
+import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -126,10 +126,9 @@ def whole_folder(folder: Path, *, source: Path) -> Iterator[Path]:
     Raises:
         UserError: The folder cannot be written, or the source was replaced meanwhile.
     """
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    part = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.part")
     before = fingerprint(source)
     try:
-        remove(part)  # left by a crashed process with the same id
         part.mkdir(parents=True)
         yield part
         if fingerprint(source) != before:
