@@ -1,7 +1,6 @@
 """Print what is about to run: model, data, budget and devices; for a dry run also the plan."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
@@ -11,32 +10,7 @@ from lightning_gpt.models import GPTModule
 from lightning_gpt.planning import plan
 from lightning_gpt.strategies.devices import Devices
 from lightning_gpt.strategies.memory import MemoryRules
-
-
-@dataclass(frozen=True, kw_only=True)
-class Budget:
-    """Length of a run, and size of its batches.
-
-    Attributes:
-        max_steps: Optimizer steps.
-        batch_size: Sequences per device and micro-batch.
-        block_size: Tokens per sequence.
-        accumulate: Micro-batches per optimizer step.
-        world_size: Number of devices.
-        global_batch_tokens: Value of ``--global_batch_tokens``, from which ``accumulate`` follows; None if not given.
-    """
-
-    max_steps: int
-    batch_size: int
-    block_size: int
-    accumulate: int
-    world_size: int
-    global_batch_tokens: int | None
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens per optimizer step over all devices."""
-        return self.batch_size * self.block_size * self.accumulate * self.world_size
+from lightning_gpt.training.budget import Budget
 
 
 @rank_zero_only

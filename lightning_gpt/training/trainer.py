@@ -1,0 +1,107 @@
+"""Build the Lightning Trainer of a run: its options, logger and callbacks."""
+
+from collections.abc import Callable
+from difflib import get_close_matches
+from functools import partial
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+
+from lightning_gpt.checkpoint.initial import InitialWeights
+from lightning_gpt.config import TrainConfig, TrainerOptions, UserError
+from lightning_gpt.strategies import StrategyRow
+from lightning_gpt.strategies.devices import Devices
+from lightning_gpt.strategies.saving import WholeFiles
+from lightning_gpt.training.budget import Budget
+from lightning_gpt.training.callbacks import DropoutSeed, ProgressBar, RunMetrics, ValidateAtEnd
+
+LOGGERS: dict[str, Callable[[Path], Logger | bool]] = {
+    "tensorboard": lambda run: TensorBoardLogger(run, name="logs"),
+    "csv": lambda run: CSVLogger(run, name="logs"),
+    "wandb": lambda run: WandbLogger(save_dir=run, name=run.name),
+    "none": lambda run: False,
+}
+
+
+# The Trainer's options that lightning_gpt sets; --trainer.NAME sets the others.
+_DECIDED = (
+    "accelerator devices num_nodes strategy precision plugins logger callbacks max_epochs max_steps max_time"
+    " accumulate_grad_batches gradient_clip_val val_check_interval check_val_every_n_epoch num_sanity_val_steps"
+    " log_every_n_steps use_distributed_sampler enable_model_summary limit_train_batches limit_val_batches"
+    " overfit_batches fast_dev_run"
+).split()
+
+
+def check_trainer_options(options: TrainerOptions) -> None:
+    """Raise a UserError for --trainer options that Lightning does not have, or that other flags set."""
+    known = set(signature(Trainer.__init__).parameters) - {"self"}
+    for name in options.trainer:
+        if name in _DECIDED:
+            raise UserError(f"--trainer.{name} is set by lightning-gpt itself; see --help for the flag to use instead")
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise UserError(f"--trainer.{name}: lightning.Trainer has no such option{hint}")
+
+
+def make_callbacks(config: TrainConfig, run_dir: Path, metrics: RunMetrics, *, accumulate: int) -> list[Callback]:
+    """Return the callbacks of every run."""
+    wanted = config.trainer.trainer.get("enable_progress_bar", True)
+    bar = [ProgressBar(refresh_rate=10 * accumulate)] if wanted else []
+    checkpoint = partial(
+        ModelCheckpoint, dirpath=run_dir / "checkpoints", enable_version_counter=False, save_on_train_epoch_end=False
+    )
+    return [
+        DropoutSeed(config.run.seed),
+        ValidateAtEnd(),
+        checkpoint(filename="best", monitor="val_loss"),
+        checkpoint(filename="last"),
+        *bar,
+        metrics,  # after the bar, which must close before the last line is printed
+    ]
+
+
+def make_trainer(
+    config: TrainConfig,
+    strategy: StrategyRow,
+    where: Devices,
+    run_dir: Path,
+    *,
+    callbacks: list[Callback],
+    budget: Budget,
+) -> Trainer:
+    """Return the Trainer; raise a UserError if it rejects an option or the logger is unknown."""
+    options, name = config.trainer, config.run.logger
+    if name not in LOGGERS:
+        raise UserError(f"--logger {name} is unknown; choose one of {', '.join(LOGGERS)}")
+    try:
+        logger = LOGGERS[name](run_dir)
+    except ModuleNotFoundError as error:
+        raise UserError(f"--logger {name} needs a package: {error}; pip install it or choose another") from error
+    ours: dict[str, Any] = {
+        **strategy.arguments(where),
+        "plugins": [WholeFiles()],
+        "logger": logger,
+        "callbacks": callbacks,
+        "max_epochs": -1,
+        "max_steps": budget.max_steps,
+        "accumulate_grad_batches": budget.accumulate,
+        "gradient_clip_val": config.optim.gradient_clip_val or None,
+        "val_check_interval": options.eval_interval * budget.accumulate,
+        "check_val_every_n_epoch": None,
+        # Score initial weights before the first step, so that the user sees where fine-tuning starts.
+        "num_sanity_val_steps": -1 if any(isinstance(callback, InitialWeights) for callback in callbacks) else 0,
+        "log_every_n_steps": options.log_every_n_steps,
+        "use_distributed_sampler": False,
+        "enable_model_summary": False,
+    }
+    assert ours.keys() <= set(_DECIDED)
+    try:
+        return Trainer(**ours, **options.trainer)
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        raise UserError(f"lightning.Trainer rejects its options: {error}") from error
