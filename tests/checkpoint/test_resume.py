@@ -85,14 +85,13 @@ def test_resume_after_a_crash_continues_from_the_last_save(tmp_path: Path, text:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train.main([*flags, "--max_steps", str(STEPS), "--out_dir", str(whole)])
     code = (
-        "import os, train, lightning\n"
+        "import os, lightning\n"
         "class Crash(lightning.Callback):\n"
         "    def on_train_batch_start(self, trainer, *_):\n"
         "        if trainer.global_step == 6: os._exit(9)\n"
-        "import lightning_gpt.training.run as t\n"
-        "build = t.Trainer\n"
-        "t.Trainer = lambda **k: build(**{**k, 'callbacks': [*k['callbacks'], Crash()]})\n"
-        f"train.main({[*flags, '--max_steps', str(STEPS), '--out_dir', str(parts)]!r})\n"
+        "from lightning_gpt.cli import parse_train\n"
+        "from lightning_gpt.training.run import train\n"
+        f"train(parse_train({[*flags, '--max_steps', str(STEPS), '--out_dir', str(parts)]!r}), callbacks=[Crash()])\n"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True).returncode == 9
     assert checkpoint(parts)["global_step"] == 4
