@@ -58,7 +58,9 @@ def run_python(
         subprocess.TimeoutExpired: A rank still ran after the timeout. All ranks have been killed.
     """
     argv, context = [str(argument) for argument in command], _server()
-    shared, store = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}, None
+    shared = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    shared |= {"OMP_NUM_THREADS": "1", **(env or {})}
+    store = None
     if ranks > 1:  # as under torchrun, the launcher holds the store where ranks meet, so that it knows a free port
         store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as folder:
@@ -102,8 +104,9 @@ def _server() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
     before = os.environ.copy()
+    searched = os.pathsep.join(filter(None, [str(REPO), before.get("PYTHONPATH")]))
     # Inductor would start a pool of processes when it is imported.
-    os.environ |= {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    os.environ |= {"PYTHONPATH": searched, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     try:
         forkserver.ensure_running()
     finally:
