@@ -51,13 +51,17 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
-    """Keep tokens and DeepSpeed's compiled extensions in this session's folders, away from the user's."""
+    """Keep tokens and DeepSpeed's compiled extensions in this session's folders, away from the user's.
+
+    TORCH_EXTENSIONS_DIR, if set, is used: compiling the extensions takes over a minute.
+    """
     session = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:  # the parent folder is shared, so that the extensions are compiled once
         session = session.parent
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LIGHTNING_GPT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("TORCH_EXTENSIONS_DIR", str(session / "extensions"))
+        if "TORCH_EXTENSIONS_DIR" not in os.environ:
+            patch.setenv("TORCH_EXTENSIONS_DIR", str(session / "extensions"))
         yield
 
 
