@@ -8,6 +8,7 @@ import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # set before torch is imported, so that workers do not compete for cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 _TINY = (
     "--n_layer=1 --n_head=1 --n_embd=16 --block_size=16 --batch_size=4 --max_steps=4 --eval_interval=2 --logger=none"
@@ -15,22 +16,52 @@ _TINY = (
 )
 
 
+# Groups of tests that start first, in this order, because they take long: the last ones should be short, so that both
+# processes end at the same time. The first one compiles DeepSpeed's CPUAdam, on which others would have to wait.
+_FIRST = (
+    *("parity deepspeed_stage_2_offload", "strategies fsdp", "parity fsdp", "test_anywhere.py", "strategies", "parity"),
+    *("planning", "test_training.py", "test_formats.py", "test_compiled_generation.py", "test_blocks.py"),
+    *("test_muon.py", "test_resume.py", "test_notebooks.py", "test_forms.py", "test_init_from.py", "test_tasks.py"),
+    "test_memory.py",
+)
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Mark the tests that need GPT-2's tables, so that `-m tables` selects them."""
+    """Group the tests for xdist, sort the groups, and mark the tests that need GPT-2's tables for `-m tables`.
+
+    One process runs all tests of a group, so that it makes the fixtures they share once. A group is a file, or the
+    tests that name it with `xdist_group`, for files that are too long for one process.
+    """
+
+    def group(item) -> str:
+        marker = item.get_closest_marker("xdist_group")
+        return marker.args[0] if marker else item.path.name
+
+    def place(item) -> int:
+        return next((i for i, name in enumerate(_FIRST) if group(item).startswith(name)), len(_FIRST))
+
     for item in items:
         if "gpt2_tables" in item.fixturenames:
             item.add_marker("tables")
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
-    """Keep tokens and DeepSpeed's compiled extensions in this session's folders, away from the user's."""
+    """Keep tokens and DeepSpeed's compiled extensions in this session's folders, away from the user's.
+
+    TORCH_EXTENSIONS_DIR, if set, is used: compiling the extensions takes over a minute.
+    """
     session = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:  # the parent folder is shared, so that the extensions are compiled once
         session = session.parent
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LIGHTNING_GPT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("TORCH_EXTENSIONS_DIR", str(session / "extensions"))
+        if "TORCH_EXTENSIONS_DIR" not in os.environ:
+            patch.setenv("TORCH_EXTENSIONS_DIR", str(session / "extensions"))
         yield
 
 

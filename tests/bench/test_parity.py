@@ -8,23 +8,33 @@ from lightning_gpt.bench import parity
 from lightning_gpt.bench.parity import Case, cases, deviations
 from lightning_gpt.implementations.registry import IMPLEMENTATIONS
 from lightning_gpt.strategies import STRATEGIES
+from tests.launching import run_calls
 
 ACCELERATOR = "gpu" if torch.cuda.is_available() else "cpu"
 DEVICES = min(2, torch.cuda.device_count() or 2)
 QUICK = ("fsdp", "deepspeed_stage_2")  # one of each kind; CI runs the others
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """Return a folder that all strategies share, so that single-process runs are made once."""
     return tmp_path_factory.mktemp("parity")
 
 
-@pytest.mark.parametrize(
-    "strategy",
-    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in STRATEGIES if name != "auto"],
-)
-def test_strategy_matches_single_process(strategy, folder, text_file):
+def launch(commands, ranks):
+    done = run_calls(*(["train", *flags] for flags in commands), ranks=ranks)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def row(name):
+    marks = [pytest.mark.xdist_group(f"parity {name}")] + [pytest.mark.slow] * (name not in QUICK)
+    return pytest.param(name, marks=marks)
+
+
+@pytest.mark.parametrize("strategy", [row(name) for name in STRATEGIES if name != "auto"])
+def test_strategy_matches_single_process(strategy, folder, text_file, monkeypatch):
+    if ACCELERATOR == "cpu":  # test_parity_prints_the_table uses torchrun
+        monkeypatch.setattr(parity, "_launch", launch)
     if strategy.startswith("deepspeed"):
         pytest.importorskip("deepspeed")
     settings = dict(devices=DEVICES, accelerator=ACCELERATOR, steps=10, data=str(text_file))

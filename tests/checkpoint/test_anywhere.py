@@ -4,8 +4,6 @@ import csv
 import json
 import os
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from importlib.util import find_spec
@@ -20,10 +18,9 @@ import lightning_gpt.checkpoint
 import sample
 import train
 from lightning_gpt.checkpoint import ensure_canonical, open_checkpoint
+from tests.launching import run_calls
 
 REPO = Path(__file__).parents[2]
-PYTHON = sys.executable
-TORCHRUN = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 HAS_DEEPSPEED = find_spec("deepspeed") is not None
 needs_deepspeed = pytest.mark.skipif(not HAS_DEEPSPEED, reason="DeepSpeed is not installed")
 
@@ -38,20 +35,10 @@ STRATEGIES = ["ddp", "fsdp", *(f"deepspeed_stage_{stage}" for stage in (1, 2, 3)
 OFFLOADED = ["deepspeed_stage_2_offload", "deepspeed_stage_3_offload"]
 PRINTED = "checkpoint hash step loss perplexity bits_per_byte tokens data block_size stride".split()
 
-# Script: make several calls of entry points in one process group.
-CALLS = """
-import importlib, json, sys
 
-for entry_point, *flags in json.loads(sys.argv[1]):
-    importlib.import_module(entry_point).main(flags)
-"""
-
-
-def processes(*command, cwd=REPO):
-    """Run a command line and return its stdout."""
-    env = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")}
-    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
-    done = subprocess.run([str(c) for c in command], cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
+def processes(*calls, ranks=2, cwd=REPO):
+    """Make calls of entry points in one group of processes and return their stdout."""
+    done = run_calls(*calls, ranks=ranks, cwd=cwd)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 
@@ -110,7 +97,7 @@ def run_chain(folder: Path, text: Path, implementation: str) -> Path:
         if ranks == 1:
             train.main(resumed)
         else:
-            processes(PYTHON, REPO / "train.py", *resumed)
+            processes(["train", *resumed])
         snapshot(folder / "parts", folder / strategy)
     return folder
 
@@ -173,13 +160,12 @@ def test_resume_under_changing_strategies_equals_an_uninterrupted_run(chain):
 @needs_deepspeed
 def test_resume_in_bf16_uses_float32_weights(tmp_path, text_file):
     """Check that ZeRO-2 in bf16 resumes from the float32 master weights, not from the rounded ones."""
-    (tmp_path / "calls.py").write_text(CALLS)
     flags = ["train", *SIZES, *RUN, "--implementation=nanogpt", "--dropout=0.1", f"--data={text_file}"]
     flags += ["--strategy=deepspeed_stage_2", "--precision=bf16", "--batch_size=2", "--lr_decay_steps=6"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     calls = [[*flags, f"--out_dir={whole}", "--max_steps=6"], [*flags, f"--out_dir={parts}", "--max_steps=3"]]
     calls.append(["train", f"--resume={parts}", "--max_steps=6"])
-    processes(*TORCHRUN, tmp_path / "calls.py", json.dumps(calls))
+    processes(*calls)
     assert log(parts) == log(whole) and sorted(log(parts)) == list(range(1, 7))
     a, b = open_checkpoint(last(parts)), open_checkpoint(last(whole))
     for name in a.names():
@@ -239,11 +225,10 @@ def two_ranks(chain, tmp_path_factory) -> Path:
     """Make all calls in one group of two processes; return the folder with JSON files, stdout and a conversion."""
     folder = tmp_path_factory.mktemp("two-ranks")
     snapshot(chain / "fsdp", folder / "shards")
-    (folder / "calls.py").write_text(CALLS)
     flags = ["evaluate", f"--checkpoint={folder / 'shards'}", "--accelerator=cpu"]
     calls = [flags, [*flags, "--convert_only"], *scoring_calls(STRATEGIES, last(chain / "whole"), folder)]
     calls.append([*calls[2], "--eval_batches=3", "--batch_size=2", f"--json={folder}/part.json"])
-    (folder / "stdout").write_text(processes(*TORCHRUN, folder / "calls.py", json.dumps(calls)))
+    (folder / "stdout").write_text(processes(*calls))
     return folder
 
 
@@ -271,8 +256,7 @@ def test_one_process_of_torchrun_prints_and_converts(two_ranks):
 @needs_deepspeed
 @pytest.mark.slow
 def test_score_is_equal_with_offloaded_weights(chain, scored, tmp_path):
-    (tmp_path / "calls.py").write_text(CALLS)
-    processes(*TORCHRUN, tmp_path / "calls.py", json.dumps(scoring_calls(OFFLOADED, last(chain / "whole"), tmp_path)))
+    processes(*scoring_calls(OFFLOADED, last(chain / "whole"), tmp_path))
     expected = scored(chain / "whole", "--which=last")
     for strategy in OFFLOADED:
         assert json.loads((tmp_path / f"{strategy}.json").read_text()) == rounded(expected), strategy
@@ -286,10 +270,9 @@ def test_evaluate_prints_only_scores_of_the_newest_run(chain, scored, tmp_path):
     snapshot(chain / "ddp", older)
     os.utime(last(older), (1, 1))
     snapshot(chain / "whole", tmp_path / "runs" / "newer")
-    (tmp_path / "calls.py").write_text(CALLS)
     flags = ["evaluate", "--accelerator=cpu", "--batch_size=1", "--strategy"]
     calls = [[*flags, "deepspeed_stage_1", "--json=stage_1"], [*flags, "deepspeed", "--precision=bf16", "--json=bf16"]]
-    out = processes(PYTHON, "calls.py", json.dumps(calls), cwd=tmp_path)
+    out = processes(*calls, ranks=1, cwd=tmp_path)
     assert [line.split()[0] for line in out.splitlines()] == PRINTED * 2
     for name, rounding in (("stage_1", 1e-6), ("bf16", 1e-2)):
         found = json.loads((tmp_path / name).read_text())

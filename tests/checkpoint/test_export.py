@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from lightning_gpt.checkpoint import open_checkpoint
 from lightning_gpt.models import GPTModule
 from lightning_gpt.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer
 from lightning_gpt.tokenizers.tables import load_encoding
+from tests.launching import run_python
 
 transformers = pytest.importorskip("transformers")
 
@@ -141,8 +141,8 @@ def test_hf_export_of_a_fine_tuned_gpt2(export, text_file, byte_level_file, tmp_
 def test_hf_export_of_a_sharded_checkpoint(export, text_file, tmp_path):
     flags = "--strategy=fsdp --devices=2 --accelerator=cpu --implementation=nanogpt --n_layer=2 --n_head=3 --n_embd=9"
     flags += " --block_size=15 --max_steps=2 --eval_interval=2 --eval_batches=1 --sample_tokens=0 --logger=none"
-    command = [sys.executable, "train.py", *flags.split(), f"--data={text_file}", f"--out_dir={tmp_path / 'run'}"]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=200)
+    command = [REPO / "train.py", *flags.split(), f"--data={text_file}", f"--out_dir={tmp_path / 'run'}"]
+    done = run_python(*command, ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
     assert checkpoint.is_dir()

@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from lightning_gpt.checkpoint.own_runs import remember_run
 from lightning_gpt.checkpoint.read.mapped import MappedFile
 from lightning_gpt.config import UserError
 from lightning_gpt.models import GPTModule
+from tests.launching import run_python
 
 REPO = Path(__file__).parents[2]
 RUNS = {
@@ -60,21 +59,18 @@ for argument in sys.argv[1:]:
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory, text_file) -> dict[str, Path]:
-    """Train with each sharded strategy on two ranks, all at the same time; return the checkpoints, read-only."""
+    """Train with each sharded strategy on two ranks; return the checkpoints, read-only."""
     folder = tmp_path_factory.mktemp("formats")
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    jobs = {}
+    found = {}
     for kind, (strategy, implementation) in RUNS.items():
         if strategy != "fsdp" and not HAS_DEEPSPEED:
             continue
         flags = [f"--strategy={strategy}", f"--implementation={implementation}", f"--out_dir={folder / kind}"]
         rest = ["--accelerator=cpu", "--devices=2", "--logger=none", "--sample_tokens=0", f"--data={text_file}"]
-        command = [sys.executable, "train.py", *SIZES.split(), *flags, *rest]
-        log = (folder / f"{kind}.log").open("w")
-        jobs[kind] = subprocess.Popen(command, cwd=REPO, env=env, stdout=log, stderr=subprocess.STDOUT)
-    for kind, job in jobs.items():
-        assert job.wait(timeout=600) == 0, (folder / f"{kind}.log").read_text()[-3000:]
-    return {kind: folder / kind / "checkpoints" / "last.ckpt" for kind in jobs}
+        done = run_python(REPO / "train.py", *SIZES.split(), *flags, *rest, ranks=2)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found[kind] = folder / kind / "checkpoints" / "last.ckpt"
+    return found
 
 
 @pytest.fixture(scope="session")
@@ -87,10 +83,7 @@ def references(runs, tmp_path_factory) -> dict[str, dict[str, dict[str, torch.Te
     found = {"fsdp": {n: {"weight": w} | states.get(n, {}) for n, w in merged["state_dict"].items()}}
     folders = [path for kind, path in runs.items() if kind != "fsdp"]
     if folders:
-        env = os.environ | {"DS_ACCELERATOR": "cpu"}
-        done = subprocess.run(
-            [sys.executable, "-c", DEEPSPEED_TOOLS, *folders], env=env, capture_output=True, text=True, timeout=600
-        )
+        done = run_python("-c", DEEPSPEED_TOOLS, *folders, env={"DS_ACCELERATOR": "cpu"}, timeout=600)
         assert done.returncode == 0, done.stderr[-3000:]
     for kind, path in runs.items():
         if kind != "fsdp":

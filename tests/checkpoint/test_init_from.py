@@ -2,11 +2,8 @@
 
 import csv
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,6 +19,7 @@ import sample
 import train
 from lightning_gpt.checkpoint import find_checkpoint, open_checkpoint
 from lightning_gpt.data.tokens.preparation import prepare
+from tests.launching import run_python
 
 REPO = Path(__file__).parents[2]
 # Like tiny_flags, without sizes.
@@ -240,8 +238,7 @@ def test_sharded_strategies_start_from_the_same_weights(folder, tmp_path, text_f
     run = tmp_path / "run"
     flags = [*RUN, "--accelerator=cpu", "--devices=2", f"--strategy={strategy}", "--eval_batches=0"]
     flags += [f"--init_from={folder}", f"--data={text_file}", "--freeze_embeddings", f"--out_dir={run}"]
-    command = [sys.executable, str(REPO / "train.py")]
-    done = subprocess.run([*command, *flags], env=os.environ, capture_output=True, text=True, timeout=600)
+    done = run_python(REPO / "train.py", *flags, ranks=2, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert printed(done.stdout)[0] == pytest.approx(before, abs=6e-5)
     train.main([f"--resume={run}", "--strategy=auto", "--devices=1", "--max_steps=6"])

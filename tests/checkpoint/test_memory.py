@@ -1,14 +1,12 @@
 """Memory of converting a checkpoint of more than 1 GB."""
 
 import shutil
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-REPO = Path(__file__).parents[2]
+from tests.launching import run_python
 
 # Script with arguments FOLDER STAGE: write a ZeRO folder of two ranks as DeepSpeed does, with random values.
 BIG_FOLDER = """
@@ -77,8 +75,9 @@ print(peak() - before, 4 * sum(math.prod(shape) for shape in checkpoint.shapes()
 @pytest.mark.parametrize("stage", [3])  # this stage reads weights from the files of all ranks
 def test_conversion_memory_is_below_1_3_times_the_weights(tmp_path, stage):
     def python(script: str, *arguments: object) -> str:
-        command = [sys.executable, "-c", script, *map(str, arguments)]
-        return subprocess.run(command, cwd=REPO, check=True, capture_output=True, text=True, timeout=300).stdout
+        done = run_python("-c", script, *arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
     python(BIG_FOLDER, tmp_path / "big.ckpt", stage)
     for extras, limit in (([], 0.5), (["optimizer"], 0.5), (["pt"], 1.3)):

@@ -1,16 +1,14 @@
 """Resume is exact: in a single CPU process, a resumed run is bit-identical to an uninterrupted one."""
 
 import csv
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import train
+from tests.launching import run_python
 
 REPO = Path(__file__).parents[2]
 STEPS = 12
@@ -93,7 +91,7 @@ def test_resume_after_a_crash_continues_from_the_last_save(tmp_path: Path, text:
         "from lightning_gpt.training.run import train\n"
         f"train(parse_train({[*flags, '--max_steps', str(STEPS), '--out_dir', str(parts)]!r}), callbacks=[Crash()])\n"
     )
-    assert subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True).returncode == 9
+    assert run_python("-c", code).returncode == 9
     assert checkpoint(parts)["global_step"] == 4
     train.main(["--resume", str(parts)])  # all settings come from the saved run
     ours, theirs = checkpoint(whole), checkpoint(parts)
@@ -122,8 +120,8 @@ def test_resume_on_two_ranks_sees_the_same_samples(tmp_path: Path, text: str, ac
     train.main([*flags, "--batch_size", "12", "--max_steps", "5", "--out_dir", str(parts)])
     two = ["--strategy", "ddp", "--devices", "2", "--batch_size", str(6 // accumulate)]
     two += ["--accumulate_grad_batches", str(accumulate), "--max_steps", str(STEPS), *LOGGED]
-    command = [sys.executable, str(REPO / "train.py"), "--resume", str(parts), *two]
-    subprocess.run(command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=300)
+    done = run_python(REPO / "train.py", "--resume", parts, *two, ranks=2, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
     ours, theirs = losses(whole), losses(parts)
     assert sorted(ours) == sorted(theirs) == list(range(1, STEPS + 1))
     for step in ours:

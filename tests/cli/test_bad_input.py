@@ -205,7 +205,7 @@ def test_two_budgets_in_yaml_are_refused(refused_training, refused, tmp_path, te
         ("trainer: null\n", "trainer"),
         ("batch_size: null\n", "--batch_size"),
         ("model_type: [1]\n", "model_type"),
-        ("1: 2\n", "1"),
+        ("1: 2\n", "flag: value"),
         ("\x00", "config.yaml"),
     ],
 )

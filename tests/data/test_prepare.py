@@ -6,7 +6,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -229,15 +228,24 @@ def test_prepare_continues_after_a_stop_anywhere(story, tmp_path, monkeypatch, s
     assert sorted(os.listdir(tmp_path)) == ["out", "whole"]
 
 
-_SLOWLY = """
-import sys, time
+# Script: run prepare.py, and kill this process after some commits. Arguments: their number, and prepare.py's.
+_KILLED = """
+import os, signal, sys
 import prepare
 from lightning_gpt.data.tokens import encoding, tokenizing, writing
 
 encoding.UNIT_BYTES = tokenizing.UNIT_BYTES = 50_000
 tokenizing.COMMIT_SECONDS = 0
-commit, seconds = writing.TokenWriter.commit, float(sys.argv[1])
-writing.TokenWriter.commit = lambda *args: (commit(*args), time.sleep(seconds))
+commit, left = writing.TokenWriter.commit, int(sys.argv[1])
+
+def counted(*args):
+    global left
+    commit(*args)
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+writing.TokenWriter.commit = counted
 prepare.main(sys.argv[2:])
 """
 
@@ -245,16 +253,12 @@ prepare.main(sys.argv[2:])
 def test_prepare_continues_after_a_kill(story, tmp_path):
     out, long = tmp_path / "out", tmp_path / "long.txt"
     long.write_bytes(story.read_bytes() * 20)
-    command, options = [sys.executable, "-c", _SLOWLY], [str(long), "--tokenizer=byte"]
+    command, options = [sys.executable, "-c", _KILLED], [str(long), "--tokenizer=byte"]
     environment = {**os.environ, "PYTHONPATH": str(REPO)}
-    child = subprocess.Popen([*command, "0.05", *options, f"--out={out}"], env=environment)
+    killed = subprocess.run([*command, "12", *options, f"--out={out}"], env=environment)
+    assert killed.returncode == -signal.SIGKILL and not out.exists()
     journal = tmp_path / ".out.partial" / "journal.json"
-    while not journal.exists() or json.loads(journal.read_text())["sizes"]["train"] < 500_000:
-        assert child.poll() is None
-        time.sleep(0.01)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    assert not out.exists()
+    assert json.loads(journal.read_text())["sizes"]["train"] > 400_000
     again = [*command, "0", *options, f"--out={out}"]
     done = subprocess.run(again, env=environment, capture_output=True, text=True, check=True)
     assert "continuing an interrupted run" in done.stderr

@@ -1,8 +1,6 @@
 """Tasks: rows, splits, accuracy, training and resuming."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from lightning_gpt.data.streams import TrainBatches
 from lightning_gpt.data.tasks.adder import Adder
 from lightning_gpt.data.tasks.sort import Sort
 from lightning_gpt.models.scoring import ScoreSums, count_right
+from tests.launching import run_python
 
 REPO = Path(__file__).parents[2]
 NANO = "--implementation=nanogpt --dropout=0 --accelerator=cpu --logger=none".split()
@@ -294,21 +293,20 @@ def test_two_ranks_agree_with_a_single_process(strategy, tmp_path, capsys):
     one, two = tmp_path / "one", tmp_path / "two"
     ranks = [f"--strategy={strategy}", "--devices=2", "--accelerator=cpu"]
     train.main([*flags, "--batch_size=64", f"--out_dir={one}"])
-    printed = [capsys.readouterr().out, process("train.py", *flags, "--batch_size=32", *ranks, f"--out_dir={two}")]
+    printed = [capsys.readouterr().out, two_ranks("train.py", *flags, "--batch_size=32", *ranks, f"--out_dir={two}")]
     lines = [[line for line in out.splitlines() if line.startswith("step ")] for out in printed]
     numbers = [[float(word.rstrip(",")) for word in " ".join(found).split() if "." in word] for found in lines]
     assert len(numbers[0]) == 6 and numbers[0][-1] > 0.05
     assert numbers[0] == pytest.approx(numbers[1], abs=0.02)
     alone = score(tmp_path, "--checkpoint", two, "--batch_size=7")
-    process("evaluate.py", f"--checkpoint={two}", "--batch_size=3", *ranks, f"--json={tmp_path / 'ranks.json'}")
+    two_ranks("evaluate.py", f"--checkpoint={two}", "--batch_size=3", *ranks, f"--json={tmp_path / 'ranks.json'}")
     together = json.loads((tmp_path / "ranks.json").read_text())
     assert together["accuracy"] == alone["accuracy"] and together["tokens"] == alone["tokens"] == 64 * 4
     assert together["loss"] == pytest.approx(alone["loss"], abs=1e-5)
 
 
-def process(*command):
-    """Run an entry point in its own process and return its stdout."""
-    env = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")}
-    done = subprocess.run([sys.executable, *command], cwd=REPO, env=env, capture_output=True, text=True)
+def two_ranks(entry_point, *flags):
+    """Run an entry point on two ranks and return its stdout."""
+    done = run_python(REPO / entry_point, *flags, ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

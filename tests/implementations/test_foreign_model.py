@@ -3,7 +3,6 @@
 import csv
 import importlib
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import evaluate
 import sample
 import train
 from lightning_gpt.checkpoint import find_checkpoint, open_checkpoint
+from tests.launching import run_python
 
 REPO = Path(__file__).parents[2]
 
@@ -74,9 +74,8 @@ def name(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(name, text_file):
     """Train the model in a separate process, which finds the file in the working directory."""
-    command = [sys.executable, str(REPO / "train.py"), "--implementation", name, *FLAGS, "--data", str(text_file)]
-    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    command = [REPO / "train.py", "--implementation", name, *FLAGS, "--data", text_file]
+    done = run_python(*command, cwd=Path.cwd())
     assert done.returncode == 0, done.stderr
     return done
 

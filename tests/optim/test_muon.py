@@ -1,8 +1,6 @@
 """Muon: parameter groups, equality with torch.optim.Muon, and state under strategies, precisions and checkpoints."""
 
 import math
-import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from lightning_gpt import MinGPT, NanoGPT, UserError
 from lightning_gpt.checkpoint import open_checkpoint
 from lightning_gpt.models import FORMS, GPTModule
 from lightning_gpt.optim import muon
+from tests.launching import run_python
 
 REPO = Path(__file__).parents[2]
 SIZES = {"vocab_size": 11, "block_size": 8, "model_type": None, "n_layer": 2, "n_head": 2, "n_embd": 12}
@@ -260,12 +259,9 @@ def test_resume_under_other_strategies(uninterrupted, text_file, tmp_path):
     """Train two steps each in one process, under FSDP, under DDP, and in one process from the canonical form."""
     parts = tmp_path / "parts"
     train.main([*RUN, "--batch_size=4", "--max_steps=2", f"--data={text_file}", f"--out_dir={parts}"])
-    env = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")}
-    env |= {"OMP_NUM_THREADS": "1"}
     for steps, strategy in ((4, "fsdp"), (6, "ddp")):
         flags = [f"--strategy={strategy}", "--devices=2", "--batch_size=2", f"--max_steps={steps}"]
-        command = [sys.executable, REPO / "train.py", f"--resume={parts}", *flags]
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=280)
+        done = run_python(REPO / "train.py", f"--resume={parts}", *flags, ranks=2, cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]
         if strategy == "fsdp":
             states = open_checkpoint(last(parts))

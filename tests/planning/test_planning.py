@@ -6,7 +6,6 @@ import gc
 import json
 import os
 import resource
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from lightning_gpt.models import FORMS, GPTModule
 from lightning_gpt.planning import Plan, flops_per_token, plan
 from lightning_gpt.strategies import STRATEGIES, device_arguments
 from lightning_gpt.strategies.memory import MemoryRules
+from tests.launching import run_python
 
 REPO = Path(__file__).parents[2]
 SIZES = {"n_layer": 4, "n_head": 4, "n_embd": 384, "vocab_size": 256, "block_size": 128}
@@ -74,11 +74,10 @@ def _plan(case: Case, *, fields: dict[str, int | float] | None = None, **changes
 def _measured(case: Case, tmp_path: Path) -> tuple[int, int]:
     """Return the bytes that rank 0 holds between two steps, and their peak within a step."""
     out = tmp_path / "measured.json"
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={case.ranks}"] if case.ranks > 1 else []
-    command = [sys.executable, *launch, __file__, json.dumps(dataclasses.asdict(case)), str(out)]
+    command = [__file__, json.dumps(dataclasses.asdict(case)), out]
     path = os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])
-    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    env = {"PYTHONPATH": path, "DS_ACCELERATOR": "cpu"}
+    done = run_python(*command, ranks=case.ranks, env=env, cwd=tmp_path, timeout=400)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     resident, peak = json.loads(out.read_text())
     return resident, peak
@@ -115,9 +114,13 @@ def test_plan_matches_measurement_on_a_single_device_slow(case, tmp_path):
     _check(case, tmp_path)
 
 
+ON_TWO_RANKS = [("fsdp", "muon"), *((name, "adamw") for name in ("ddp", "fsdp", *DEEPSPEED))]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("strategy", "optimizer"), [("fsdp", "muon"), *((name, "adamw") for name in ("ddp", "fsdp", *DEEPSPEED))]
+    ("strategy", "optimizer"),
+    [pytest.param(*row, marks=pytest.mark.xdist_group("planning " + " ".join(row))) for row in ON_TWO_RANKS],
 )
 def test_plan_matches_measurement_on_two_ranks(strategy, optimizer, tmp_path):
     if strategy in DEEPSPEED:
@@ -125,11 +128,19 @@ def test_plan_matches_measurement_on_two_ranks(strategy, optimizer, tmp_path):
     _check(Case(strategy=strategy, optimizer=optimizer), tmp_path)
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the size of this process is read from /proc")
 def test_planning_a_large_model_allocates_nothing():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Plan with an address space that has room for less than one layer."""
     large = {"n_layer": 56, "n_head": 16, "n_embd": 8192, "vocab_size": 50304, "block_size": 1024}
-    planned = _plan(Case(strategy="fsdp"), fields=large, world_size=64, devices_per_node=8)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 * 1024  # kB
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 500 * 2**20, hard))
+    try:
+        with pytest.raises((RuntimeError, MemoryError)):  # a single layer does not fit
+            torch.empty(12 * 8192**2)
+        planned = _plan(Case(strategy="fsdp"), fields=large, world_size=64, devices_per_node=8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
     assert planned.parameters == 12 * 56 * 8192**2 + 13 * 56 * 8192 + 2 * 8192 + (2 * 50304 + 1024) * 8192
     assert planned.memory.weights == -(-planned.parameters // 64) * 4
     assert planned.tokens_per_step == BATCH_SIZE * 1024 * 64

@@ -16,6 +16,7 @@ from lightning_gpt.config import UserError
 from lightning_gpt.implementations.generation import GenerationSettings
 from lightning_gpt.sampling import GrowingText, stream_text
 from lightning_gpt.tokenizers import ByteTokenizer, GPT2Tokenizer
+from tests.launching import run_python
 
 TEXT = "na\u00efve \u4f60\u597d \U0001f600 end"
 
@@ -215,8 +216,7 @@ def test_final_sample_of_a_sharded_run_equals_its_checkpoint(tmp_path, text_file
     """Compare the final sample of two FSDP ranks, which hold shards, with a sample from the checkpoint."""
     train = Path(sample.__file__).with_name("train.py")
     flags = [f"--data={text_file}", "--strategy=fsdp", "--devices=2", "--sample_tokens=40", "--prompt=the cat"]
-    command = [sys.executable, str(train), *tiny_flags, *flags, f"--out_dir={tmp_path / 'run'}"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_python(train, *tiny_flags, *flags, f"--out_dir={tmp_path / 'run'}", ranks=2)
     assert done.returncode == 0, done.stderr
     printed = done.stdout.partition("--- sample ---\n")[2].partition("\n------")[0]
     sample.main([f"--checkpoint={tmp_path / 'run'}", "--which=last", "--prompt=the cat", "--max_new_tokens=40"])

@@ -9,7 +9,6 @@ one after another, and records what it observes. One launch serves all tests of 
 import json
 import math
 import os
-import subprocess
 import sys
 import weakref
 from collections import Counter
@@ -27,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_gpt.checkpoint import open_checkpoint
 from lightning_gpt.strategies import STRATEGIES
+from tests.launching import run_python
 
 REPO = Path(__file__).parents[2]
 RANKS = 2
@@ -118,7 +118,9 @@ FILES = {
 SHARDS_WEIGHTS = ("fsdp", "deepspeed_stage_3", "deepspeed_stage_3_offload")
 FAST = ("fsdp", "deepspeed_stage_3")
 MARKS = {name: [pytest.mark.slow] * (name not in FAST) for name in STRATEGIES if name != "auto"}
-ROWS = [pytest.param(n, marks=[*m, *[needs_deepspeed] * STRATEGIES[n].deepspeed_engine]) for n, m in MARKS.items()]
+for name, marks in MARKS.items():  # one process of pytest runs all tests of a strategy
+    marks += [pytest.mark.xdist_group(f"strategies {name}"), *[needs_deepspeed] * STRATEGIES[name].deepspeed_engine]
+ROWS = [pytest.param(name, marks=marks) for name, marks in MARKS.items()]
 every_row = pytest.mark.parametrize("strategy", ROWS)
 
 
@@ -224,7 +226,7 @@ def work(folder):
     from lightning_gpt.cli import parse_train
     from lightning_gpt.training.run import train
 
-    rank = os.environ["RANK"]
+    rank = os.environ.get("RANK", "0")
     all_gather, gathered = torch.distributed.all_gather_single, Counter()
 
     def counted(output, *args, **kwargs):
@@ -252,10 +254,7 @@ def launch_runs(tmp_path_factory, text_file):
         (folder / "mine.py").write_text(USER_MODEL)
         batch = [f"--batch_size={8 // ranks}", f"--data={text_file}"]
         (folder / "runs.json").write_text(json.dumps({n: [*COMMON, *batch, *flags] for n, flags in runs.items()}))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        env = os.environ | {"PYTHONPATH": f"{REPO}:{folder}", "OMP_NUM_THREADS": "1"}
-        command += [__file__, str(folder)]
-        done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=550)
+        done = run_python(__file__, folder, ranks=ranks, env={"PYTHONPATH": f"{REPO}:{folder}"}, timeout=550)
         assert done.returncode == 0, done.stderr[-6000:]
         assert done.stdout.count("--- sample ---") == sum("--sample_tokens=4" in flags for flags in runs.values())
         files = {name: [folder / f"{name}-{rank}.pt" for rank in range(ranks)] for name in runs}
@@ -418,6 +417,7 @@ def test_strategy_and_optimizer_match_the_row(records, strategy):
 
 
 @needs_deepspeed
+@pytest.mark.xdist_group("strategies deepspeed_stage_3")
 @pytest.mark.parametrize("file", FILES)
 def test_deepspeed_config_is_used(records, reference, file):
     """Check the stage and the threshold: stage 3 shards small weights, too, which it keeps whole by default."""
