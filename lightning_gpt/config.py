@@ -121,6 +121,9 @@ class TrainerOptions:
     max-autotune"""
     recompute: bool = False
     """keep only the input of each block, and recompute its activations in the backward pass: less memory, more time"""
+    deterministic: bool = False
+    """allow only operations whose result does not depend on timing, so that the same command on the same machine gives
+    the same weights; slower on GPUs"""
     max_steps: PositiveInt | None = None
     """budget in optimizer steps (default: 1000, if no other budget is given)"""
     max_tokens: PositiveInt | None = None
@@ -143,6 +146,8 @@ class RunOptions:
 
     out_dir: str | None = None
     """run folder (default: a new one in runs/)"""
+    overwrite: bool = False
+    """replace the run in --out_dir: remove its checkpoints and logs, and no other files"""
     resume: str | None = None
     """continue a run, given by its folder or a checkpoint, under any strategy and number of devices; its saved settings
     are the defaults. Alone: the newest run in runs/. auto: the newest checkpoint in --out_dir, or else a new run; this

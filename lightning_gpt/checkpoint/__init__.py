@@ -19,6 +19,7 @@ from lightning_gpt.tokenizers import Tokenizer
 
 __all__ = [
     "RUNS",
+    "CanonicalCheckpoint",
     "Checkpoint",
     "ExactResume",
     "canonical_folder",

@@ -93,8 +93,8 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
         source = open_source(str(init_from), trust=trust, n_head=known.n_head or from_files.get("n_head"))
         implementation = implementation or source.implementation
         saved |= defaults_from(source, get_implementation(str(implementation)))
-        if from_files.get("model_type") or any(token.partition("=")[0] == "--model_type" for token in argv):
-            saved = {k: v for k, v in saved.items() if k not in SIZES}  # checked against the preset's later
+    if from_files.get("model_type") or any(token.partition("=")[0] == "--model_type" for token in argv):
+        saved = {k: v for k, v in saved.items() if k not in SIZES}  # checked against the preset's later
     row = get_implementation(str(implementation or ModelOptions.implementation))
     model_options = flag_options(row)
     data = str(known.data or from_files.get("data") or saved.get("data") or DataOptions.data)

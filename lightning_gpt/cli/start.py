@@ -47,6 +47,8 @@ def find_start(known: argparse.Namespace, from_files: dict[str, Any], *, command
     restarted = {name for name, count in launches().items() if count}
     if not resume and not restarted:
         return Start()
+    if resume and str(known.overwrite or from_files.get("overwrite")).lower() == "true":
+        raise UserError("--overwrite replaces a run and --resume continues one; give one of them")
     from lightning_gpt.checkpoint import RUNS, find_checkpoint  # imports torch, which --help must not
     from lightning_gpt.checkpoint.continuing import newest_checkpoint, newest_run
 
@@ -62,23 +64,31 @@ def find_start(known: argparse.Namespace, from_files: dict[str, Any], *, command
             folder = Path(out_dir or checkpoint.parent.parent)
             opened = _opened_by(restarted, [folder])
             later = newest_checkpoint(folder, trust=trust, since=opened[folder]) if opened else None
-            return _resume(later or checkpoint, automatic=later is not None)
+            return _resume(later or checkpoint, automatic=later is not None, trust=trust)
     folders = [Path(out_dir)] if out_dir else list(RUNS.glob("*/"))
     # Without --out_dir, a job may train several runs: the command tells them apart.
     opened = _opened_by(restarted, folders, command=None if out_dir else command)
     run_dir = max(opened, key=lambda folder: opened[folder]) if opened else Path(out_dir) if out_dir else None
     if resume == LATEST and not opened:
-        return _resume(find_checkpoint(str(run_dir or newest_run()), which="last"), automatic=False)
+        return _resume(find_checkpoint(str(run_dir or newest_run()), which="last"), automatic=False, trust=trust)
     if run_dir and (opened or resume == AUTO):
         newest = newest_checkpoint(run_dir, trust=trust)
-        return _resume(newest, automatic=True) if newest else Start(settings={"out_dir": str(run_dir)})
+        return _resume(newest, automatic=True, trust=trust) if newest else Start(settings={"out_dir": str(run_dir)})
     return Start()
 
 
-def _resume(checkpoint: Path, *, automatic: bool) -> Start:
+def _resume(checkpoint: Path, *, automatic: bool, trust: bool) -> Start:
+    """Return the start from a checkpoint, with the run's options as they were given, and the checkpoint's model."""
+    from lightning_gpt.checkpoint import open_checkpoint
+
     config = checkpoint.parent.parent / "config.yaml"
     saved = load_yaml(str(config)) if config.exists() else {}
-    settings = saved | {"out_dir": str(config.parent)} if saved else {}
+    provenance = saved.get(PROVENANCE)
+    given = provenance.get("as_given") if isinstance(provenance, dict) else None
+    settings = saved | (given if isinstance(given, dict) else {})
+    settings |= open_checkpoint(checkpoint, trust=trust).model_config
+    if saved:
+        settings["out_dir"] = str(config.parent)
     return Start(str(checkpoint), settings, Resumed(automatic, saved))
 
 

@@ -89,7 +89,7 @@ def test_resume_after_a_crash_continues_from_the_last_save(tmp_path: Path, text:
         "class Crash(lightning.Callback):\n"
         "    def on_train_batch_start(self, trainer, *_):\n"
         "        if trainer.global_step == 6: os._exit(9)\n"
-        "import lightning_gpt.training.run as t\n"
+        "import lightning_gpt.training.trainer as t\n"
         "build = t.Trainer\n"
         "t.Trainer = lambda **k: build(**{**k, 'callbacks': [*k['callbacks'], Crash()]})\n"
         f"train.main({[*flags, '--max_steps', str(STEPS), '--out_dir', str(parts)]!r})\n"
