@@ -149,9 +149,9 @@ class RunOptions:
     overwrite: bool = False
     """replace the run in --out_dir: remove its checkpoints and logs, and no other files"""
     resume: str | None = None
-    """continue a run, given by its folder or a checkpoint, under any strategy and number of devices; its saved settings
-    are the defaults. Alone: the newest run in runs/. auto: the newest checkpoint in --out_dir, or else a new run; this
-    is also what torchrun's restarts and requeued SLURM jobs do"""
+    """continue a run, given by its folder or a checkpoint, under any strategy and number of devices, with its saved
+    settings as defaults. Alone: the newest run. auto: the newest checkpoint in --out_dir, or else a new run; torchrun's
+    restarts and requeued SLURM jobs do this by themselves"""
     init_from: str | None = None
     """start from trained weights: a run or checkpoint, a nanoGPT ckpt.pt, a minGPT state dict, a Hugging Face
     folder (GPT-2 or NanoChat), or a hub name such as gpt2-xl. Its sizes and tokenizer are the defaults"""

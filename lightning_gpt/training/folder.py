@@ -18,6 +18,9 @@ from lightning_gpt.checkpoint.continuing import checkpoints_in
 from lightning_gpt.config import RunOptions, UserError
 from lightning_gpt.launch import restarted
 
+LOCK = ".lock"
+_LINGERING_SECONDS = 30  # data loading processes outlive a killed run by seconds, and hold its lock
+
 
 def fresh_folder() -> Path:
     """Return a folder in ``runs/`` that does not exist, named after the time."""
@@ -27,10 +30,6 @@ def fresh_folder() -> Path:
         count += 1
         folder = RUNS / f"{stamp}-{count}"
     return folder
-
-
-LOCK = ".lock"
-_LINGERING_SECONDS = 30  # data loading processes outlive a killed run by seconds, and hold its lock
 
 
 class SameFolder(Callback):
@@ -99,7 +98,9 @@ def _lock(run_dir: Path, stack: contextlib.ExitStack) -> None:
             return
         except TimeoutError as error:
             if time.monotonic() >= deadline:
-                raise UserError(f"{run_dir} is in use by another run; choose another --out_dir") from error
+                raise UserError(
+                    f"{run_dir} is in use by another run; wait for its end, or choose another --out_dir"
+                ) from error
         time.sleep(0.5)
 
 
