@@ -170,13 +170,7 @@ def require_resumable(checkpoint: Checkpoint, module: GPTModule, *, max_steps: i
         UserError: It does not fit the module, was trained with another optimizer, holds no optimizer state, or is at
             the end of the run.
     """
-    row, have, want = module.implementation, checkpoint.model_config, module.model_config
-    # Weight shapes do not reveal these fields.
-    shared = ("n_head", "gelu", "position", "block_size", "window", "softcap")
-    for name in shared if row.builtin and row.name == checkpoint.implementation else ():
-        ours, theirs = want.get(name), have.get(name, getattr(row.load(row.config), name, None))
-        if ours is not None and theirs is not None and ours != theirs:
-            raise UserError(f"--{name} {ours} contradicts {checkpoint.path}, whose {name} is {theirs}; give the same")
+    _require_same_fields(checkpoint, module)
     checkpoint.require_fit(module)
     if not checkpoint.has_optimizer:
         raise UserError(f"{checkpoint.path} holds only weights; start from it with --init_from")
@@ -191,3 +185,15 @@ def require_resumable(checkpoint: Checkpoint, module: GPTModule, *, max_steps: i
             raise UserError(f"{checkpoint.path} did not train {name}; resume it with --freeze_embeddings")
     if checkpoint.step >= max_steps:
         raise UserError(f"{checkpoint.path} is already at step {checkpoint.step} of {max_steps}; raise --max_steps")
+
+
+def _require_same_fields(checkpoint: Checkpoint, module: GPTModule) -> None:
+    """Raise a UserError if a config field differs from the checkpoint's and would change what its weights mean."""
+    row = module.implementation
+    if row.name != checkpoint.implementation:
+        return  # reported with the weights that do not fit
+    want, have = row.complete(module.model_config), row.complete(checkpoint.model_config)
+    for name in sorted(want.keys() - {"vocab_size", "vocab_padding"}):  # these have been compared with the data
+        ours, theirs = (list(v) if isinstance(v, tuple) else v for v in (want[name], have[name]))  # JSON has no tuples
+        if ours != theirs and not row.may_change(name):
+            raise UserError(f"--{name} {ours} contradicts {checkpoint.path}, whose {name} is {theirs}; leave it out")

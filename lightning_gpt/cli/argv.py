@@ -62,7 +62,8 @@ def scout(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--n_head", type=int)
     for name in ("implementation", "data", "resume", "init_from", "pretrained_embeddings", "trust_checkpoint"):
         parser.add_argument(f"--{name}")
-    parser.add_argument("--out_dir")
+    for name in ("out_dir", "overwrite"):
+        parser.add_argument(f"--{name}")
     try:
         known, _ = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:

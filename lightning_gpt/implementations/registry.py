@@ -14,6 +14,9 @@ A model may also have:
   built on the meta device and initialised shard by shard.
 - ``parts`` on an ``nn.Linear``: the number of equal matrices that are stacked along the rows of its weight, such as 3
   for a projection to query, key and value. Muon orthogonalises each one separately.
+
+A resumed run may only change config fields that leave the meaning of the weights as it is: those in ``CHANGEABLE``. The
+metadata of a field overrides this, as in ``rate: float = field(default=0.1, metadata={"changeable": True})``.
 """
 
 import dataclasses
@@ -34,6 +37,10 @@ from lightning_gpt.options import Option, options_in_file, options_of
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+
+# Config fields that a resumed run may change: rates of dropout, and the choice of the attention kernel.
+CHANGEABLE = frozenset({"dropout", "embd_pdrop", "resid_pdrop", "attn_pdrop", "attention", "flash"})
 
 
 def decay_linear(module: "nn.Module", name: str) -> bool:
@@ -181,7 +188,19 @@ class Implementation:
 
     def complete(self, fields: dict[str, Any]) -> dict[str, Any]:
         """Fill in the config's defaults for fields that are left out."""
-        return {f.name: f.default for f in dataclasses.fields(self.load(self.config))} | fields
+        defaults = {
+            f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+            for f in dataclasses.fields(self.load(self.config))
+        }
+        return defaults | fields
+
+    def may_change(self, name: str) -> bool:
+        """Return whether the weights keep their meaning if a config field changes, so that a resumed run may change it.
+
+        The field's metadata ``changeable`` decides; without it, the names in ``CHANGEABLE`` do.
+        """
+        field = next(f for f in dataclasses.fields(self.load(self.config)) if f.name == name)
+        return field.metadata.get("changeable", name in CHANGEABLE)
 
     @property
     def initialises_by_apply(self) -> bool:

@@ -1,7 +1,7 @@
 """Derive a run's numbers from its options: steps, accumulation, and the module's arguments."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_gpt.config import SIZES, TrainConfig, UserError
@@ -76,27 +76,50 @@ def make_budget(config: TrainConfig, where: Devices, data: TokenData, *, accumul
     )
 
 
-def module_arguments(config: TrainConfig, *, vocab_size: int, padding: int, max_steps: int) -> dict[str, Any]:
-    """Return the arguments of GPTModule after the implementation's name."""
+def resolve(config: TrainConfig, budget: Budget) -> TrainConfig:
+    """Return a run with every default filled in that depends on other options.
+
+    Of options that exclude each other, only one is set: the budget is in steps.
+    """
+    row = get_implementation(config.model.implementation)
+    model_type = config.model.model_type
+    if row.presets and not all(config.model_fields.get(size) for size in SIZES):
+        model_type = model_type or DEFAULT_PRESET
+    sizes = row.resolve(model_type=model_type, **config.model_fields)
+    optim = config.optim
+    decay_steps = optim.lr_decay_steps or budget.max_steps
+    return replace(
+        config,
+        model=replace(config.model, model_type=model_type),
+        model_fields={name: sizes.get(name) for name in config.model_fields},
+        optim=replace(
+            optim,
+            lr_decay_steps=decay_steps,
+            warmup_steps=min(100, decay_steps // 10) if optim.warmup_steps is None else optim.warmup_steps,
+            min_learning_rate=optim.learning_rate / 10 if optim.min_learning_rate is None else optim.min_learning_rate,
+            accumulate_grad_batches=None if optim.global_batch_tokens else budget.accumulate,
+        ),
+        optimizer_fields=config.optimizer_fields | get_optimizer(optim.optimizer).complete(config.optimizer_fields),
+        trainer=replace(config.trainer, max_steps=budget.max_steps, max_tokens=None, max_epochs=None),
+    )
+
+
+def module_arguments(config: TrainConfig, *, vocab_size: int, padding: int) -> dict[str, Any]:
+    """Return the arguments of GPTModule after the implementation's name, for a run that ``resolve`` has completed."""
     row = get_implementation(config.model.implementation)
     if padding and "vocab_padding" not in {option.name for option in row.config_options()}:
         raise UserError(
             f"--pad_vocab: the config of --implementation {row.name} has no field vocab_padding, without which padding"
             " would be sampled"
         )
-    model_type = config.model.model_type
-    if row.presets and not all(config.model_fields.get(size) for size in SIZES):
-        model_type = model_type or DEFAULT_PRESET
     fields = row.resolve(
-        model_type=model_type,
         **config.model_fields,
         vocab_size=vocab_size,
         vocab_padding=padding or None,
         block_size=config.model.block_size,
     )
     optim = config.optim
-    decay_steps = optim.lr_decay_steps or max_steps
-    floor = optim.learning_rate / 10 if optim.min_learning_rate is None else optim.min_learning_rate
+    assert optim.min_learning_rate is not None
     return {
         "model_config": fields,
         "weight_decay": optim.weight_decay,
@@ -104,9 +127,9 @@ def module_arguments(config: TrainConfig, *, vocab_size: int, padding: int, max_
         "betas": (optim.beta1, optim.beta2),
         "optimizer": optim.optimizer,
         **get_optimizer(optim.optimizer).complete(config.optimizer_fields),
-        "warmup_steps": min(100, decay_steps // 10) if optim.warmup_steps is None else optim.warmup_steps,
-        "decay_steps": decay_steps,
-        "final_lr_ratio": floor / optim.learning_rate,
+        "warmup_steps": optim.warmup_steps,
+        "decay_steps": optim.lr_decay_steps,
+        "final_lr_ratio": optim.min_learning_rate / optim.learning_rate,
         "compile": config.trainer.compile,
         "recompute": config.trainer.recompute,
         "freeze_embeddings": config.run.freeze_embeddings,

@@ -53,10 +53,17 @@ class ProgressBar(TQDMProgressBar):
         return {k: v for k, v in super().get_metrics(trainer, pl_module).items() if k != "v_num"}
 
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
-        """Start the bar at the current step, which is not 0 in a resumed run."""
+        """Start the bar at the current step, which is not 0 in a resumed run and does not count for its speed."""
         super().on_train_epoch_start(trainer)
-        self.train_progress_bar.initial = trainer.global_step * trainer.accumulate_grad_batches
-        self.train_progress_bar.set_description("train")
+        bar = self.train_progress_bar
+        bar.initial = bar.n = self._first_batch = trainer.global_step * trainer.accumulate_grad_batches
+        bar.set_description("train")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Advance the bar; Lightning counts batches from the start of this process."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, self._first_batch + batch_idx)
 
 
 class DropoutSeed(Callback):

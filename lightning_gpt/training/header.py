@@ -1,16 +1,20 @@
 """Print what is about to run: model, data, budget and devices; for a dry run also the plan."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from lightning_gpt.config import SIZES
+from lightning_gpt.checkpoint import Checkpoint
+from lightning_gpt.config import SIZES, Resumed
 from lightning_gpt.data.loading import Source
 from lightning_gpt.models import GPTModule
 from lightning_gpt.planning import plan
 from lightning_gpt.strategies.devices import Devices
 from lightning_gpt.strategies.memory import MemoryRules
 from lightning_gpt.training.budget import Budget
+from lightning_gpt.training.record import changed_options
 
 
 @rank_zero_only
@@ -40,6 +44,29 @@ def print_header(
         f"strategy  {strategy}, {where.precision}, {where.accelerator}",
         sep="",
     )
+
+
+def describe_resumed(
+    checkpoint: Checkpoint, run_dir: Path, *, record: dict[str, Any], resumed: Resumed | None
+) -> list[str]:
+    """Return lines that say what is resumed, and which options differ from the saved ones.
+
+    Args:
+        checkpoint: The checkpoint.
+        run_dir: The run folder.
+        record: Content of the new ``config.yaml``.
+        resumed: How the run came to be resumed.
+    """
+    inside = checkpoint.path.parent == (run_dir / "checkpoints").resolve()
+    lines = [f"resuming {run_dir if inside else checkpoint.path} at step {checkpoint.step}"]
+    changed = changed_options(record, (resumed.saved if resumed else {}) | checkpoint.model_config)
+    return [*lines, f"changed   {', '.join(changed)}"] if changed else lines
+
+
+@rank_zero_only
+def print_finished(checkpoint: Checkpoint, budget: Budget) -> None:
+    """Print that a checkpoint has already reached the end of the budget."""
+    print(f"finished  {checkpoint.path} is at step {checkpoint.step} of {budget.max_steps}; nothing to do")
 
 
 @rank_zero_only

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import torch
 from lightning import Callback, seed_everything
 
 from lightning_gpt.checkpoint import Checkpoint, ExactResume, open_checkpoint
@@ -23,10 +25,12 @@ from lightning_gpt.sampling import encode_prompt
 from lightning_gpt.strategies import StrategyRow, find_devices, get_strategy
 from lightning_gpt.strategies.devices import Devices
 from lightning_gpt.tokenizers import Tokenizer
-from lightning_gpt.training.budget import accumulation, make_budget, module_arguments
+from lightning_gpt.training.budget import accumulation, make_budget, module_arguments, resolve
 from lightning_gpt.training.callbacks import FinalSample, RunMetrics, quiet_lightning
-from lightning_gpt.training.folder import fresh_folder, open_folder
-from lightning_gpt.training.header import print_header, print_plan
+from lightning_gpt.training.determinism import check_determinism, deterministic
+from lightning_gpt.training.folder import SameFolder, fresh_folder, open_folder
+from lightning_gpt.training.header import describe_resumed, print_finished, print_header, print_plan
+from lightning_gpt.training.record import make_record
 from lightning_gpt.training.trainer import check_trainer_options, make_callbacks, make_trainer
 
 DEFAULT_SAMPLE_TOKENS = 200
@@ -46,8 +50,9 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Path | 
         UserError: An option is wrong; raised before the first step.
     """
     quiet_lightning()
-    run = config.run
+    run, given = config.run, config.flat()
     check_trainer_options(config.trainer)
+    check_determinism(config.trainer)
     where = find_devices(config.trainer, elsewhere=run.dry_run)
     accumulate = accumulation(config, world_size=where.world_size)
     strategy = _strategy(config, where, accumulate=accumulate)
@@ -63,6 +68,7 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Path | 
         source, pad=config.model.pad_vocab, start=start, goes_on=checkpoint is not None
     )
     config = replace(config, model=replace(config.model, pad_vocab=config.model.pad_vocab or padding > 0))
+    config = _resolve_tokens(config, source, start)
     sample = _final_sample(config, source)
     data = TokenData(
         source,
@@ -74,8 +80,12 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Path | 
         eval_batches=config.trainer.eval_batches,
     )
     budget = make_budget(config, where, data, accumulate=accumulate)
+    if checkpoint and config.resumed and config.resumed.automatic and checkpoint.step >= budget.max_steps:
+        print_finished(checkpoint, budget)
+        return Path(run.out_dir) if run.out_dir else None
     seed_everything(run.seed, verbose=False)
-    arguments = module_arguments(config, vocab_size=vocab_size, padding=padding, max_steps=budget.max_steps)
+    config = resolve(config, budget)
+    arguments = module_arguments(config, vocab_size=vocab_size, padding=padding)
     if run.dry_run:
         module = GPTModule.without_memory(config.model.implementation, **arguments)
     else:
@@ -90,12 +100,14 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Path | 
         print_header(module, source, budget, loaded=loaded, where=where, strategy=strategy.name)
         print_plan(module, budget, rules=strategy.memory, where=where, recompute=config.trainer.recompute)
         return None
-    run_dir = Path(run.out_dir) if run.out_dir else fresh_folder()
+    folder = SameFolder(Path(run.out_dir) if run.out_dir else fresh_folder(), resume=run.resume)
+    run_dir = folder.run_dir
     metrics = RunMetrics(
         tokens_per_step=budget.tokens_per_step,
         flops_per_token=flops_per_token(module.model, block_size=config.model.block_size),
     )
     own = [
+        folder,
         ExactResume(checkpoint),
         *start_up,
         *make_callbacks(config, run_dir, metrics, accumulate=accumulate),
@@ -107,12 +119,22 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Path | 
             f"the launcher started {trainer.world_size} processes, and the flags say {where.world_size}; let --devices"
             " and --num_nodes agree with it"
         )
-    open_folder(run_dir, config)
-    print_header(module, source, budget, loaded=loaded, where=where, strategy=type(trainer.strategy).__name__)
-    trainer.fit(module, data)
+    record = make_record(
+        config,
+        given=given,
+        step=checkpoint.step if checkpoint else 0,
+        facts=_facts(where, source, vocab_size=vocab_size),
+        packages=("torch", "lightning", *(("deepspeed",) if strategy.deepspeed_engine else ())),
+    )
+    if checkpoint:
+        loaded = describe_resumed(checkpoint, run_dir, record=record, resumed=config.resumed)
+    with open_folder(run_dir, run, record=record, sources=[weights.path] if weights else []):
+        print_header(module, source, budget, loaded=loaded, where=where, strategy=type(trainer.strategy).__name__)
+        with deterministic(config.trainer):
+            trainer.fit(module, data)
     if trainer.is_global_zero:
         print(f"checkpoints: {run_dir}/checkpoints\nnext: python sample.py --checkpoint {run_dir}")
-    return run_dir
+    return folder.run_dir
 
 
 def _strategy(config: TrainConfig, where: Devices, *, accumulate: int) -> StrategyRow:
@@ -166,12 +188,38 @@ def _source(config: TrainConfig, start: Checkpoint | None) -> Source:
     )
 
 
+def _resolve_tokens(config: TrainConfig, source: Source, start: Checkpoint | None) -> TrainConfig:
+    """Fill in the length of the final sample, and the tokenizer of a text if nothing else determines it."""
+    length = source.answer_length if isinstance(source, Task) else DEFAULT_SAMPLE_TOKENS
+    is_text = not isinstance(source, Task) and not is_token_folder(Path(config.data.data).expanduser())
+    default = source.tokenizer.name if source.tokenizer and is_text and start is None else None
+    if config.resumed:
+        default = config.resumed.saved.get("tokenizer")
+    return replace(
+        config,
+        data=replace(config.data, tokenizer=config.data.tokenizer or default),
+        run=replace(config.run, sample_tokens=length if config.run.sample_tokens is None else config.run.sample_tokens),
+    )
+
+
 def _final_sample(config: TrainConfig, source: Source) -> list[Callback]:
     """Return the callback that samples at the end, if any; raise a UserError now if the prompt cannot be encoded."""
     run = config.run
-    if source.tokenizer is None or run.sample_tokens == 0:
+    if source.tokenizer is None or not run.sample_tokens:
         return []
-    length, top_k = (source.answer_length, 1) if isinstance(source, Task) else (DEFAULT_SAMPLE_TOKENS, None)
-    length = length if run.sample_tokens is None else run.sample_tokens
     encode_prompt(source.tokenizer, run.prompt)
-    return [FinalSample(source.tokenizer, prompt=run.prompt, max_new_tokens=length, seed=run.seed, top_k=top_k)]
+    top_k = 1 if isinstance(source, Task) else None
+    return [
+        FinalSample(source.tokenizer, prompt=run.prompt, max_new_tokens=run.sample_tokens, seed=run.seed, top_k=top_k)
+    ]
+
+
+def _facts(where: Devices, source: Source, *, vocab_size: int) -> dict[str, Any]:
+    """Return what the run found out, for the record."""
+    device = torch.cuda.get_device_name() if where.device_type == "cuda" else where.device_type
+    return {
+        "devices": f"{where.world_size} x {device}",
+        "data": source.describe(),
+        "tokenizer": source.tokenizer.name if source.tokenizer else None,
+        "vocab_size": vocab_size,
+    }

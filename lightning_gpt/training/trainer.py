@@ -33,7 +33,7 @@ _DECIDED = (
     "accelerator devices num_nodes strategy precision plugins logger callbacks max_epochs max_steps max_time"
     " accumulate_grad_batches gradient_clip_val val_check_interval check_val_every_n_epoch num_sanity_val_steps"
     " log_every_n_steps use_distributed_sampler enable_model_summary limit_train_batches limit_val_batches"
-    " overfit_batches fast_dev_run"
+    " overfit_batches fast_dev_run deterministic"
 ).split()
 
 

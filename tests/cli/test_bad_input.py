@@ -238,7 +238,9 @@ def test_unwritable_result_file_is_refused(refused, tiny_run, tmp_path):
 
 
 def test_resume_as_another_model_is_refused(refused_training, tiny_run):
-    refused_training("--resume", tiny_run, "--n_embd=32", "--max_steps=8", mentions=["last.ckpt", "shape", "32"])
+    refused_training(
+        "--resume", tiny_run, "--n_embd=32", "--max_steps=8", mentions=["last.ckpt", "--n_embd 32 contradicts"]
+    )
     refused_training("--resume", tiny_run, "--n_layer=2", "--max_steps=8", mentions="last.ckpt")
     refused_training(
         "--resume", tiny_run, "--implementation=nanogpt", "--max_steps=8", mentions=["last.ckpt", "mingpt", "nanogpt"]

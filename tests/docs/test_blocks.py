@@ -69,6 +69,7 @@ RULES = (
     Rule(r"--dry_run"),
     Rule(r"--devices 2", TINY, how="process", slow=True),
     # models that bring their sizes, or have none
+    Rule(r"--resume auto", TINY),
     Rule(r"--resume", CONTINUED),
     Rule(r"^python train\.py --init_from", f"{SHORT} --block_size=16"),
     Rule(r"--pretrained_embeddings", f"{TINY} --tokenizer=byte"),

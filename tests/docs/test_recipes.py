@@ -146,7 +146,7 @@ def test_global_batch_trains_as_explicit_accumulation(tiny_flags, text_file, tmp
     resumed = parse_train([f"--resume={tmp_path / 'derived'}", "--max_steps=9"]).optim
     assert (resumed.global_batch_tokens, resumed.accumulate_grad_batches) == (3 * 4 * 16, None)
     again = parse_train([f"--config={tmp_path / 'derived' / 'config.yaml'}"]).optim
-    assert again == resumed
+    assert (again.global_batch_tokens, again.accumulate_grad_batches) == (3 * 4 * 16, None)
     resumed = parse_train([f"--resume={tmp_path / 'derived'}", "--max_steps=9", "--grad_accum=2"]).optim
     assert (resumed.global_batch_tokens, resumed.accumulate_grad_batches) == (None, 2)
 
