@@ -167,7 +167,7 @@ class Watchdog:
         self.loss = text
         if speaks:
             _say(f"\nerror: {text}; the run ends; {self.how_to_continue()}")
-        self._leave(1)
+        self._leave(1, after=LEAVING if self.failing else 1.0)  # 1 s in which the other ranks learn of it
 
     def how_to_continue(self) -> str:
         """Return the command that continues the run, or that nothing is saved."""
@@ -188,10 +188,10 @@ class Watchdog:
         """Return the ranks that this process has launched."""
         return getattr(self.trainer and self.trainer.strategy.launcher, "procs", [])
 
-    def _leave(self, code: int) -> None:
-        """End the process if the main thread has not done so in a while."""
+    def _leave(self, code: int, *, after: float = LEAVING) -> None:
+        """End the process if the main thread has not done so ``after`` seconds from now."""
         if self._exit_at == float("inf"):
-            self._exit_at, self._exit_code = time.monotonic() + LEAVING, code
+            self._exit_at, self._exit_code = time.monotonic() + after, code
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """End at once, on the main thread, outside of training; in training the thread sees to it."""
