@@ -43,6 +43,9 @@ class Stopping(Callback):
         """Connect the ranks, whose process group exists by now."""
         if trainer.world_size > 1:
             watch = self.watch
+            watch.run_dir = Path(
+                trainer.strategy.broadcast(str(watch.run_dir))
+            )  # ranks name new folders by their clocks
             watch.ranks = Ranks(
                 rank=trainer.global_rank,
                 world_size=trainer.world_size,
