@@ -148,8 +148,9 @@ class RunOptions:
     out_dir: str | None = None
     """run folder (default: a new one in runs/)"""
     resume: str | None = None
-    """continue a run, given by its folder or a checkpoint, under any strategy and number of devices; alone, continue
-    the latest. Its saved settings are the defaults"""
+    """continue a run, given by its folder or a checkpoint, under any strategy and number of devices; its saved settings
+    are the defaults. Alone: the newest run in runs/. auto: the newest checkpoint in --out_dir, or else a new run; this
+    is also what torchrun's restarts and requeued SLURM jobs do"""
     init_from: str | None = None
     """start from trained weights: a run or checkpoint, a nanoGPT ckpt.pt, a minGPT state dict, a Hugging Face
     folder (GPT-2 or NanoChat), or a hub name such as gpt2-xl. Its sizes and tokenizer are the defaults"""
@@ -306,6 +307,19 @@ class PrepareOptions:
 
 
 @dataclass(frozen=True)
+class Resumed:
+    """How a run came to be resumed.
+
+    Attributes:
+        automatic: Whether ``--resume auto`` or a restart chose the checkpoint, so that a finished run is no error.
+        saved: Content of the run's ``config.yaml``; empty if there is none.
+    """
+
+    automatic: bool
+    saved: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One resolved training run: the groups of options above, and fields that are declared elsewhere.
 
@@ -313,6 +327,8 @@ class TrainConfig:
         model_fields: Fields of the model's own config.
         optimizer_fields: Options of single optimizers; None for those not given.
         task_fields: Fields of the task.
+        resumed: How the run came to be resumed; None for a new run.
+        command: The command line, for the record; empty if there was none.
     """
 
     model: ModelOptions
@@ -323,14 +339,18 @@ class TrainConfig:
     model_fields: dict[str, Any]
     optimizer_fields: dict[str, Any] = field(default_factory=dict)
     task_fields: dict[str, Any] = field(default_factory=dict)
+    resumed: Resumed | None = field(default=None, compare=False)
+    command: str = field(default="", compare=False)
 
     def flat(self) -> dict[str, Any]:
-        """Return all values in one flat mapping, the content of ``config.yaml``."""
+        """Return the values of all options in one flat mapping."""
         groups = (self.model, self.data, self.optim, self.trainer, self.run)
         flat = {name: value for group in groups for name, value in dataclasses.asdict(group).items()}
         return flat | self.optimizer_fields | self.model_fields | self.task_fields
 
 
+# The key of ``config.yaml`` that holds no option but how the run was made.
+PROVENANCE = "_provenance"
 # Groups of mutually exclusive options. The one that is given replaces another from a saved run or a YAML file.
 EXCLUSIVE = (("max_steps", "max_tokens", "max_epochs"), ("accumulate_grad_batches", "global_batch_tokens"))
 # The sizes that a preset (--model_type) sets.

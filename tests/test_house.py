@@ -31,10 +31,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "training": {
         *("sampling", "planning", "checkpoint", "models", "data", "optim", "strategies", "tokenizers"),
-        *("implementations", "config"),
+        *("implementations", "config", "atomic", "launch"),
     },
     "sampling": {"checkpoint", "models", "strategies", "tokenizers", "implementations", "config"},
-    "cli": {"checkpoint", "data", "optim", "implementations", "options", "config"},
+    "cli": {"checkpoint", "data", "optim", "implementations", "options", "config", "launch"},
     "planning": {"models", "strategies", "implementations", "config"},
     "checkpoint": {"models", "data", "tokenizers", "implementations", "atomic", "config"},
     "models": {"optim", "implementations"},
@@ -46,6 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"options"},
     "options": set(),
     "atomic": set(),
+    "launch": set(),
 }
 
 

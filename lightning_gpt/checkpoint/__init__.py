@@ -29,6 +29,7 @@ __all__ = [
     "load",
     "open_checkpoint",
     "remember_run",
+    "saved_at",
     "tied_names",
 ]
 
@@ -51,7 +52,7 @@ def find_checkpoint(path: str, *, which: str, out_dir: str | None = None) -> Pat
     if which not in ("best", "last"):
         raise UserError(f"--which {which} is unknown; choose best or last")
     if path == "latest" and out_dir is None:
-        found = sorted(RUNS.glob("*/checkpoints/*.ckpt"), key=_saved_at)
+        found = sorted(RUNS.glob("*/checkpoints/*.ckpt"), key=saved_at)
         if not found:
             raise UserError(f"no run with a checkpoint in {RUNS}/ yet; train one first, or give a path")
         path = str(found[-1].parent.parent)
@@ -73,8 +74,11 @@ def find_checkpoint(path: str, *, which: str, out_dir: str | None = None) -> Pat
     raise UserError(f"{folder} holds no checkpoints/last.ckpt or checkpoints/best.ckpt; is it a run folder?")
 
 
-def _saved_at(path: Path) -> float:
-    """Return when a checkpoint was last written; a folder's own time does not show that its files were overwritten."""
+def saved_at(path: Path) -> float:
+    """Return when a checkpoint was last written, in seconds since the epoch.
+
+    A folder's own time does not show that its files were overwritten.
+    """
     return max(p.stat().st_mtime for p in (path, *path.glob("*")))
 
 

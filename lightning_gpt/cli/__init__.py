@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shlex
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -16,9 +17,9 @@ from lightning_gpt.cli.parser import (
     displaced_options,
     fill,
     load_configs,
-    load_yaml,
     suggestion,
 )
+from lightning_gpt.cli.start import find_start
 from lightning_gpt.config import (
     SIZES,
     DataOptions,
@@ -79,17 +80,11 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
     argv = complete_flags(sys.argv[1:] if argv is None else argv, options)
     known = scout(argv)
     from_files = load_configs(known.config)
-    resume = known.resume or from_files.get("resume")
-    init_from = None if resume else known.init_from or from_files.get("init_from")
+    command = f"train.py {shlex.join(argv)}".strip()
+    start = find_start(known, from_files, command=command)
+    init_from = None if start.resumed else known.init_from or from_files.get("init_from")
     displaced = displaced_options(argv, from_files)
-    saved: dict[str, Any] = {}
-    if resume:
-        for name in ("init_from", "pretrained_embeddings"):
-            if getattr(known, name):
-                raise UserError(f"--{name} starts a new run and --resume continues one; give one of them")
-        saved = _saved_settings(str(resume), out_dir=known.out_dir or from_files.get("out_dir"))
-        resume = saved["resume"]
-        saved = {name: value for name, value in saved.items() if name not in displaced}
+    saved = {name: value for name, value in start.settings.items() if name not in displaced}
     implementation = known.implementation or from_files.get("implementation") or saved.get("implementation")
     if init_from:
         from lightning_gpt.checkpoint.initial import defaults_from, open_source  # imports torch, which --help must not
@@ -97,7 +92,7 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
         trust = str(known.trust_checkpoint or from_files.get("trust_checkpoint")).lower() == "true"
         source = open_source(str(init_from), trust=trust, n_head=known.n_head or from_files.get("n_head"))
         implementation = implementation or source.implementation
-        saved = defaults_from(source, get_implementation(str(implementation)))
+        saved |= defaults_from(source, get_implementation(str(implementation)))
         if from_files.get("model_type") or any(token.partition("=")[0] == "--model_type" for token in argv):
             saved = {k: v for k, v in saved.items() if k not in SIZES}  # checked against the preset's later
     row = get_implementation(str(implementation or ModelOptions.implementation))
@@ -124,8 +119,7 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
         parser.set_defaults(block_size=None)
     values = parser.parse_args(configs_first(argv))
     check_numbers([*options, *model_options], values)
-    if resume:
-        values.resume = resume
+    values.resume = start.checkpoint
     for o in options:
         if o.name in displaced:  # another option of its exclusive group was given
             values[o.name] = o.default
@@ -141,17 +135,9 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
         model_fields={o.name: values[o.name] for o in model_options},
         optimizer_fields={o.name: values[o.name] for o in own_options},
         task_fields=task_fields,
+        resumed=start.resumed,
+        command=command,
     )
-
-
-def _saved_settings(resume: str, *, out_dir: str | None) -> dict[str, Any]:
-    """Return the saved settings of the run to resume; ``resume`` is the path of its checkpoint."""
-    from lightning_gpt.checkpoint import find_checkpoint  # imports torch, which --help must not
-
-    checkpoint = find_checkpoint(resume, which="last", out_dir=out_dir)
-    config = checkpoint.parent.parent / "config.yaml"
-    saved = load_yaml(str(config)) | {"out_dir": str(config.parent)} if config.exists() else {}
-    return saved | {"resume": str(checkpoint)}
 
 
 def _fit_task(task: type, fields: dict[str, Any], values: Namespace) -> None:

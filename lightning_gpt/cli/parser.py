@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 
-from lightning_gpt.config import EXCLUSIVE, SIZES, UserError
+from lightning_gpt.config import EXCLUSIVE, PROVENANCE, SIZES, UserError
 from lightning_gpt.options import ABOVE_ZERO, Option
 
 ALIASES = {
@@ -20,6 +20,17 @@ ALIASES = {
     "from_file": "--from",
     "gradient_clip_val": "--grad_clip",
 }
+
+_load_value = get_loader("yaml")
+
+
+def _without_provenance(text: str) -> Any:
+    """Load YAML as jsonargparse does, without the part of a run's config.yaml that holds no options."""
+    loaded = _load_value(text)
+    return {k: v for k, v in loaded.items() if k != PROVENANCE} if isinstance(loaded, dict) else loaded
+
+
+set_loader("yaml", _without_provenance, exceptions=(yaml.YAMLError,))
 
 
 class Parser(ArgumentParser):
@@ -92,6 +103,7 @@ def load_configs(paths: Sequence[str]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for path in paths:
         loaded = load_yaml(path)
+        loaded.pop(PROVENANCE, None)
         for group in EXCLUSIVE:
             if single([name for name in group if loaded.get(name) is not None]):
                 merged = {k: v for k, v in merged.items() if k not in group}

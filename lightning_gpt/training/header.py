@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
+from lightning_gpt.checkpoint import Checkpoint
 from lightning_gpt.config import SIZES
 from lightning_gpt.data.loading import Source
 from lightning_gpt.models import GPTModule
@@ -40,6 +41,12 @@ def print_header(
         f"strategy  {strategy}, {where.precision}, {where.accelerator}",
         sep="",
     )
+
+
+@rank_zero_only
+def print_finished(checkpoint: Checkpoint, budget: Budget) -> None:
+    """Print that a checkpoint has already reached the end of the budget."""
+    print(f"finished  {checkpoint.path} is at step {checkpoint.step} of {budget.max_steps}; nothing to do")
 
 
 @rank_zero_only

@@ -25,8 +25,8 @@ from lightning_gpt.strategies.devices import Devices
 from lightning_gpt.tokenizers import Tokenizer
 from lightning_gpt.training.budget import accumulation, make_budget, module_arguments
 from lightning_gpt.training.callbacks import FinalSample, RunMetrics, quiet_lightning
-from lightning_gpt.training.folder import fresh_folder, open_folder
-from lightning_gpt.training.header import print_header, print_plan
+from lightning_gpt.training.folder import SameFolder, fresh_folder, open_folder
+from lightning_gpt.training.header import print_finished, print_header, print_plan
 from lightning_gpt.training.stopping import Stopping, duration, stopping_safely
 from lightning_gpt.training.trainer import check_trainer_options, make_callbacks, make_trainer
 from lightning_gpt.training.watchdog import Watchdog
@@ -85,6 +85,9 @@ def _train(config: TrainConfig, watch: Watchdog, callbacks: Sequence[Callback]) 
         eval_batches=config.trainer.eval_batches,
     )
     budget = make_budget(config, where, data, accumulate=accumulate)
+    if checkpoint and config.resumed and config.resumed.automatic and checkpoint.step >= budget.max_steps:
+        print_finished(checkpoint, budget)
+        return Path(run.out_dir) if run.out_dir else None
     seed_everything(run.seed, verbose=False)
     arguments = module_arguments(config, vocab_size=vocab_size, padding=padding, max_steps=budget.max_steps)
     if run.dry_run:
@@ -101,12 +104,14 @@ def _train(config: TrainConfig, watch: Watchdog, callbacks: Sequence[Callback]) 
         print_header(module, source, budget, loaded=loaded, where=where, strategy=strategy.name)
         print_plan(module, budget, rules=strategy.memory, where=where, recompute=config.trainer.recompute)
         return None
-    run_dir = Path(run.out_dir) if run.out_dir else fresh_folder()
+    folder = SameFolder(Path(run.out_dir) if run.out_dir else fresh_folder(), resume=run.resume)
+    run_dir = folder.run_dir
     metrics = RunMetrics(
         tokens_per_step=budget.tokens_per_step,
         flops_per_token=flops_per_token(module.model, block_size=config.model.block_size),
     )
     own = [
+        folder,
         Stopping(watch),
         ExactResume(checkpoint),
         *start_up,
@@ -119,13 +124,13 @@ def _train(config: TrainConfig, watch: Watchdog, callbacks: Sequence[Callback]) 
             f"the launcher started {trainer.world_size} processes, and the flags say {where.world_size}; let --devices"
             " and --num_nodes agree with it"
         )
-    open_folder(run_dir, config)
+    open_folder(run_dir, config, step=checkpoint.step if checkpoint else 0)
     print_header(module, source, budget, loaded=loaded, where=where, strategy=type(trainer.strategy).__name__)
     with stopping_safely(trainer, watch, run_dir):
         trainer.fit(module, data)
     if trainer.is_global_zero:
         print(f"checkpoints: {run_dir}/checkpoints\nnext: python sample.py --checkpoint {run_dir}")
-    return run_dir
+    return folder.run_dir
 
 
 def _strategy(config: TrainConfig, where: Devices, *, accumulate: int) -> StrategyRow:

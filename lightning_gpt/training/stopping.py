@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 
 from lightning_gpt.config import UserError
@@ -105,6 +106,7 @@ def stopping_safely(trainer: Trainer, watch: Watchdog, run_dir: Path) -> Iterato
         SystemExit: A signal has stopped the run, or another rank has died.
     """
     _disarm_lightning(trainer)
+    _separate_attempts()
     watch.trainer, watch.run_dir = trainer, run_dir
     try:
         yield
@@ -153,6 +155,16 @@ def _disarm_lightning(trainer: Trainer) -> None:
     """
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+
+def _separate_attempts() -> None:
+    """Give each attempt of torchrun names of its own in the store, which keeps the addresses of dead processes.
+
+    A process that started first would otherwise connect to the other ranks of the attempt before (torch 2.13).
+    """
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if attempt and not torch.distributed.is_initialized():
+        torch.distributed.distributed_c10d._world.group_count = 1000 * attempt
 
 
 def _leave_together(watch: Watchdog) -> None:

@@ -198,7 +198,7 @@ def test_default_recipe_equals_the_defaults():
 
 
 def test_saved_config_round_trip(tiny_run, tiny_flags, text_file):
-    given = parse_train([*tiny_flags, f"--data={text_file}", f"--out_dir={tiny_run}"])
+    given = parse_train([*tiny_flags, f"--data={text_file}"])
     assert parse_train(["--config", str(tiny_run / "config.yaml")]) == given
 
 

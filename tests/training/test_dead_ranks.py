@@ -130,6 +130,27 @@ def test_signal_to_one_rank_stops_all_and_the_resumed_run_equals_an_uninterrupte
     assert len(stops) == 1 and AT < int(stops[0]) < STEPS, printed
 
 
+@pytest.mark.slow
+def test_torchrun_restarts_continue_by_themselves(tmp_path, flags):
+    """Train uninterrupted; then with a rank that is killed, after which torchrun starts both ranks again."""
+    launcher = [*TORCHRUN[:-1], "--max_restarts=1", TORCHRUN[-1]]
+    process = start(tmp_path / "run", [*flags, "--strategy=ddp"], rank=1, event="restart", launcher=launcher)
+    printed, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, printed
+    assert f"error: rank 1 is gone (killed?); the run ends; to continue: python train.py --resume {tmp_path}" in printed
+    whole, run = (lightning_gpt.load(tmp_path / name)[0].state_dict() for name in ("whole", "run"))
+    assert whole.keys() == run.keys() and all(torch.equal(tensor, run[name]) for name, tensor in whole.items())
+    assert len(re.findall("^step 10: ", printed, re.MULTILINE)) == 2, "one for each run: the second goes on from there"
+
+
+def two_runs(argv, rank):
+    """Train uninterrupted; then with a rank that is killed, in torchrun's first attempt only."""
+    first, run = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0", argv[-1].partition("=")[2]
+    if first:
+        lightning_gpt.train(lightning_gpt.parse_train([*argv[:-1], f"--out_dir={Path(run).parent / 'whole'}"]))
+    lightning_gpt.train(lightning_gpt.parse_train(argv), callbacks=[Event(rank, "SIGKILL")] if first else [])
+
+
 def three_runs(argv, event):
     """Train uninterrupted; then with the event; then from where that stopped."""
     run = argv[-1].partition("=")[2]
@@ -147,6 +168,8 @@ if __name__ == "__main__":
     _, rank, event, *argv = sys.argv
     if event == "SIGTERM":
         three_runs(argv, Event(rank, event))
+    elif event == "restart":
+        two_runs(argv, rank)
     else:
         # Shorter than in use, but longer than a busy machine keeps a rank waiting.
         watchdog.GRACE, watchdog.STALLED, watchdog.FIRST_STALLED = 10.0, 12.0, 120.0

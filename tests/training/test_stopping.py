@@ -177,6 +177,21 @@ def test_slurm_job_is_requeued_after_its_checkpoint_is_saved(stopped, slurm, mon
     assert not list(Path.cwd().iterdir()), "Lightning's own requeueing writes hpc_ckpt_1.ckpt"
 
 
+@pytest.mark.parametrize("out_dir", [["--out_dir=run"], []], ids=["named", "unnamed"])
+def test_requeued_slurm_job_goes_on_in_its_run_folder(slurm, flags, uninterrupted, monkeypatch, capsys, out_dir):
+    argv = [*flags, *out_dir]
+    with pytest.raises(SystemExit) as stop:
+        send = Send("on_train_batch_start", signal.SIGUSR1, step=15)
+        lightning_gpt.train(lightning_gpt.parse_train(argv), callbacks=[send])
+    assert stop.value.code == 75 and slurm.read_text() == "requeue 42\n"
+    (run,) = [Path("run")] if out_dir else Path("runs").glob("*/")
+    assert saved(run)["global_step"] == 16
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    train.main(argv)
+    assert_same(saved(run), uninterrupted)
+    assert len(list(Path.cwd().glob("runs/*/"))) == 1 - len(out_dir)
+
+
 def test_slurm_termination_is_saved_and_not_requeued(stopped, slurm):
     """`scancel` sends SIGTERM as well, and the user who cancels a job does not want it back."""
     run, code, _ = stopped(Send("on_train_batch_start", signal.SIGTERM, step=4))
