@@ -130,6 +130,10 @@ class TrainerOptions:
     """budget in tokens, rounded up to whole steps"""
     max_epochs: PositiveFloat | None = None
     """budget in passes over the training text, rounded up to whole steps"""
+    max_time: str | None = None
+    """stop after this time, counted from the start of the command, and save: 90s, 30m, 12h or 1-12:00:00"""
+    patience: PositiveInt | None = None
+    """stop when this many validations in a row have not lowered val_loss"""
     eval_interval: PositiveInt = 250
     """optimizer steps between validations; each one saves checkpoints/last, and the best one checkpoints/best"""
     eval_batches: NonNegativeInt = 200

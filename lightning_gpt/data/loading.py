@@ -1,5 +1,6 @@
 """The LightningDataModule: loaders over token files or a task, and a run's position in its training stream."""
 
+import signal
 from typing import Any
 
 from lightning import LightningDataModule, Trainer
@@ -10,6 +11,13 @@ from lightning_gpt.data.tasks.base import Task
 from lightning_gpt.data.tokens.token_files import TokenFiles
 
 Source = TokenFiles | Task
+
+
+def _ignore_signals(_: int) -> None:
+    """Leave it to the training process when its workers end: Ctrl-C and SLURM send signals to all processes."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 class TokenData(LightningDataModule):
@@ -102,7 +110,9 @@ class TokenData(LightningDataModule):
     def _loader(self, batches: TrainBatches | EvalPass) -> DataLoader:
         # Pinning costs a copy, which only a GPU repays.
         pin = self._attached_trainer.strategy.root_device.type == "cuda"
-        return DataLoader(batches, batch_size=None, num_workers=self.num_workers, pin_memory=pin)
+        return DataLoader(
+            batches, batch_size=None, num_workers=self.num_workers, pin_memory=pin, worker_init_fn=_ignore_signals
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the stream and the data's description, the same on every rank."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import EarlyStopping, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from lightning_gpt.models import GPTModule
@@ -52,6 +52,11 @@ class ProgressBar(TQDMProgressBar):
         """Return the metrics without the version number of the log."""
         return {k: v for k, v in super().get_metrics(trainer, pl_module).items() if k != "v_num"}
 
+    def on_exception(self, *_: Any) -> None:
+        """Close the bar, so that messages begin on a line of their own."""
+        if self._train_progress_bar is not None:
+            self._train_progress_bar.close()
+
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
         """Start the bar at the current step, which is not 0 in a resumed run and does not count for its speed."""
         super().on_train_epoch_start(trainer)
@@ -92,6 +97,25 @@ class ValidateAtEnd(Callback):
         """Set ``should_stop`` at the last step: the loop then validates, which it does not do at ``max_steps``."""
         if trainer.global_step >= trainer.max_steps:
             trainer.should_stop = True
+
+
+class Patience(EarlyStopping):
+    """Stop when ``patience`` validations in a row have not lowered val_loss; all ranks decide together."""
+
+    def __init__(self, patience: int) -> None:
+        super().__init__("val_loss", patience=patience, check_finite=False)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue to count, towards the patience of this run's flags."""
+        super().load_state_dict(state_dict | {"patience": self.patience})
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say why the run has ended early."""
+        if self.wait_count >= self.patience and trainer.is_global_zero:
+            print(
+                f"stopped at step {trainer.global_step}: val_loss has not fallen for {self.wait_count} validations; the"
+                f" best is {float(self.best_score):.4f}"
+            )
 
 
 class RunMetrics(Callback):

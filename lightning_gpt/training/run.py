@@ -31,13 +31,17 @@ from lightning_gpt.training.determinism import check_determinism, deterministic
 from lightning_gpt.training.folder import SameFolder, fresh_folder, open_folder
 from lightning_gpt.training.header import describe_resumed, print_finished, print_header, print_plan
 from lightning_gpt.training.record import make_record
+from lightning_gpt.training.stopping import Stopping, duration, stopping_safely
 from lightning_gpt.training.trainer import check_trainer_options, make_callbacks, make_trainer
+from lightning_gpt.training.watchdog import Watchdog
 
 DEFAULT_SAMPLE_TOKENS = 200
 
 
 def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Path | None:
     """Train to the end of the budget, or print what the run would need (``--dry_run``).
+
+    SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 stop the run at the end of its step, after a checkpoint is saved.
 
     Args:
         config: The run.
@@ -48,7 +52,14 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Path | 
 
     Raises:
         UserError: An option is wrong; raised before the first step.
+        SystemExit: A signal has stopped the run; the code is one of ``training.watchdog.EXIT_CODES``.
     """
+    limit = config.trainer.max_time
+    with Watchdog(max_seconds=None if limit is None else duration(limit)) as watch:
+        return _train(config, watch, callbacks)
+
+
+def _train(config: TrainConfig, watch: Watchdog, callbacks: Sequence[Callback]) -> Path | None:
     quiet_lightning()
     run, given = config.run, config.flat()
     check_trainer_options(config.trainer)
@@ -108,6 +119,7 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Path | 
     )
     own = [
         folder,
+        Stopping(watch),
         ExactResume(checkpoint),
         *start_up,
         *make_callbacks(config, run_dir, metrics, accumulate=accumulate),
@@ -130,7 +142,7 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Path | 
         loaded = describe_resumed(checkpoint, run_dir, record=record, resumed=config.resumed)
     with open_folder(run_dir, run, record=record, sources=[weights.path] if weights else []):
         print_header(module, source, budget, loaded=loaded, where=where, strategy=type(trainer.strategy).__name__)
-        with deterministic(config.trainer):
+        with deterministic(config.trainer), stopping_safely(trainer, watch, run_dir):
             trainer.fit(module, data)
     if trainer.is_global_zero:
         print(f"checkpoints: {run_dir}/checkpoints\nnext: python sample.py --checkpoint {run_dir}")

@@ -18,7 +18,7 @@ from lightning_gpt.strategies import StrategyRow
 from lightning_gpt.strategies.devices import Devices
 from lightning_gpt.strategies.saving import WholeFiles
 from lightning_gpt.training.budget import Budget
-from lightning_gpt.training.callbacks import DropoutSeed, ProgressBar, RunMetrics, ValidateAtEnd
+from lightning_gpt.training.callbacks import DropoutSeed, Patience, ProgressBar, RunMetrics, ValidateAtEnd
 
 LOGGERS: dict[str, Callable[[Path], Logger | bool]] = {
     "tensorboard": lambda run: TensorBoardLogger(run, name="logs"),
@@ -33,7 +33,7 @@ _DECIDED = (
     "accelerator devices num_nodes strategy precision plugins logger callbacks max_epochs max_steps max_time"
     " accumulate_grad_batches gradient_clip_val val_check_interval check_val_every_n_epoch num_sanity_val_steps"
     " log_every_n_steps use_distributed_sampler enable_model_summary limit_train_batches limit_val_batches"
-    " overfit_batches fast_dev_run deterministic"
+    " overfit_batches fast_dev_run default_root_dir deterministic"
 ).split()
 
 
@@ -53,6 +53,7 @@ def make_callbacks(config: TrainConfig, run_dir: Path, metrics: RunMetrics, *, a
     """Return the callbacks of every run."""
     wanted = config.trainer.trainer.get("enable_progress_bar", True)
     bar = [ProgressBar(refresh_rate=10 * accumulate)] if wanted else []
+    patience = [Patience(config.trainer.patience)] if config.trainer.patience else []
     checkpoint = partial(
         ModelCheckpoint, dirpath=run_dir / "checkpoints", enable_version_counter=False, save_on_train_epoch_end=False
     )
@@ -62,6 +63,7 @@ def make_callbacks(config: TrainConfig, run_dir: Path, metrics: RunMetrics, *, a
         checkpoint(filename="best", monitor="val_loss"),
         checkpoint(filename="last"),
         *bar,
+        *patience,
         metrics,  # after the bar, which must close before the last line is printed
     ]
 
@@ -97,6 +99,8 @@ def make_trainer(
         # Score initial weights before the first step, so that the user sees where fine-tuning starts.
         "num_sanity_val_steps": -1 if any(isinstance(callback, InitialWeights) for callback in callbacks) else 0,
         "log_every_n_steps": options.log_every_n_steps,
+        # Where Lightning looks for the checkpoints of its own SLURM requeueing, in which no other run's may be.
+        "default_root_dir": run_dir,
         "use_distributed_sampler": False,
         "enable_model_summary": False,
     }
