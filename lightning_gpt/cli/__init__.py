@@ -4,13 +4,14 @@ import functools
 import os
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from jsonargparse import Namespace
 
 from lightning_gpt.cli.argv import complete_flags, configs_first, gather_values, scout
 from lightning_gpt.cli.parser import (
+    ALIASES,
     Parser,
     check_numbers,
     displaced_options,
@@ -33,10 +34,11 @@ from lightning_gpt.config import (
     TrainerOptions,
     UserError,
 )
-from lightning_gpt.data.tasks import find_task
+from lightning_gpt.data.tasks import find_task, is_own_task
 from lightning_gpt.implementations.registry import flag_options, get_implementation
 from lightning_gpt.optim.registry import optimizer_options
-from lightning_gpt.options import options_of
+from lightning_gpt.options import Option, options_of
+from lightning_gpt.trust import is_own, require_honoured, split_name
 
 GROUPS: dict[str, type] = {
     "model": ModelOptions,
@@ -82,29 +84,35 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
     resume = known.resume or from_files.get("resume")
     init_from = None if resume else known.init_from or from_files.get("init_from")
     displaced = displaced_options(argv, from_files)
+    trust = str(known.trust_checkpoint or from_files.get("trust_checkpoint")).lower() == "true"
+    typed = {name: getattr(known, name) or from_files.get(name) for name in ("implementation", "data")}
     saved: dict[str, Any] = {}
     if resume:
         for name in ("init_from", "pretrained_embeddings"):
             if getattr(known, name):
                 raise UserError(f"--{name} starts a new run and --resume continues one; give one of them")
-        saved = _saved_settings(str(resume), out_dir=known.out_dir or from_files.get("out_dir"))
+        out_dir = known.out_dir or from_files.get("out_dir")
+        saved = _saved_settings(str(resume), out_dir=out_dir, trust=trust, typed=typed)
         resume = saved["resume"]
         saved = {name: value for name, value in saved.items() if name not in displaced}
-    implementation = known.implementation or from_files.get("implementation") or saved.get("implementation")
+    implementation = typed["implementation"] or saved.get("implementation")
     if init_from:
         from lightning_gpt.checkpoint.initial import defaults_from, open_source  # imports torch, which --help must not
 
-        trust = str(known.trust_checkpoint or from_files.get("trust_checkpoint")).lower() == "true"
-        source = open_source(str(init_from), trust=trust, n_head=known.n_head or from_files.get("n_head"))
+        n_head = known.n_head or from_files.get("n_head")
+        source = open_source(str(init_from), trust=trust, n_head=n_head, typed=[str(typed["implementation"])])
         implementation = implementation or source.implementation
         saved = defaults_from(source, get_implementation(str(implementation)))
         if from_files.get("model_type") or any(token.partition("=")[0] == "--model_type" for token in argv):
             saved = {k: v for k, v in saved.items() if k not in SIZES}  # checked against the preset's later
     row = get_implementation(str(implementation or ModelOptions.implementation))
     model_options = flag_options(row)
-    data = str(known.data or from_files.get("data") or saved.get("data") or DataOptions.data)
+    data = str(typed["data"] or saved.get("data") or DataOptions.data)
     task = find_task(data)
     task_options = options_of(task) if task else []
+    taken = {o.name for o in options} | {"config", "help"} | {flag.removeprefix("--") for flag in ALIASES.values()}
+    _require_distinct(model_options, taken, of=f"--implementation {row.name}")
+    _require_distinct(task_options, taken | {o.name for o in model_options}, of=f"--data {data}")
     parser = Parser("Train a GPT. Every option is a flag, or a line of a YAML file.")
     for title, group in groups.items():
         parser.add_options(group, title)
@@ -144,14 +152,30 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
     )
 
 
-def _saved_settings(resume: str, *, out_dir: str | None) -> dict[str, Any]:
-    """Return the saved settings of the run to resume; ``resume`` is the path of its checkpoint."""
+def _saved_settings(resume: str, *, out_dir: str | None, trust: bool, typed: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the saved settings of the run to resume; ``resume`` is the path of its checkpoint.
+
+    Raises:
+        UserError: They name code that is neither in `typed` nor trusted.
+    """
     from lightning_gpt.checkpoint import find_checkpoint  # imports torch, which --help must not
 
     checkpoint = find_checkpoint(resume, which="last", out_dir=out_dir)
     config = checkpoint.parent.parent / "config.yaml"
     saved = load_yaml(str(config)) | {"out_dir": str(config.parent)} if config.exists() else {}
+    for name in ("trust_checkpoint", "config"):  # what the file itself may not decide
+        saved.pop(name, None)
+    for name, is_code in (("implementation", split_name), ("data", is_own_task)):
+        if not typed[name] and is_code(str(saved.get(name))):
+            require_honoured(str(saved[name]), flag=name, source=config, trust=trust or is_own(config), typed=())
     return saved | {"resume": str(checkpoint)}
+
+
+def _require_distinct(fields: Sequence[Option], taken: Collection[str], *, of: str) -> None:
+    """Raise a UserError if a field of a user's model or task has the name of another flag."""
+    for o in fields:
+        if o.name in taken:
+            raise UserError(f"{of}: its field {o.name} has the name of another flag of train.py; rename the field")
 
 
 def _fit_task(task: type, fields: dict[str, Any], values: Namespace) -> None:

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from lightning_gpt.config import EXCLUSIVE, SIZES, UserError
 from lightning_gpt.options import ABOVE_ZERO, Option
+from lightning_gpt.parsing import read_yaml
 
 ALIASES = {
     "accumulate_grad_batches": "--grad_accum",
@@ -70,18 +70,7 @@ def load_yaml(path: str) -> dict[str, Any]:
     Raises:
         UserError: The file cannot be read or is not a mapping; the message names the file and the line.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"--config {path}: not a text in UTF-8") from error
-    try:
-        loaded = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"--config {path}{where}: {getattr(error, 'problem', error)}") from error
+    loaded = read_yaml(Path(path), flag="--config ")
     if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
         raise UserError(f"--config {path}: expected lines of the form 'flag: value'")
     return loaded

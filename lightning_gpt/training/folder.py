@@ -6,8 +6,9 @@ from pathlib import Path
 import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from lightning_gpt.checkpoint import RUNS, remember_run
+from lightning_gpt.checkpoint import RUNS
 from lightning_gpt.config import TrainConfig, UserError
+from lightning_gpt.trust import remember_run
 
 
 def fresh_folder() -> Path:

@@ -10,6 +10,7 @@ Reading does not need DeepSpeed: stand-ins replace its few classes that are pick
 """
 
 import copy
+import enum
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lightning_gpt.checkpoint.base import PREFIX, Checkpoint, as_state, meta
-from lightning_gpt.checkpoint.read.mapped import MappedFile
+from lightning_gpt.checkpoint.read.mapped import MappedFile, enum_member
 from lightning_gpt.config import UserError
 
 FOLDER = "checkpoint"
@@ -56,6 +57,15 @@ class _LossScaler:
     """Stand-in for DeepSpeed's loss scalers, which are not used here."""
 
 
+class _ZeroStage(enum.IntEnum):
+    """Stand-in for DeepSpeed's ``ZeroStageEnum``, whose value is not used here."""
+
+    disabled = 0
+    optimizer_states = 1
+    gradients = 2
+    weights = max_stage = 3
+
+
 @dataclass
 class _Fragment:
     """Stand-in for DeepSpeed's ``fragment_address``: where a piece of a parameter is in a rank's flat tensor."""
@@ -64,11 +74,13 @@ class _Fragment:
     start: int
 
 
-_STAND_INS: tuple[tuple[type, str], ...] = (
+_STAND_INS: tuple[tuple[Callable[..., Any], str], ...] = (
     (_LossScaler, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (_LossScaler, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
-    (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    (_ZeroStage, "deepspeed.runtime.zero.config.ZeroStageEnum"),
     (_Fragment, "deepspeed.utils.tensor_fragment.fragment_address"),
+    (enum_member, "builtins.getattr"),
+    (enum_member, "__builtin__.getattr"),
 )
 
 

@@ -1,6 +1,5 @@
 """Read the files that the original nanoGPT and minGPT save with ``torch.save``."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from lightning_gpt.checkpoint.read.foreign import ForeignCheckpoint
 from lightning_gpt.checkpoint.read.mapped import MappedFile
 from lightning_gpt.config import UserError
 from lightning_gpt.implementations.registry import IMPLEMENTATIONS
+from lightning_gpt.parsing import read_json
 from lightning_gpt.tokenizers import GPT2Tokenizer
 
 # Their file names, in nanoGPT's out_dir and minGPT's work_dir.
@@ -121,10 +121,10 @@ def _presets() -> dict[str, dict[str, int]]:
 def _heads_beside(path: Path) -> int | None:
     """Return the number of heads in a ``config.json``: minGPT's, with n_head or a preset, or that of our export."""
     try:
-        content = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
+        content = read_json(path.parent / "config.json")
         config = content["model_config" if content.get("format") == FORMAT else "model"]
         heads = config.get("n_head") or _presets()[config["model_type"]]["n_head"]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (UserError, LookupError, TypeError, AttributeError):
         return None
     return heads if type(heads) is int else None
 

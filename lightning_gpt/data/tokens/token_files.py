@@ -10,9 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import json
 import os
-import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ import numpy as np
 
 from lightning_gpt.config import UserError, cache_root
 from lightning_gpt.data.tokens.writing import SPLITS, Split, TokenWriter
+from lightning_gpt.parsing import StrictUnpickler, read_json
 from lightning_gpt.tokenizers import CharTokenizer, GPT2Tokenizer, Tokenizer, tokenizer_from_dict
 
 FORMAT_VERSION = 1
@@ -216,10 +215,7 @@ def _token_files(folder: Path, *, dtype: str, **fields: Any) -> TokenFiles:
 
 def _read_meta_json(folder: Path) -> TokenFiles:
     path = folder / "meta.json"
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from error
+    meta = read_json(path)
     if not isinstance(meta, dict) or meta.get("format") != FORMAT_VERSION:
         raise UserError(f"{path} does not describe token files of format {FORMAT_VERSION}; prepare the data again")
     if meta.get("dtype") not in _BYTES_PER_TOKEN:
@@ -252,17 +248,9 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and value > 0
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Unpickle only containers, strings and numbers: a pickle that names a class or function could run any code."""
-
-    def find_class(self, module_name: str, global_name: str, /) -> Any:
-        raise pickle.UnpicklingError(f"it refers to {module_name}.{global_name}")
-
-
 def _read_meta_pickle(path: Path) -> tuple[int, Tokenizer | None]:
     try:
-        with open(path, "rb") as file:
-            meta = _PlainUnpickler(file).load()
+        meta = StrictUnpickler(path).load()
     except Exception as error:  # a damaged pickle raises nearly anything
         raise UserError(f"{path} is refused: {error}; only a pickle of plain dictionaries is read") from error
     if not isinstance(meta, dict) or not _is_count(meta.get("vocab_size")):
