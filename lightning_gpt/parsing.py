@@ -14,6 +14,7 @@ _MAX_PICKLE = 64 << 20
 _MAX_YAML = 256 << 10  # PyYAML reads about 100 kB per second
 _MAX_YAML_NODES = 100_000
 _MAX_DIGITS = 19  # 64-bit integers
+_MAX_TEXT = 200  # characters of a value in an error message
 
 
 def parse_json(text: str | bytes, *, source: str) -> Any:
@@ -67,8 +68,8 @@ def read_yaml(path: Path, *, flag: str = "") -> Any:
         text = _read(path, limit=_MAX_YAML, flag=flag).decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{source}: not a text in UTF-8") from error
-    loader = yaml.SafeLoader(text)
     try:
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
             return None
@@ -87,8 +88,6 @@ def read_yaml(path: Path, *, flag: str = "") -> Any:
         raise
     except (ValueError, OverflowError) as error:  # a number or date that Python refuses
         raise UserError(f"{source}: {error}") from None
-    finally:
-        loader.dispose()
 
 
 class StrictUnpickler(pickle._Unpickler):
@@ -146,3 +145,23 @@ def _size(node: Any, known: dict[int, float]) -> float:
             _size(each, known) for part in parts for each in (part if isinstance(part, tuple) else (part,))
         )
     return known[id(node)]
+
+
+def brief(error: BaseException) -> str:
+    """Return the first line of an error, shortened, or its type."""
+    try:
+        text = str(error).strip()
+    except (ValueError, RecursionError):  # it quotes a huge integer, or something nested deeply
+        text = ""
+    return (text.splitlines()[0] if text else type(error).__name__)[:_MAX_TEXT]
+
+
+def shown(value: Any) -> str:
+    """Return a value for an error message: short, and without Python's errors for huge integers or deep nesting."""
+    if isinstance(value, str):
+        return repr(value[:_MAX_TEXT])
+    if value is None or isinstance(value, bool | float) or (type(value) is int and abs(value) <= 2**53):
+        return repr(value)
+    if type(value) is int:
+        return f"an integer of {value.bit_length():,} bits"
+    return f"of type {type(value).__name__}"

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from lightning_gpt.checkpoint.base import Checkpoint, tied_names
-from lightning_gpt.checkpoint.header import brief, require_contained, require_plausible
+from lightning_gpt.checkpoint.header import require_contained, require_plausible
 from lightning_gpt.checkpoint.read.canonical import CanonicalCheckpoint, canonical_folder, is_converted
 from lightning_gpt.checkpoint.read.dcp import DcpCheckpoint
 from lightning_gpt.checkpoint.read.deepspeed import DeepSpeedCheckpoint
@@ -16,6 +16,7 @@ from lightning_gpt.checkpoint.resume import ExactResume
 from lightning_gpt.checkpoint.write.canonical import convert, one_at_a_time
 from lightning_gpt.config import UserError
 from lightning_gpt.models import GPTModule
+from lightning_gpt.parsing import brief
 from lightning_gpt.tokenizers import Tokenizer
 from lightning_gpt.trust import is_own, require_honoured
 

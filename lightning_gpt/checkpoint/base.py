@@ -12,10 +12,11 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 
-from lightning_gpt.checkpoint.header import brief, checked_header
+from lightning_gpt.checkpoint.header import checked_header
 from lightning_gpt.config import UserError
 from lightning_gpt.implementations.registry import get_implementation, refused_by
 from lightning_gpt.models import GPTModule
+from lightning_gpt.parsing import brief
 from lightning_gpt.tokenizers import Tokenizer, tokenizer_from_dict
 
 PREFIX = "model."  # GPTModule holds the plain model under this name

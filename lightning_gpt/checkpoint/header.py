@@ -10,10 +10,10 @@ from torch import Tensor
 
 from lightning_gpt.config import UserError
 from lightning_gpt.implementations.registry import get_implementation
+from lightning_gpt.parsing import shown
 
 _MAX_CONTEXT = 1 << 24  # tokens; no weight need show the context length
 _MAX_INTEGER = 1 << 53
-_MAX_TEXT = 200  # characters of a name in an error message
 
 
 def require_contained(path: Path) -> None:
@@ -56,7 +56,7 @@ def checked_header(header: Any, *, path: Path) -> dict[str, Any]:
     )
     for name, value, kind in kinds:
         if type(value) is not kind and not (kind is dict and isinstance(value, dict)):
-            raise UserError(f"{foreign}: its {name} is {_named(value)}")
+            raise UserError(f"{foreign}: its {name} is {shown(value)}")
     kinds = (
         ("data", data.get("data"), str),
         ("task", data.get("task"), dict),
@@ -65,10 +65,10 @@ def checked_header(header: Any, *, path: Path) -> dict[str, Any]:
     )
     for name, value, kind in kinds:
         if value is not None and type(value) is not kind:
-            raise UserError(f"{foreign}: its {name} is {_named(value)}")
+            raise UserError(f"{foreign}: its {name} is {shown(value)}")
     for name, value in (("global_step", header["global_step"]), ("consumed_samples", data.get("consumed_samples"))):
         if value is not None and not 0 <= value <= _MAX_INTEGER:
-            raise UserError(f"{foreign}: its {name} is {_named(value)}")
+            raise UserError(f"{foreign}: its {name} is {shown(value)}")
     if not all(isinstance(name, str) for name in hparams["model_config"]):
         raise UserError(f"{foreign}: its model_config has fields without a name")
     _require_own_files(header.get("callbacks", {}), path=path)
@@ -81,7 +81,7 @@ def _require_own_files(state: Any, *, path: Path) -> None:
         for part in (*state, *state.values()):
             _require_own_files(part, path=path)
     elif isinstance(state, str) and ("://" in state or ".." in PurePath(state).parts):
-        raise UserError(f"{path} is not a checkpoint that train.py wrote: its callbacks refer to {_named(state)}")
+        raise UserError(f"{path} is not a checkpoint that train.py wrote: its callbacks refer to {shown(state)}")
 
 
 def require_plausible(
@@ -105,14 +105,14 @@ def require_plausible(
     for option in row.config_options():
         value = fields.get(option.name, option.default)
         if not _fits(value, option.type):
-            raise UserError(f"{damaged}: its {option.name} is {_named(value)}")
+            raise UserError(f"{damaged}: its {option.name} is {shown(value)}")
     largest = max((size for tensor in stored.values() for size in tensor.shape), default=0)
-    limits = {"n_layer": len(stored), "n_embd": largest, "vocab_size": largest, "bigram": largest}
-    limits |= {"n_head": largest, "n_kv_head": largest, "block_size": _MAX_CONTEXT, "window": _MAX_CONTEXT}
-    for name, limit in limits.items():
+    limits = {"n_layer": (1, len(stored)), "block_size": (1, _MAX_CONTEXT), "window": (0, _MAX_CONTEXT)}
+    limits |= dict.fromkeys(("n_embd", "vocab_size", "n_head", "n_kv_head"), (1, largest)) | {"bigram": (0, largest)}
+    for name, (least, most) in limits.items():
         value = fields.get(name)
-        if value is not None and not 0 <= value <= limit:
-            raise UserError(f"{damaged}: its {name} is {_named(value)}, and the stored weights allow at most {limit}")
+        if value is not None and not least <= value <= most:
+            raise UserError(f"{damaged}: its {name} is {shown(value)}, and the stored weights allow {least} to {most}")
 
 
 def _fits(value: Any, annotation: Any) -> bool:
@@ -120,23 +120,3 @@ def _fits(value: Any, annotation: Any) -> bool:
     if type(value) is int and float in kinds:
         return abs(value) < _MAX_INTEGER
     return type(value) in kinds and not (isinstance(value, float) and not math.isfinite(value))
-
-
-def brief(error: BaseException) -> str:
-    """Return the first line of an error, shortened, or its type."""
-    try:
-        text = str(error).strip()
-    except (ValueError, RecursionError):  # it quotes a huge integer, or something nested deeply
-        text = ""
-    return (text.splitlines()[0] if text else type(error).__name__)[:_MAX_TEXT]
-
-
-def _named(value: Any) -> str:
-    """Return a value for an error message: short, and without Python's errors for huge integers or deep nesting."""
-    if isinstance(value, str):
-        return repr(value[:_MAX_TEXT])
-    if value is None or isinstance(value, bool | float) or (type(value) is int and abs(value) <= _MAX_INTEGER):
-        return repr(value)
-    if type(value) is int:
-        return f"an integer of {value.bit_length():,} bits"
-    return f"of type {type(value).__name__}"

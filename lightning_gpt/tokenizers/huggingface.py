@@ -12,7 +12,7 @@ import numpy as np
 
 from lightning_gpt.config import UserError
 from lightning_gpt.parsing import parse_json
-from lightning_gpt.tokenizers.base import Tokenizer, around_gaps, as_text, without_surrogates
+from lightning_gpt.tokenizers.base import MAX_VOCAB, Tokenizer, are_sizes, around_gaps, as_text, without_surrogates
 from lightning_gpt.tokenizers.bpe import CUT_BEFORE_NEWLINE, cut_where
 
 _ENDS_OF_TEXT = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
@@ -58,6 +58,8 @@ class HuggingFaceTokenizer(Tokenizer):
             raise UserError(f"--tokenizer {spelling}: {error}") from error
         if not ids:
             raise UserError(f"--tokenizer {spelling} has an empty vocabulary")
+        if max(ids) >= MAX_VOCAB:
+            raise UserError(f"--tokenizer {spelling} has the token id {max(ids)}; ids are below {MAX_VOCAB:,}")
         special = {token["content"]: token["id"] for token in added_tokens(text) if token["special"]}
         end = next((special[content] for content in _ENDS_OF_TEXT if content in special), None)
         return cls(text, vocab_size=max(ids) + 1, end_of_text=end)
@@ -66,7 +68,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def from_dict(cls, fields: dict[str, Any]) -> HuggingFaceTokenizer:
         """Rebuild the tokenizer from the result of `to_dict`."""
         text, size, end = (fields.get(key) for key in ("tokenizer_json", "vocab_size", "end_of_text"))
-        if not isinstance(text, str) or type(size) is not int or size < 1 or (end is not None and type(end) is not int):
+        if not isinstance(text, str) or not are_sizes(size, end):
             raise UserError("a saved huggingface tokenizer needs 'tokenizer_json', 'vocab_size' and 'end_of_text'")
         return cls(text, vocab_size=size, end_of_text=end)
 

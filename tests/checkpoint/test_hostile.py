@@ -86,7 +86,7 @@ DOORS = {
     "resume another's settings": (train, [f"--resume={LAST}", "--implementation=nanogpt", *SHORT], "type --implem"),
     "init_from": (train, [f"--init_from={LAST}"], "type --implementation dl.evil:GPT"),
     "init_from for another": (train, [f"--init_from={LAST}", "--implementation=mingpt"], "type --implementation"),
-    "pretrained_embeddings": (train, [f"--pretrained_embeddings={LAST}", "--max_steps=1"], "--trust_checkpoint"),
+    "embeddings of another": (train, [f"--pretrained_embeddings={LAST}", "--data=dl/config.yaml"], "--trust"),
     "evaluate": (evaluate, [f"--checkpoint={LAST}"], "--trust_checkpoint"),
     "convert": (evaluate, [f"--checkpoint={LAST}", "--convert_only"], "--trust_checkpoint"),
     "export": (evaluate, [f"--checkpoint={LAST}", "--export=pt", "--out=out"], "--trust_checkpoint"),

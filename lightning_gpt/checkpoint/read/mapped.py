@@ -13,8 +13,8 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from lightning_gpt.checkpoint.header import brief
 from lightning_gpt.config import UserError
+from lightning_gpt.parsing import brief
 
 
 class MappedFile:

@@ -12,7 +12,7 @@ from lightning_gpt.checkpoint.read.foreign import ForeignCheckpoint
 from lightning_gpt.checkpoint.read.mapped import MappedFile
 from lightning_gpt.config import UserError
 from lightning_gpt.implementations.registry import IMPLEMENTATIONS
-from lightning_gpt.parsing import read_json
+from lightning_gpt.parsing import read_json, shown
 from lightning_gpt.tokenizers import GPT2Tokenizer
 
 # Their file names, in nanoGPT's out_dir and minGPT's work_dir.
@@ -42,7 +42,7 @@ class NanoGPTCheckpoint(ForeignCheckpoint):
         for name, value in sizes.items():
             if type(value) is not int or value < 1:
                 raise UserError(
-                    f"{file.path}: {name} of its model_args is {value!r}, it must be a positive whole number"
+                    f"{file.path}: {name} of its model_args is {shown(value)}, it must be a positive whole number"
                 )
         choices = {"gelu": "exact", "tied_head": True, "bias": bool(args.get("bias", True)), "position": "learned"}
         row, fields = _GPT2.implementation_for(choices | sizes)

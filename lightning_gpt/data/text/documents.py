@@ -20,7 +20,7 @@ BLOCK_BYTES = 1 << 20
 # Rows are held in memory, and JSON's objects take up to 24 times its bytes. Text files are streamed, and may have any
 # size.
 MAX_ROW_BYTES = 32 << 20
-_MAX_PAGE_BYTES = 256 << 20
+MAX_PAGE_BYTES = 256 << 20
 # Real text shrinks less than 200 times. Small files may shrink more.
 _MAX_EXPANSION, _ANY_EXPANSION = 200, 16 << 20
 COMPRESSED = frozenset({".gz", ".zst"})
@@ -277,12 +277,12 @@ def _rows_at_once(path: Path, column: Any, num_rows: int) -> int:
     with path.open("rb") as file:
         sizes = list(page_sizes(file, column))
     largest = max(sizes, default=0)
-    if largest > _MAX_PAGE_BYTES:
+    if largest > MAX_PAGE_BYTES:
         raise UserError(
-            f"{path} has a page of {largest >> 20:,} MiB, and at most {_MAX_PAGE_BYTES >> 20} MiB are read; write it"
+            f"{path} has a page of {largest >> 20:,} MiB, and at most {MAX_PAGE_BYTES >> 20} MiB are read; write it"
             " again with smaller pages, and long documents as text files"
         )
-    return max(1, min(1024, _BATCH_BYTES * num_rows // max(1, sum(sizes)), _MAX_PAGE_BYTES // max(1, largest)))
+    return max(1, min(1024, _BATCH_BYTES * num_rows // max(1, sum(sizes)), MAX_PAGE_BYTES // max(1, largest)))
 
 
 def _row_too_long(where: str) -> UserError:
