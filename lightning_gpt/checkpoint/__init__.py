@@ -1,9 +1,10 @@
 """Checkpoints of every strategy and of other programs: find, open lazily, check, convert, load."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 from lightning_gpt.checkpoint.base import Checkpoint, tied_names
-from lightning_gpt.checkpoint.own_runs import is_own, remember_run
+from lightning_gpt.checkpoint.header import require_contained, require_plausible
 from lightning_gpt.checkpoint.read.canonical import CanonicalCheckpoint, canonical_folder, is_converted
 from lightning_gpt.checkpoint.read.dcp import DcpCheckpoint
 from lightning_gpt.checkpoint.read.deepspeed import DeepSpeedCheckpoint
@@ -15,7 +16,9 @@ from lightning_gpt.checkpoint.resume import ExactResume
 from lightning_gpt.checkpoint.write.canonical import convert, one_at_a_time
 from lightning_gpt.config import UserError
 from lightning_gpt.models import GPTModule
+from lightning_gpt.parsing import brief
 from lightning_gpt.tokenizers import Tokenizer
+from lightning_gpt.trust import is_own, require_honoured
 
 __all__ = [
     "RUNS",
@@ -26,10 +29,8 @@ __all__ = [
     "convert",
     "ensure_canonical",
     "find_checkpoint",
-    "is_own",
     "load",
     "open_checkpoint",
-    "remember_run",
     "saved_at",
     "tied_names",
 ]
@@ -83,28 +84,45 @@ def saved_at(path: Path) -> float:
     return max(p.stat().st_mtime for p in (path, *path.glob("*")))
 
 
-def open_checkpoint(path: Path, *, trust: bool = False, n_head: int | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: Path, *, trust: bool = False, n_head: int | None = None, typed: Collection[str] | None = None
+) -> Checkpoint:
     """Open a checkpoint of any form; weights are read on demand.
+
+    Nothing in it runs code unless it is trusted or the user's own: it may hold tensors and plain values only, and name
+    only a built-in implementation.
 
     Args:
         path: A file or folder, as ``find_checkpoint`` returns.
-        trust: Whether it may hold Python objects, which can run code; those in the user's own run folders always may.
+        trust: Whether it may hold Python objects and name code; those in the user's own run folders always may.
         n_head: Number of attention heads, for a checkpoint that does not say.
+        typed: Implementations that the user typed in this command, which it may name; None if there is no such option.
 
     Raises:
-        UserError: The form is unknown, the checkpoint is damaged, or holds Python objects and is not trusted.
+        UserError: The form is unknown, the checkpoint is damaged, contradicts itself, or would run code and is not
+            trusted.
     """
     trust = trust or is_own(path)
     try:
-        if path.is_file():
-            return _open_file(path, trust=trust, n_head=n_head)
-        for reader in FOLDERS:
-            if reader.recognises(path):
-                return reader(path, trust=trust)
+        require_contained(path)
+        checkpoint = _open(path, trust=trust, n_head=n_head)
+        name = checkpoint.implementation
+        require_honoured(name, flag="implementation", source=path, trust=trust, typed=typed)
+        checkpoint.trusted = trust
+        require_plausible(checkpoint.stored, implementation=name, fields=checkpoint.model_config, path=path)
     except UserError:
         raise
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise UserError(f"{path} does not have the layout of a known checkpoint: {error!r}") from error
+    except Exception as error:  # damaged bytes can raise anything
+        raise UserError(f"{path} does not have the layout of a known checkpoint: {brief(error)}") from error
+    return checkpoint
+
+
+def _open(path: Path, *, trust: bool, n_head: int | None) -> Checkpoint:
+    if path.is_file():
+        return _open_file(path, trust=trust, n_head=n_head)
+    for reader in FOLDERS:
+        if reader.recognises(path):
+            return reader(path, trust=trust)
     raise UserError(
         f"{path} is not a checkpoint; give a .ckpt file, a folder that FSDP or DeepSpeed training wrote, a converted"
         " one, or a Hugging Face folder"
@@ -142,7 +160,7 @@ def ensure_canonical(path: Path, *, trust: bool = False) -> Checkpoint:
     with one_at_a_time(path):
         if not is_converted(folder, source=path):
             convert(checkpoint, folder)
-        return CanonicalCheckpoint(folder)
+        return open_checkpoint(folder, trust=checkpoint.trusted)
 
 
 def load(

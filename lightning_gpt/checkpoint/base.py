@@ -12,9 +12,11 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 
+from lightning_gpt.checkpoint.header import checked_header
 from lightning_gpt.config import UserError
 from lightning_gpt.implementations.registry import get_implementation, refused_by
 from lightning_gpt.models import GPTModule
+from lightning_gpt.parsing import brief
 from lightning_gpt.tokenizers import Tokenizer, tokenizer_from_dict
 
 PREFIX = "model."  # GPTModule holds the plain model under this name
@@ -35,6 +37,13 @@ def empty_model(implementation: str, *, model_config: dict[str, Any]) -> nn.Modu
     """
     row = get_implementation(implementation)
     with torch.random.fork_rng(devices=[]):
+        if row.builtin:
+            try:
+                return row.build(model_config, meta=True)
+            except UserError:
+                raise
+            except Exception as error:  # sizes from a damaged header: division by zero, overflow
+                raise UserError(f"--implementation {implementation} has no such model: {brief(error)}") from error
         # A user's model may read its weights while it is built, which can raise anything on the meta device.
         with contextlib.suppress(Exception), torch.device("meta"):
             return row.build(model_config)
@@ -65,6 +74,7 @@ class Checkpoint(ABC):
         in_shards: Whether weights are assembled from the parts of several ranks, which is slow.
         stored: The stored weights on the meta device, by name; tied weights under one or more of their names.
         moments: The stored optimizer state on the meta device, by weight and state name; empty if there is none.
+        trusted: Whether the user trusts it or made it, so that it may name code.
 
     Raises:
         UserError: The header is not one of ours.
@@ -74,14 +84,11 @@ class Checkpoint(ABC):
     in_shards: ClassVar[bool] = False
     stored: dict[str, Tensor]
     moments: dict[str, dict[str, Tensor]]
+    trusted: bool = False
 
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
-        hparams = header.get("hyper_parameters") if isinstance(header, dict) else None
-        needed = {"implementation", "model_config"}
-        if not isinstance(hparams, dict) or not needed <= hparams.keys() or "global_step" not in header:
-            raise UserError(f"{path} is not a checkpoint that train.py wrote")
         self.path = path
-        self.header = header
+        self.header = checked_header(header, path=path)
 
     @abstractmethod
     def _read(self, name: str) -> Tensor:
@@ -116,18 +123,22 @@ class Checkpoint(ABC):
     @property
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer of the training data; None if unknown."""
-        stored = self.header.get("TokenData", {}).get("tokenizer")
+        stored = self._data.get("tokenizer")
         return tokenizer_from_dict(stored) if stored else None
 
     @property
     def data(self) -> str | None:
         """The value of ``--data``; None if unknown."""
-        return self.header.get("TokenData", {}).get("data")
+        return self._data.get("data")
 
     @property
     def task_fields(self) -> dict[str, Any]:
         """Fields of the task that was trained; empty for text."""
-        return self.header.get("TokenData", {}).get("task") or {}
+        return self._data.get("task") or {}
+
+    @property
+    def _data(self) -> dict[str, Any]:
+        return self.header.get("TokenData") or {}
 
     @cached_property
     def ties(self) -> dict[str, str]:
@@ -282,8 +293,8 @@ class Checkpoint(ABC):
         Raises:
             UserError: The weights do not fit the config, or the implementation cannot be imported.
         """
+        self.require_fit(GPTModule.without_memory(self.implementation, model_config=self.model_config))
         module = GPTModule(self.implementation, model_config=self.model_config)
-        self.require_fit(module)
         ties = tied_names(module.model)
         with torch.no_grad():
             for name, tensor in module.model.state_dict(keep_vars=True).items():

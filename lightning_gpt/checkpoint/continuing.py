@@ -1,6 +1,7 @@
 """Find what a run can continue from: the newest run, and the newest checkpoint of a run folder."""
 
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -18,12 +19,15 @@ def checkpoints_in(run_dir: Path) -> list[Path]:
     return [*last, *sorted(others, key=saved_at, reverse=True)]
 
 
-def newest_checkpoint(run_dir: Path, *, trust: bool = False, since: float = 0.0) -> Path | None:
+def newest_checkpoint(
+    run_dir: Path, *, trust: bool = False, typed: Collection[str] = (), since: float = 0.0
+) -> Path | None:
     """Return the newest checkpoint of a run folder; skip damaged ones, with a note on stderr.
 
     Args:
         run_dir: The run folder, which need not exist.
         trust: As for ``open_checkpoint``.
+        typed: As for ``open_checkpoint``.
         since: Skip checkpoints that were saved before this time, in seconds since the epoch.
 
     Returns:
@@ -33,7 +37,7 @@ def newest_checkpoint(run_dir: Path, *, trust: bool = False, since: float = 0.0)
         if saved_at(path) < since:
             continue
         try:
-            open_checkpoint(path, trust=trust)
+            open_checkpoint(path, trust=trust, typed=typed)
         except UserError as error:
             rank_zero_only(print)(f"skipped: {error}", file=sys.stderr)
         else:

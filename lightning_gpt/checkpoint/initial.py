@@ -1,5 +1,6 @@
 """Start a new run from trained weights: derive options from them, and load them into the model."""
 
+from collections.abc import Collection
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
@@ -19,18 +20,19 @@ from lightning_gpt.models import GPTModule
 _MULTIPLE = 64
 
 
-def open_source(path: str, *, trust: bool, n_head: int | None) -> Checkpoint:
+def open_source(path: str, *, trust: bool, n_head: int | None, typed: Collection[str]) -> Checkpoint:
     """Open the checkpoint that ``--init_from`` names.
 
     Args:
         path: As for ``find_checkpoint``.
         trust: As for ``open_checkpoint``.
         n_head: As for ``open_checkpoint``.
+        typed: As for ``open_checkpoint``.
 
     Raises:
         UserError: It cannot be found or opened.
     """
-    return open_checkpoint(find_checkpoint(path, which="best"), trust=trust, n_head=n_head)
+    return open_checkpoint(find_checkpoint(path, which="best"), trust=trust, n_head=n_head, typed=typed)
 
 
 def defaults_from(source: Checkpoint, row: Implementation) -> dict[str, Any]:

@@ -5,13 +5,14 @@ import os
 import shlex
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from jsonargparse import Namespace
 
 from lightning_gpt.cli.argv import complete_flags, configs_first, gather_values, scout
 from lightning_gpt.cli.parser import (
+    ALIASES,
     Parser,
     check_numbers,
     displaced_options,
@@ -37,7 +38,7 @@ from lightning_gpt.config import (
 from lightning_gpt.data.tasks import find_task
 from lightning_gpt.implementations.registry import flag_options, get_implementation
 from lightning_gpt.optim.registry import optimizer_options
-from lightning_gpt.options import options_of
+from lightning_gpt.options import Option, options_of
 
 GROUPS: dict[str, type] = {
     "model": ModelOptions,
@@ -81,25 +82,30 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
     known = scout(argv)
     from_files = load_configs(known.config)
     command = f"train.py {shlex.join(argv)}".strip()
-    start = find_start(known, from_files, command=command)
+    trust = str(known.trust_checkpoint or from_files.get("trust_checkpoint")).lower() == "true"
+    typed = {name: getattr(known, name) or from_files.get(name) for name in ("implementation", "data")}
+    start = find_start(known, from_files, command=command, trust=trust, typed=typed)
     init_from = None if start.resumed else known.init_from or from_files.get("init_from")
     displaced = displaced_options(argv, from_files)
     saved = {name: value for name, value in start.settings.items() if name not in displaced}
-    implementation = known.implementation or from_files.get("implementation") or saved.get("implementation")
+    implementation = typed["implementation"] or saved.get("implementation")
     if init_from:
         from lightning_gpt.checkpoint.initial import defaults_from, open_source  # imports torch, which --help must not
 
-        trust = str(known.trust_checkpoint or from_files.get("trust_checkpoint")).lower() == "true"
-        source = open_source(str(init_from), trust=trust, n_head=known.n_head or from_files.get("n_head"))
+        n_head = known.n_head or from_files.get("n_head")
+        source = open_source(str(init_from), trust=trust, n_head=n_head, typed=[str(typed["implementation"])])
         implementation = implementation or source.implementation
         saved |= defaults_from(source, get_implementation(str(implementation)))
     if from_files.get("model_type") or any(token.partition("=")[0] == "--model_type" for token in argv):
         saved = {k: v for k, v in saved.items() if k not in SIZES}  # checked against the preset's later
     row = get_implementation(str(implementation or ModelOptions.implementation))
     model_options = flag_options(row)
-    data = str(known.data or from_files.get("data") or saved.get("data") or DataOptions.data)
+    data = str(typed["data"] or saved.get("data") or DataOptions.data)
     task = find_task(data)
     task_options = options_of(task) if task else []
+    taken = {o.name for o in options} | {"config", "help"} | {flag.removeprefix("--") for flag in ALIASES.values()}
+    _require_distinct(model_options, taken, of=f"--implementation {row.name}")
+    _require_distinct(task_options, taken | {o.name for o in model_options}, of=f"--data {data}")
     parser = Parser("Train a GPT. Every option is a flag, or a line of a YAML file.")
     for title, group in groups.items():
         parser.add_options(group, title)
@@ -138,6 +144,13 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
         resumed=start.resumed,
         command=command,
     )
+
+
+def _require_distinct(fields: Sequence[Option], taken: Collection[str], *, of: str) -> None:
+    """Raise a UserError if a field of a user's model or task has the name of another flag."""
+    for o in fields:
+        if o.name in taken:
+            raise UserError(f"{of}: its field {o.name} has the name of another flag of train.py; rename the field")
 
 
 def _fit_task(task: type, fields: dict[str, Any], values: Namespace) -> None:

@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 
 from lightning_gpt.config import EXCLUSIVE, PROVENANCE, SIZES, UserError
 from lightning_gpt.options import ABOVE_ZERO, Option
+from lightning_gpt.parsing import read_yaml
 
 ALIASES = {
     "accumulate_grad_batches": "--grad_accum",
@@ -66,7 +67,7 @@ class Parser(ArgumentParser):
         if text.startswith("Parser key "):
             key, _, rest = text[len("Parser key ") :].partition(":")
             text = f"--{key.strip(chr(34)).strip(chr(39))}: {rest.strip()}"
-        raise UserError(text)
+        raise UserError(text if len(text) < 600 else f"{text[:600]} ...")  # it may quote a value of any length
 
 
 def suggestion(wrong: str, choices: Sequence[str]) -> str:
@@ -81,18 +82,7 @@ def load_yaml(path: str) -> dict[str, Any]:
     Raises:
         UserError: The file cannot be read or is not a mapping; the message names the file and the line.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"--config {path}: not a text in UTF-8") from error
-    try:
-        loaded = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"--config {path}{where}: {getattr(error, 'problem', error)}") from error
+    loaded = read_yaml(Path(path), flag="--config ")
     if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
         raise UserError(f"--config {path}: expected lines of the form 'flag: value'")
     return loaded

@@ -2,15 +2,18 @@
 
 import argparse
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning_gpt.cli.parser import load_yaml
 from lightning_gpt.config import PROVENANCE, Resumed, UserError
+from lightning_gpt.data.tasks import is_own_task
 from lightning_gpt.launch import launches
+from lightning_gpt.trust import is_own, require_honoured, split_name
 
 AUTO, LATEST = "auto", "latest"
 
@@ -30,7 +33,9 @@ class Start:
     resumed: Resumed | None = None
 
 
-def find_start(known: argparse.Namespace, from_files: dict[str, Any], *, command: str) -> Start:
+def find_start(
+    known: argparse.Namespace, from_files: dict[str, Any], *, command: str, trust: bool, typed: Mapping[str, Any]
+) -> Start:
     """Decide whether a run is new or resumed, and from which checkpoint.
 
     When torchrun or SLURM has restarted this command, the run goes on in the folder that it opened the first time.
@@ -39,9 +44,11 @@ def find_start(known: argparse.Namespace, from_files: dict[str, Any], *, command
         known: The flags that ``scout`` reads.
         from_files: The options of ``--config`` files.
         command: The command line.
+        trust: Whether the checkpoint, and the settings beside it, may name code.
+        typed: The values of ``--implementation`` and ``--data`` in this command, which may name code anyway.
 
     Raises:
-        UserError: The checkpoint does not exist, or the flags contradict each other.
+        UserError: The checkpoint does not exist, names code that it may not, or the flags contradict each other.
     """
     resume, out_dir = known.resume or from_files.get("resume"), known.out_dir or from_files.get("out_dir")
     restarted = {name for name, count in launches().items() if count}
@@ -52,7 +59,8 @@ def find_start(known: argparse.Namespace, from_files: dict[str, Any], *, command
     from lightning_gpt.checkpoint import RUNS, find_checkpoint  # imports torch, which --help must not
     from lightning_gpt.checkpoint.continuing import newest_checkpoint, newest_run
 
-    trust = str(known.trust_checkpoint or from_files.get("trust_checkpoint")).lower() == "true"
+    find_newest = partial(newest_checkpoint, trust=trust, typed=[str(typed["implementation"])])
+    resume_at = partial(_resume, trust=trust, typed=typed)
     if resume == AUTO and not out_dir:
         raise UserError("--resume auto looks in --out_dir; give one, or --resume alone for the newest run")
     if resume and resume != AUTO:
@@ -63,30 +71,35 @@ def find_start(known: argparse.Namespace, from_files: dict[str, Any], *, command
             checkpoint = find_checkpoint(str(resume), which="last")
             folder = Path(out_dir or checkpoint.parent.parent)
             opened = _opened_by(restarted, [folder])
-            later = newest_checkpoint(folder, trust=trust, since=opened[folder]) if opened else None
-            return _resume(later or checkpoint, automatic=later is not None, trust=trust)
+            later = find_newest(folder, since=opened[folder]) if opened else None
+            return resume_at(later or checkpoint, automatic=later is not None)
     folders = [Path(out_dir)] if out_dir else list(RUNS.glob("*/"))
     # Without --out_dir, a job may train several runs: the command tells them apart.
     opened = _opened_by(restarted, folders, command=None if out_dir else command)
     run_dir = max(opened, key=lambda folder: opened[folder]) if opened else Path(out_dir) if out_dir else None
     if resume == LATEST and not opened:
-        return _resume(find_checkpoint(str(run_dir or newest_run()), which="last"), automatic=False, trust=trust)
+        return resume_at(find_checkpoint(str(run_dir or newest_run()), which="last"), automatic=False)
     if run_dir and (opened or resume == AUTO):
-        newest = newest_checkpoint(run_dir, trust=trust)
-        return _resume(newest, automatic=True, trust=trust) if newest else Start(settings={"out_dir": str(run_dir)})
+        newest = find_newest(run_dir)
+        return resume_at(newest, automatic=True) if newest else Start(settings={"out_dir": str(run_dir)})
     return Start()
 
 
-def _resume(checkpoint: Path, *, automatic: bool, trust: bool) -> Start:
+def _resume(checkpoint: Path, *, automatic: bool, trust: bool, typed: Mapping[str, Any]) -> Start:
     """Return the start from a checkpoint, with the run's options as they were given, and the checkpoint's model."""
     from lightning_gpt.checkpoint import open_checkpoint
 
     config = checkpoint.parent.parent / "config.yaml"
     saved = load_yaml(str(config)) if config.exists() else {}
+    for name in ("trust_checkpoint", "config"):  # what the file itself may not decide
+        saved.pop(name, None)
+    for name, is_code in (("implementation", split_name), ("data", is_own_task)):
+        if not typed[name] and is_code(str(saved.get(name))):
+            require_honoured(str(saved[name]), flag=name, source=config, trust=trust or is_own(config), typed=())
     provenance = saved.get(PROVENANCE)
     given = provenance.get("as_given") if isinstance(provenance, dict) else None
     settings = saved | (given if isinstance(given, dict) else {})
-    settings |= open_checkpoint(checkpoint, trust=trust).model_config
+    settings |= open_checkpoint(checkpoint, trust=trust, typed=[str(typed["implementation"])]).model_config
     if saved:
         settings["out_dir"] = str(config.parent)
     return Start(str(checkpoint), settings, Resumed(automatic, saved))

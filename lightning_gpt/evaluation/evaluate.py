@@ -27,7 +27,7 @@ from lightning_gpt.checkpoint.write.canonical import one_at_a_time
 from lightning_gpt.checkpoint.write.export import FORMATS, export
 from lightning_gpt.config import EvaluateOptions, TrainerOptions, UserError
 from lightning_gpt.data.loading import Source, TokenData
-from lightning_gpt.data.tasks import find_task
+from lightning_gpt.data.tasks import find_task, is_own_task
 from lightning_gpt.data.tokens.preparation import prepare
 from lightning_gpt.data.tokens.token_files import TokenFiles, is_token_folder
 from lightning_gpt.evaluation.lm_eval import TokenScorer, adapter, harness
@@ -36,6 +36,7 @@ from lightning_gpt.models import FORMS, GPTModule
 from lightning_gpt.strategies import StrategyRow, find_devices, get_strategy
 from lightning_gpt.strategies.devices import Devices
 from lightning_gpt.training.callbacks import quiet_lightning
+from lightning_gpt.trust import require_honoured
 
 _LARGEST_EXPONENT = math.log(sys.float_info.max)
 
@@ -150,8 +151,8 @@ def _open(name: str, options: EvaluateOptions) -> Checkpoint:
 def _validate(job: _Job, options: EvaluateOptions, *, row: StrategyRow, devices: Devices) -> Score | None:
     """Score one checkpoint; return None on ranks other than the first."""
     checkpoint = job.checkpoint
+    checkpoint.require_fit(GPTModule.without_memory(checkpoint.implementation, model_config=checkpoint.model_config))
     module = FORMS[row.form](checkpoint.implementation, model_config=checkpoint.model_config, **row.form_options)
-    checkpoint.require_fit(module)
     source = TokenData(
         job.files,
         name=job.name,
@@ -251,6 +252,8 @@ def _job(checkpoint: Checkpoint, options: EvaluateOptions) -> _Job:
     stride = options.stride or block_size
     if stride > block_size:
         raise UserError(f"--stride {stride} would skip tokens; give at most the block_size, {block_size}")
+    if not options.data and is_own_task(data):
+        require_honoured(data, flag="data", source=checkpoint.path, trust=checkpoint.trusted, typed=())
     task = find_task(data)
     if task:
         for name, value in (("block_size", options.block_size), ("stride", options.stride)):
@@ -258,7 +261,10 @@ def _job(checkpoint: Checkpoint, options: EvaluateOptions) -> _Job:
                 raise UserError(
                     f"--{name} {value} is for text, and --data {data} is a task with rows of its own; leave it out"
                 )
-        rows = task(**(checkpoint.task_fields if data == checkpoint.data else {}))
+        try:
+            rows = task(**(checkpoint.task_fields if data == checkpoint.data else {}))
+        except TypeError as error:
+            raise UserError(f"{checkpoint.path} does not describe a task of --data {data}: {error}") from error
         if rows.block_size != block_size:
             raise UserError(
                 f"--data {data} has rows of {rows.block_size} inputs, not the {block_size} of {checkpoint.path};"

@@ -23,8 +23,6 @@ import dataclasses
 import importlib
 import importlib.util
 import inspect
-import os
-import sys
 import typing
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -33,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_gpt.config import SIZES, UserError
 from lightning_gpt.options import Option, options_in_file, options_of
+from lightning_gpt.trust import import_code, split_name
 
 if TYPE_CHECKING:
     import torch
@@ -284,19 +283,14 @@ def get_implementation(name: str) -> Implementation:
     """
     if name in IMPLEMENTATIONS:
         return IMPLEMENTATIONS[name]
-    module_name, _, class_name = name.partition(":")
-    if not all(part.isidentifier() for part in (*module_name.split("."), class_name)):
+    if split_name(name) is None:
         choices = ", ".join(IMPLEMENTATIONS)
         raise UserError(f"--implementation {name} is unknown; choose one of {choices}, or package.module:Class")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # Python adds only the script's folder
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise UserError(f"--implementation {name}: {error}; give package.module:Class from this folder") from error
+    hint = "give package.module:Class from this folder"
+    module, class_name = import_code(name, flag="implementation", hint=hint)
     model = getattr(module, class_name, None)
     if not inspect.isclass(model):
-        raise UserError(f"--implementation {name}: {module_name} has no class {class_name}")
+        raise UserError(f"--implementation {name}: {module.__name__} has no class {class_name}")
     config = next(iter(typing.get_type_hints(model.__init__).values()), None)
     needed = {"vocab_size", "block_size"}
     if (
@@ -310,7 +304,7 @@ def get_implementation(name: str) -> Implementation:
         )
     return Implementation(
         name=name,
-        module=module_name,
+        module=module.__name__,
         model=class_name,
         config=f"{config.__module__}:{config.__name__}",
         block="Block" if hasattr(module, "Block") else None,

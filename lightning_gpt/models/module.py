@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from lightning_gpt.models.scoring import ScoreSums
 from lightning_gpt.optim.groups import parameter_groups
 from lightning_gpt.optim.registry import get_optimizer
 from lightning_gpt.optim.schedule import warmup_cosine
+from lightning_gpt.trust import reading_from
 
 # Arguments that only subclasses have, besides the fields of the model's config. Checkpoints store them, and Lightning
 # passes all stored arguments to whichever class loads the checkpoint.
@@ -106,6 +108,20 @@ class GPTModule(LightningModule):
             training: Further arguments of GPTModule.
         """
         return DeferredModule(implementation, model_config=model_config, **training)
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a file of ``Trainer.save_checkpoint`` as Lightning does; see ``LightningModule.load_from_checkpoint``.
+
+        A user's model is imported only if the file is in a run folder made on this machine, or if it is also given as
+        ``implementation="package.module:Class"``.
+
+        Raises:
+            UserError: The file names another model.
+        """
+        typed = [str(kwargs.get("implementation"))]
+        with reading_from(Path(str(checkpoint_path)), typed=typed):
+            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def build_model(self) -> nn.Module:
         """Return the initialised model; all forms get the same weights from the same seed."""

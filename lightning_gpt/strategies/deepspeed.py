@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 
 from lightning_gpt.config import UserError
+from lightning_gpt.parsing import read_json
 from lightning_gpt.strategies.memory import Zero
 from lightning_gpt.strategies.saving import WholeFolders
 
@@ -141,12 +142,7 @@ def read_config(path: str, *, precision: str, decided: dict[str, Any]) -> dict[s
     Raises:
         UserError: The file cannot be read, or contradicts the command line.
     """
-    try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--deepspeed_config {path}: {getattr(error, 'strerror', None) or error}") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"--deepspeed_config {path}, line {error.lineno}: {error.msg}") from error
+    config = read_json(Path(path), flag="--deepspeed_config ")
     if not isinstance(config, dict):
         raise UserError(f"--deepspeed_config {path}: expected a JSON object")
     for name, flag in (("optimizer", "--learning_rate"), ("scheduler", "--warmup_steps")):

@@ -9,13 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 from lightning_gpt.config import UserError
-from lightning_gpt.tokenizers.base import Tokenizer
+from lightning_gpt.tokenizers.base import MAX_VOCAB, Tokenizer
 from lightning_gpt.tokenizers.bpe import GPT2Tokenizer, TiktokenTokenizer
 from lightning_gpt.tokenizers.huggingface import HuggingFaceTokenizer, is_path
 from lightning_gpt.tokenizers.simple import ByteTokenizer, CharTokenizer
 from lightning_gpt.tokenizers.tables import encoding_names
 
 __all__ = [
+    "MAX_VOCAB",
     "TOKENIZERS",
     "ByteTokenizer",
     "CharTokenizer",
@@ -89,7 +90,7 @@ def tokenizer_from_dict(fields: dict[str, Any]) -> Tokenizer:
     if not isinstance(fields, dict) or not isinstance(fields.get("name"), str):
         raise UserError("a saved tokenizer must be a JSON object with a field 'name'")
     if fields["name"] not in TOKENIZERS:
-        raise UserError(f"a saved tokenizer {fields['name']} is not known; choose from {', '.join(TOKENIZERS)}")
+        raise UserError(f"a saved tokenizer {fields['name'][:99]} is not known; choose from {', '.join(TOKENIZERS)}")
     return TOKENIZERS[fields["name"]].from_dict(fields)
 
 

@@ -11,6 +11,9 @@ import numpy as np
 
 from lightning_gpt.config import UserError
 
+# Largest vocabulary, above any in use. A model has a row for each token, so a damaged number must not decide on it.
+MAX_VOCAB = 1 << 22
+
 
 class Tokenizer(ABC):
     """Convert text to token ids and back; picklable.
@@ -109,6 +112,12 @@ class Tokenizer(ABC):
                 "the model was trained with another tokenizer"
             )
         return array
+
+
+def are_sizes(vocab_size: Any, end_of_text: Any) -> bool:
+    """Return whether two values of a saved tokenizer can be the size of its vocabulary, and a token id or None."""
+    is_size = type(vocab_size) is int and 1 <= vocab_size <= MAX_VOCAB
+    return is_size and (end_of_text is None or (type(end_of_text) is int and 0 <= end_of_text < vocab_size))
 
 
 def around_gaps(tokens: list[int], is_known: Callable[[int], bool], decode: Callable[[list[int]], str]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lightning_gpt.config import UserError
-from lightning_gpt.tokenizers.base import Tokenizer, around_gaps, as_text
+from lightning_gpt.tokenizers.base import Tokenizer, are_sizes, around_gaps, as_text
 from lightning_gpt.tokenizers.tables import keep_tables, load_encoding
 
 # An encoding splits text into pieces by a regular expression, left to right without lookbehind, and encodes each piece
@@ -67,7 +67,7 @@ class TiktokenTokenizer(Tokenizer):
     def from_dict(cls, fields: dict[str, Any]) -> TiktokenTokenizer:
         """Rebuild the tokenizer from the result of `to_dict`."""
         name, size, end = (fields.get(key) for key in ("encoding", "vocab_size", "end_of_text"))
-        if not isinstance(name, str) or type(size) is not int or size < 1 or (end is not None and type(end) is not int):
+        if not isinstance(name, str) or not are_sizes(size, end):
             raise UserError("a saved tiktoken tokenizer needs 'encoding', 'vocab_size' and 'end_of_text'")
         return cls(name, vocab_size=size, end_of_text=end)
 

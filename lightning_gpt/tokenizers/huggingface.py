@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from lightning_gpt.config import UserError
-from lightning_gpt.tokenizers.base import Tokenizer, around_gaps, as_text, without_surrogates
+from lightning_gpt.parsing import parse_json
+from lightning_gpt.tokenizers.base import MAX_VOCAB, Tokenizer, are_sizes, around_gaps, as_text, without_surrogates
 from lightning_gpt.tokenizers.bpe import CUT_BEFORE_NEWLINE, cut_where
 
 _ENDS_OF_TEXT = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
@@ -58,7 +58,9 @@ class HuggingFaceTokenizer(Tokenizer):
             raise UserError(f"--tokenizer {spelling}: {error}") from error
         if not ids:
             raise UserError(f"--tokenizer {spelling} has an empty vocabulary")
-        special = {token["content"]: token["id"] for token in _added(text) if token["special"]}
+        if max(ids) >= MAX_VOCAB:
+            raise UserError(f"--tokenizer {spelling} has the token id {max(ids)}; ids are below {MAX_VOCAB:,}")
+        special = {token["content"]: token["id"] for token in added_tokens(text) if token["special"]}
         end = next((special[content] for content in _ENDS_OF_TEXT if content in special), None)
         return cls(text, vocab_size=max(ids) + 1, end_of_text=end)
 
@@ -66,7 +68,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def from_dict(cls, fields: dict[str, Any]) -> HuggingFaceTokenizer:
         """Rebuild the tokenizer from the result of `to_dict`."""
         text, size, end = (fields.get(key) for key in ("tokenizer_json", "vocab_size", "end_of_text"))
-        if not isinstance(text, str) or type(size) is not int or size < 1 or (end is not None and type(end) is not int):
+        if not isinstance(text, str) or not are_sizes(size, end):
             raise UserError("a saved huggingface tokenizer needs 'tokenizer_json', 'vocab_size' and 'end_of_text'")
         return cls(text, vocab_size=size, end_of_text=end)
 
@@ -148,19 +150,30 @@ def _load(text: str) -> Any:
     return tokenizer
 
 
-def _added(text: str) -> list[dict[str, Any]]:
-    return json.loads(text).get("added_tokens") or []
+def added_tokens(text: str) -> list[dict[str, Any]]:
+    """Return the added tokens of a `tokenizer.json`, each with at least `id`, `content` and `special`.
+
+    Raises:
+        UserError: The text is damaged.
+    """
+    fields = parse_json(text, source="the tokenizer.json")
+    added = (fields.get("added_tokens") or []) if isinstance(fields, dict) else None
+    needed = {"id", "content", "special"}
+    if not isinstance(added, list) or not all(isinstance(token, dict) and needed <= token.keys() for token in added):
+        raise UserError("the tokenizer.json has no list of added_tokens")
+    return added
 
 
 @functools.lru_cache(maxsize=4)
 def _splits_as_gpt2(text: str) -> bool:
     """Return whether only GPT-2's pattern splits text, without a normalizer or added tokens before it."""
-    fields = json.loads(text)
-    splitter = fields.get("pre_tokenizer") or {}
+    fields = parse_json(text, source="the tokenizer.json")
+    splitter = fields.get("pre_tokenizer")
     return (
-        fields.get("normalizer") is None
+        isinstance(splitter, dict)
+        and fields.get("normalizer") is None
         and splitter.get("type") == "ByteLevel"
         and splitter.get("use_regex", True)
         and not splitter.get("add_prefix_space", True)
-        and all(token["special"] for token in _added(text))
+        and all(token["special"] for token in added_tokens(text))
     )

@@ -13,10 +13,11 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from lightning_gpt.atomic import atomic_file, locked, remove
-from lightning_gpt.checkpoint import RUNS, CanonicalCheckpoint, canonical_folder, remember_run
+from lightning_gpt.checkpoint import RUNS, CanonicalCheckpoint, canonical_folder
 from lightning_gpt.checkpoint.continuing import checkpoints_in
 from lightning_gpt.config import RunOptions, UserError
 from lightning_gpt.launch import restarted
+from lightning_gpt.trust import remember_run
 
 LOCK = ".lock"
 _LINGERING_SECONDS = 30  # data loading processes outlive a killed run by seconds, and hold its lock

@@ -9,6 +9,7 @@ import torch
 from lightning import Callback, seed_everything
 
 from lightning_gpt.checkpoint import Checkpoint, ExactResume, open_checkpoint
+from lightning_gpt.checkpoint.header import require_plausible
 from lightning_gpt.checkpoint.initial import begin, fitted_vocabulary, open_source
 from lightning_gpt.checkpoint.resume import require_resumable
 from lightning_gpt.config import TrainConfig, UserError
@@ -69,10 +70,12 @@ def _train(config: TrainConfig, watch: Watchdog, callbacks: Sequence[Callback]) 
     strategy = _strategy(config, where, accumulate=accumulate)
     _check_optimizer(config, strategy)
     # The checkpoint to start from, if any: the one to resume, or the one of --init_from.
-    checkpoint = open_checkpoint(Path(run.resume), trust=run.trust_checkpoint) if run.resume else None
+    trust, typed = run.trust_checkpoint, [config.model.implementation]
+    checkpoint = open_checkpoint(Path(run.resume), trust=trust, typed=typed) if run.resume else None
     weights = None
     if run.init_from and not checkpoint:
-        weights = open_source(run.init_from, trust=run.trust_checkpoint, n_head=config.model_fields.get("n_head"))
+        n_head = config.model_fields.get("n_head")
+        weights = open_source(run.init_from, trust=trust, n_head=n_head, typed=typed)
     start = checkpoint or weights
     source = _source(config, start)
     vocab_size, padding = fitted_vocabulary(
@@ -97,6 +100,9 @@ def _train(config: TrainConfig, watch: Watchdog, callbacks: Sequence[Callback]) 
     seed_everything(run.seed, verbose=False)
     config = resolve(config, budget)
     arguments = module_arguments(config, vocab_size=vocab_size, padding=padding)
+    if checkpoint:  # the sizes are those of its config.yaml
+        name, fields = config.model.implementation, arguments["model_config"]
+        require_plausible(checkpoint.stored, implementation=name, fields=fields, path=checkpoint.path)
     if run.dry_run:
         module = GPTModule.without_memory(config.model.implementation, **arguments)
     else:

@@ -18,6 +18,7 @@ from lightning_gpt.checkpoint import open_checkpoint
 from lightning_gpt.models import GPTModule
 from lightning_gpt.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer
 from lightning_gpt.tokenizers.tables import load_encoding
+from lightning_gpt.trust import remember_run
 from tests.launching import run_python
 
 transformers = pytest.importorskip("transformers")
@@ -212,13 +213,17 @@ def foreign(tmp_path, monkeypatch, saved_model):
     (tmp_path / "exported_model.py").write_text(MY_MODEL)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "exported_model", raising=False)
-    return saved_model("exported_model:MyGPT")
+    (tmp_path / "run").mkdir()
+    remember_run(tmp_path / "run")
+    (tmp_path / "run" / "checkpoints").mkdir()
+    return saved_model("exported_model:MyGPT").rename(tmp_path / "run" / "checkpoints" / "last.ckpt")
 
 
 def test_export_of_a_foreign_model(foreign, export):
     weight = open_checkpoint(foreign).weight("all.weight")
     assert torch.equal(torch.load(export(foreign, "pt")[0] / "model.pt")["all.weight"], weight)
-    assert torch.equal(open_checkpoint(export(foreign, "safetensors")[0]).weight("all.weight"), weight)
+    exported = open_checkpoint(export(foreign, "safetensors")[0], typed=["exported_model:MyGPT"])
+    assert torch.equal(exported.weight("all.weight"), weight)
 
 
 # The original nanoGPT

@@ -14,10 +14,10 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from lightning_gpt.checkpoint import canonical_folder, convert, ensure_canonical, find_checkpoint, open_checkpoint
 from lightning_gpt.checkpoint.base import Checkpoint, empty_model, tied_names
-from lightning_gpt.checkpoint.own_runs import remember_run
 from lightning_gpt.checkpoint.read.mapped import MappedFile
 from lightning_gpt.config import UserError
 from lightning_gpt.models import GPTModule
+from lightning_gpt.trust import remember_run
 from tests.launching import run_python
 
 REPO = Path(__file__).parents[2]
@@ -281,16 +281,20 @@ def test_foreign_objects_are_refused(copied, tmp_path, part):
 def test_own_runs_are_trusted(single, tmp_path, monkeypatch):
     monkeypatch.setenv("LIGHTNING_GPT_CACHE", str(tmp_path / "cache"))
     run = tmp_path / "run"
-    run.mkdir()
-    torch.save(torch.load(single, weights_only=True) | {"extra": Foreign(tmp_path / "mark")}, run / "x.ckpt")
-    assert_cannot_be_read(run / "x.ckpt", "--trust_checkpoint")
+    own, others = run / "checkpoints" / "best.ckpt", [run / "checkpoints" / "x.ckpt", run / "x" / "best.ckpt"]
+    for file in (own, *others):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(torch.load(single, weights_only=True) | {"extra": Foreign(tmp_path / "mark")}, file)
+    assert_cannot_be_read(own, "--trust_checkpoint")
     remember_run(run)
     remember_run(run)
-    assert open_checkpoint(run / "x.ckpt").hash()
+    assert open_checkpoint(own).hash()
+    for file in others:  # anybody may have put them there
+        assert_cannot_be_read(file, "--trust_checkpoint")
     assert (tmp_path / "cache" / "runs.txt").read_text().splitlines() == [str(run)]
     monkeypatch.setenv("LIGHTNING_GPT_CACHE", str(single))  # a file, so that nothing can be written below it
     remember_run(run)
-    assert_cannot_be_read(run / "x.ckpt", "--trust_checkpoint")
+    assert_cannot_be_read(own, "--trust_checkpoint")
 
 
 @pytest.mark.parametrize("cut", [False, True], ids=["missing", "cut off"])

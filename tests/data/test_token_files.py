@@ -78,7 +78,7 @@ def test_failed_write_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.
     def full_disk(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(token_files.json, "dumps", full_disk)
+    monkeypatch.setattr(json, "dumps", full_disk)
     for target in (folder, tmp_path / "new"):
         with pytest.raises(UserError, match="No space left"):
             _write(target, source="failed")
@@ -301,7 +301,7 @@ def test_damaged_meta_is_refused(tmp_path: Path, change: dict, message: str) -> 
     with pytest.raises(UserError, match=message):
         open_token_files(folder)
     (folder / "meta.json").write_text("{")
-    with pytest.raises(UserError, match="cannot be read as JSON"):
+    with pytest.raises(UserError, match="is not JSON"):
         open_token_files(folder)
 
 

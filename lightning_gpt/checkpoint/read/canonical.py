@@ -7,7 +7,6 @@ does not clash with Hugging Face's. If the optimizer is included, ``optimizer.sa
 """
 
 import hashlib
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor
 from lightning_gpt.checkpoint.base import Checkpoint
 from lightning_gpt.checkpoint.read.mapped import read_header, unreadable
 from lightning_gpt.config import UserError
+from lightning_gpt.parsing import read_json
 from lightning_gpt.tokenizers import Tokenizer, tokenizer_from_dict
 
 FORMAT, VERSION = "lightning-gpt", 1
@@ -142,18 +142,6 @@ def tokenizer_beside(path: Path) -> Tokenizer | None:
     return tokenizer_from_dict(read_json(file)) if file.is_file() else None
 
 
-def read_json(path: Path) -> Any:
-    """Return the content of a JSON file.
-
-    Raises:
-        UserError: The file cannot be read.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise unreadable(path, error) from error
-
-
 # The two functions below open the file for each call, because a memory map counts as memory until it is closed.
 
 
@@ -171,7 +159,7 @@ def read_layout(path: Path) -> dict[str, Tensor]:
                 name: torch.empty(tuple(s.get_shape()), dtype=dtypes[s.get_dtype()], device="meta")
                 for name, s in slices.items()
             }
-    except (SafetensorError, OSError, KeyError) as error:
+    except (SafetensorError, OSError, KeyError, RuntimeError) as error:  # RuntimeError: a size that torch cannot have
         raise unreadable(path, error) from error
 
 
@@ -184,5 +172,5 @@ def read_tensor(path: Path, name: str) -> Tensor:
     try:
         with safe_open(path, framework="pt") as file:
             return file.get_tensor(name).clone()
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:
         raise unreadable(path, error) from error

@@ -1,18 +1,24 @@
 """Read folders of torch.distributed.checkpoint (DCP), as FSDP training writes them: shards, index and header."""
 
+import importlib
+import math
 import pickle
-import warnings
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, load
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 
 from lightning_gpt.checkpoint.base import PREFIX, Checkpoint, as_state
-from lightning_gpt.checkpoint.read.mapped import read_header, unreadable, untrusted
+from lightning_gpt.checkpoint.read.mapped import enum_member, load_slice, read_header, unreadable, untrusted
 from lightning_gpt.config import UserError
+from lightning_gpt.parsing import StrictUnpickler
 
 INDEX, HEADER = ".metadata", "meta.pt"
 
@@ -28,32 +34,22 @@ _ALLOWED = {
 }
 
 
-class _IndexUnpickler(pickle.Unpickler):
+class _IndexUnpickler(StrictUnpickler):
     """An unpickler that allows only the classes of an index."""
 
-    def __init__(self, file: IO[bytes], path: Path) -> None:
-        super().__init__(file)
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
         self._path = path
 
     def find_class(self, module: str, name: str) -> Any:
         """Return a class if it is allowed; raise a UserError otherwise."""
         if module.startswith("pathlib") and name.endswith("Path"):
             return PurePosixPath  # the path at which the checkpoint was saved; never opened
+        if name == "getattr" and module in ("builtins", "__builtin__"):
+            return enum_member
         if (module, name) in _ALLOWED or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
-            return super().find_class(module, name)
+            return getattr(importlib.import_module(module), name)
         raise untrusted(self._path, f"{module}.{name}")
-
-
-class _Reader(FileSystemReader):
-    """Torch's reader with an index that we have read, because torch would unpickle any class in it."""
-
-    def __init__(self, path: Path, index: Metadata) -> None:
-        super().__init__(path)
-        self._index = index
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Return the index."""
-        return self._index
 
 
 class DcpCheckpoint(Checkpoint):
@@ -76,11 +72,13 @@ class DcpCheckpoint(Checkpoint):
         self.stored = {}
         self.moments = {}
         self._keys: dict[tuple[str, ...], str] = {}
+        self._entries: dict[str, TensorStorageMetadata] = {}
         # A key is a path joined by dots, which names of weights also contain; planner_data holds the path.
         for key, (kind, *rest) in self._index.planner_data.items():
             entry = self._index.state_dict_metadata[key]
             if not isinstance(entry, TensorStorageMetadata):
                 continue
+            self._entries[key] = entry
             tensor = torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
             if kind == "state_dict":
                 name = rest[0].removeprefix(PREFIX)
@@ -90,17 +88,40 @@ class DcpCheckpoint(Checkpoint):
                 name = rest[1].removeprefix(PREFIX)
                 self._keys[name, rest[2]] = key
                 self.moments.setdefault(name, {})[rest[2]] = tensor
+        for key in self._keys.values():
+            self._require_whole(key)
         for shard, size in self._shard_sizes().items():
             file = path / shard
             if not file.is_file() or file.stat().st_size < size:
                 problem = "is cut off" if file.is_file() else "is missing"
                 raise UserError(f"{path} is incomplete: {shard} {problem}; copy the files of all ranks")
 
+    def _require_whole(self, key: str) -> None:
+        """Check that the stored chunks of a tensor fill it."""
+        entry = self._entries[key]
+        itemsize = entry.properties.dtype.itemsize
+        inside = stored = True
+        count = 0
+        for chunk in entry.chunks:
+            bounds = zip(chunk.offsets, chunk.sizes, entry.size, strict=True)
+            inside = inside and all(0 <= offset <= offset + size <= whole for offset, size, whole in bounds)
+            numel = math.prod(chunk.sizes)
+            stored = stored and self._place(key, chunk).length >= numel * itemsize
+            count += numel
+        if not (inside and stored) or count != math.prod(entry.size):
+            raise UserError(f"{self.path} is damaged: parts of {key} are missing")
+
+    def _place(self, key: str, chunk: ChunkStorageMetadata) -> Any:
+        return self._index.storage_data[MetadataIndex(key, chunk.offsets)]
+
     def _shard_sizes(self) -> dict[str, int]:
         """Return the minimum size in bytes of each file that the index lists."""
         sizes: dict[str, int] = {}
         for info in self._index.storage_data.values():
-            sizes[info.relative_path] = max(sizes.get(info.relative_path, 0), info.offset + info.length)
+            name, numbers = info.relative_path, (info.offset, info.length)
+            if PurePosixPath(name).name != name or any(type(n) is not int or n < 0 for n in numbers):
+                raise UserError(f"{self.path / INDEX} does not list files in its own folder")
+            sizes[name] = max(sizes.get(name, 0), sum(numbers))
         return sizes
 
     @classmethod
@@ -116,27 +137,23 @@ class DcpCheckpoint(Checkpoint):
 
     def _load(self, key: str, like: Tensor) -> Tensor:
         tensor = torch.empty_like(like, device="cpu")
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                # no_dist: this process reads by itself, even if it is in a process group.
-                load({key: tensor}, storage_reader=_Reader(self.path, self._index), no_dist=True)
-        except Exception as error:  # a truncated shard raises many errors, some inside of torch's own wrapper
-            failures = getattr(error, "failures", None)
-            raise unreadable(self.path, next(iter(failures.values()))[0] if failures else error) from error
+        for chunk in self._entries[key].chunks:
+            info = self._place(key, chunk)
+            part = load_slice(self.path / info.relative_path, start=info.offset, length=info.length)
+            if not isinstance(part, Tensor) or part.shape != chunk.sizes or part.dtype != tensor.dtype:
+                raise UserError(f"{self.path} is damaged: {info.relative_path} does not hold {key} where it should")
+            tensor[tuple(slice(o, o + size) for o, size in zip(chunk.offsets, chunk.sizes, strict=True))] = part
         return tensor
 
 
 def _read_index(path: Path, *, trust: bool) -> Metadata:
     """Unpickle the index; unless it is trusted, allow only the classes that an index needs."""
     try:
-        with path.open("rb") as file:
-            index = (pickle.Unpickler(file) if trust else _IndexUnpickler(file, path)).load()
+        index = pickle.loads(path.read_bytes()) if trust else _IndexUnpickler(path).load()
     except UserError:
         raise
     except Exception as error:  # damaged bytes can raise anything
         raise unreadable(path, error) from error
     if not isinstance(index, Metadata) or not isinstance(index.planner_data, dict):
         raise UserError(f"{path} is not the index of a distributed checkpoint")
-    index.storage_meta = index.storage_meta or StorageMeta()
     return index

@@ -9,9 +9,11 @@ rank, all of the same length except the last ones, and stores a rank's pieces on
 Reading does not need DeepSpeed: stand-ins replace its few classes that are pickled in these files.
 """
 
+import contextlib
 import copy
+import enum
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,8 +23,9 @@ import torch
 from torch import Tensor
 
 from lightning_gpt.checkpoint.base import PREFIX, Checkpoint, as_state, meta
-from lightning_gpt.checkpoint.read.mapped import MappedFile
+from lightning_gpt.checkpoint.read.mapped import MappedFile, enum_member
 from lightning_gpt.config import UserError
+from lightning_gpt.parsing import brief
 
 FOLDER = "checkpoint"
 _MODEL_STATES_OF_RANK = "zero_pp_rank_%d_mp_rank_00_model_states.pt"
@@ -56,6 +59,15 @@ class _LossScaler:
     """Stand-in for DeepSpeed's loss scalers, which are not used here."""
 
 
+class _ZeroStage(enum.IntEnum):
+    """Stand-in for DeepSpeed's ``ZeroStageEnum``, whose value is not used here."""
+
+    disabled = 0
+    optimizer_states = 1
+    gradients = 2
+    weights = max_stage = 3
+
+
 @dataclass
 class _Fragment:
     """Stand-in for DeepSpeed's ``fragment_address``: where a piece of a parameter is in a rank's flat tensor."""
@@ -64,11 +76,13 @@ class _Fragment:
     start: int
 
 
-_STAND_INS: tuple[tuple[type, str], ...] = (
+_STAND_INS: tuple[tuple[Callable[..., Any], str], ...] = (
     (_LossScaler, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (_LossScaler, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
-    (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    (_ZeroStage, "deepspeed.runtime.zero.config.ZeroStageEnum"),
     (_Fragment, "deepspeed.utils.tensor_fragment.fragment_address"),
+    (enum_member, "builtins.getattr"),
+    (enum_member, "__builtin__.getattr"),
 )
 
 
@@ -200,6 +214,10 @@ class DeepSpeedCheckpoint(Checkpoint):
         return {key: as_state(value) for key, value in (step | state).items()}
 
     def _read(self, name: str) -> Tensor:
+        with self._reporting_damage():
+            return self._read_weight(name)
+
+    def _read_weight(self, name: str) -> Tensor:
         if name in self._group:
             return self._join(name, self.stored[name], lambda part: self._flat_weights(part)[self._group[name]])
         if name in self._frozen:
@@ -214,10 +232,21 @@ class DeepSpeedCheckpoint(Checkpoint):
 
     def _read_moment(self, name: str, key: str) -> Tensor:
         group = self._group[name]
-        state = self._state(self._ranks[0].content["optimizer_state_dict"], group)[key]
-        if state.dim() == 0:
-            return state.clone()
-        return self._join(name, self.moments[name][key], lambda part: self._state(part, group)[key])
+        with self._reporting_damage():
+            state = self._state(self._ranks[0].content["optimizer_state_dict"], group)[key]
+            if state.dim() == 0:
+                return state.clone()
+            return self._join(name, self.moments[name][key], lambda part: self._state(part, group)[key])
+
+    @contextlib.contextmanager
+    def _reporting_damage(self) -> Iterator[None]:
+        """Turn what a rank's file raises, of which only sizes were checked before, into a UserError."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:  # damaged bytes can raise anything
+            raise UserError(f"{self.path} is damaged: {brief(error)}") from error
 
     def _join(self, name: str, like: Tensor, flat: Callable[[dict[str, Any]], Tensor]) -> Tensor:
         """Assemble a full tensor from the pieces in each rank's flat tensor, which `flat` picks."""

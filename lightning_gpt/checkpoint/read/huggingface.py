@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import re
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from lightning_gpt.checkpoint.base import meta
 from lightning_gpt.checkpoint.read.canonical import (
     CONFIG,
     WEIGHTS,
-    read_json,
     read_layout,
     read_tensor,
     tokenizer_beside,
@@ -22,6 +20,7 @@ from lightning_gpt.checkpoint.read.canonical import (
 from lightning_gpt.checkpoint.read.foreign import ForeignCheckpoint
 from lightning_gpt.checkpoint.read.mapped import MappedFile, unreadable
 from lightning_gpt.config import UserError
+from lightning_gpt.parsing import read_json
 from lightning_gpt.tokenizers import GPT2Tokenizer, HuggingFaceTokenizer, Tokenizer
 
 PICKLED = "pytorch_model.bin"
@@ -67,8 +66,8 @@ class HuggingFaceCheckpoint(ForeignCheckpoint):
     @classmethod
     def recognises(cls, path: Path) -> bool:
         """Return whether the folder's config has a ``model_type``, as every config of transformers does."""
-        with contextlib.suppress(OSError, ValueError):
-            config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        with contextlib.suppress(UserError):
+            config = read_json(path / CONFIG)
             return isinstance(config, dict) and isinstance(config.get("model_type"), str)
         return False
 

@@ -1,6 +1,5 @@
 """Read the files that the original nanoGPT and minGPT save with ``torch.save``."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from lightning_gpt.checkpoint.read.foreign import ForeignCheckpoint
 from lightning_gpt.checkpoint.read.mapped import MappedFile
 from lightning_gpt.config import UserError
 from lightning_gpt.implementations.registry import IMPLEMENTATIONS
+from lightning_gpt.parsing import read_json, shown
 from lightning_gpt.tokenizers import GPT2Tokenizer
 
 # Their file names, in nanoGPT's out_dir and minGPT's work_dir.
@@ -42,7 +42,7 @@ class NanoGPTCheckpoint(ForeignCheckpoint):
         for name, value in sizes.items():
             if type(value) is not int or value < 1:
                 raise UserError(
-                    f"{file.path}: {name} of its model_args is {value!r}, it must be a positive whole number"
+                    f"{file.path}: {name} of its model_args is {shown(value)}, it must be a positive whole number"
                 )
         choices = {"gelu": "exact", "tied_head": True, "bias": bool(args.get("bias", True)), "position": "learned"}
         row, fields = _GPT2.implementation_for(choices | sizes)
@@ -121,10 +121,10 @@ def _presets() -> dict[str, dict[str, int]]:
 def _heads_beside(path: Path) -> int | None:
     """Return the number of heads in a ``config.json``: minGPT's, with n_head or a preset, or that of our export."""
     try:
-        content = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
+        content = read_json(path.parent / "config.json")
         config = content["model_config" if content.get("format") == FORMAT else "model"]
         heads = config.get("n_head") or _presets()[config["model_type"]]["n_head"]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (UserError, LookupError, TypeError, AttributeError):
         return None
     return heads if type(heads) is int else None
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning_gpt.tokenizers import CharTokenizer, HuggingFaceTokenizer, Tokenizer
+from lightning_gpt.tokenizers.huggingface import added_tokens
 from lightning_gpt.tokenizers.tables import load_encoding
 
 
@@ -33,7 +34,7 @@ def tokenizer_config(tokenizer: Tokenizer, text: str, *, block_size: int) -> dic
         "model_max_length": block_size,
         "clean_up_tokenization_spaces": False,
     }
-    added = json.loads(text)["added_tokens"] if tokenizer.end_of_text is not None else ()
+    added = added_tokens(text) if tokenizer.end_of_text is not None else ()
     for token in added:
         if token["id"] == tokenizer.end_of_text:
             config |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), token["content"])

@@ -6,12 +6,11 @@ user's own task needs no row.
 
 from __future__ import annotations
 
-import importlib
 import os
-import sys
 from typing import TYPE_CHECKING
 
 from lightning_gpt.config import UserError
+from lightning_gpt.trust import import_code, split_name
 
 if TYPE_CHECKING:
     from lightning_gpt.data.tasks.base import Task
@@ -20,6 +19,12 @@ TASKS: dict[str, str] = {
     "adder": "lightning_gpt.data.tasks.adder:Adder",
     "sort": "lightning_gpt.data.tasks.sort:Sort",
 }
+
+
+def is_own_task(data: str) -> bool:
+    """Return whether `--data` names a task of the user's, `package.module:Class`, and no existing file."""
+    parts = split_name(data)
+    return parts is not None and parts[0] != "chargpt" and not os.path.exists(data)
 
 
 def find_task(data: str) -> type[Task] | None:
@@ -34,23 +39,16 @@ def find_task(data: str) -> type[Task] | None:
     Raises:
         UserError: The module or class does not exist, or is not a task.
     """
-    module_name, _, class_name = TASKS.get(data, data).partition(":")
-    is_dotted = all(part.isidentifier() for part in (*module_name.split("."), class_name))
-    if not is_dotted or module_name == "chargpt" or (data not in TASKS and os.path.exists(data)):
+    if data not in TASKS and not is_own_task(data):
         return None
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # Python adds the script's folder only
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        known = ", ".join(TASKS)
-        raise UserError(
-            f"--data {data}: {error}; give a text, chargpt:FILE, one of the tasks {known}, or package.module:Class of"
-            " your own"
-        ) from error
+    module, class_name = import_code(
+        TASKS.get(data, data),
+        flag="data",
+        hint=f"give a text, chargpt:FILE, one of the tasks {', '.join(TASKS)}, or package.module:Class of your own",
+    )
     from lightning_gpt.data.tasks.base import Task  # imports torch, which --help must not
 
     task = getattr(module, class_name, None)
     if not (isinstance(task, type) and issubclass(task, Task)):
-        raise UserError(f"--data {data}: {module_name} has no subclass of Task called {class_name}")
+        raise UserError(f"--data {data}: {module.__name__} has no subclass of Task called {class_name}")
     return task

@@ -6,7 +6,6 @@ import contextlib
 import gzip
 import io
 import itertools
-import json
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,10 +13,16 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from lightning_gpt.config import UserError
+from lightning_gpt.data.text.parquet_pages import page_sizes
+from lightning_gpt.parsing import parse_json
 
 BLOCK_BYTES = 1 << 20
-# Rows are held in memory, several times while JSON is decoded. Text files are streamed, and may have any size.
-MAX_ROW_BYTES = 64 << 20
+# Rows are held in memory, and JSON's objects take up to 24 times its bytes. Text files are streamed, and may have any
+# size.
+MAX_ROW_BYTES = 32 << 20
+MAX_PAGE_BYTES = 256 << 20
+# Real text shrinks less than 200 times. Small files may shrink more.
+_MAX_EXPANSION, _ANY_EXPANSION = 200, 16 << 20
 COMPRESSED = frozenset({".gz", ".zst"})
 ROW_SUFFIXES = frozenset({".jsonl", ".ndjson", ".parquet"})
 _BATCH_BYTES = 4 << 20
@@ -178,6 +183,7 @@ def _text(path: Path, before: int, offset: int) -> Iterator[Block]:
             stream.seek(offset)
         data = stream.read(BLOCK_BYTES)
         while True:
+            _require_expansion(path, offset + len(data), bytes_read())
             after = stream.read(BLOCK_BYTES) if data else b""
             yield Block(data, not after, str(path), offset, before + bytes_read())
             if not after:
@@ -185,15 +191,27 @@ def _text(path: Path, before: int, offset: int) -> Iterator[Block]:
             offset, data = offset + len(data), after
 
 
+def _require_expansion(path: Path, size: int, packed: int) -> None:
+    """Raise a UserError if the bytes unpacked so far are far more than those read for them, as in a "zip bomb"."""
+    if size > _ANY_EXPANSION + _MAX_EXPANSION * packed:
+        raise UserError(
+            f"{path} unpacks to more than {_MAX_EXPANSION} times its size, which no text does; if it is meant so,"
+            " unpack it first"
+        )
+
+
 def _json_rows(path: Path, field: str, skip: int, before: int) -> Iterator[Block]:
     with _opened(path) as (stream, bytes_read):
+        size = 0
         for number in itertools.count(1):
             line = stream.readline(MAX_ROW_BYTES + 1)
             if not line:
                 return
+            size += len(line)
+            _require_expansion(path, size, bytes_read())
             where = f"{path}, line {number}"
             if len(line) > MAX_ROW_BYTES:
-                raise UserError(f"{where} is longer than {MAX_ROW_BYTES >> 20} MiB; give long documents as text files")
+                raise _row_too_long(where)
             if line.isspace():
                 continue
             data = b"" if skip > 0 else _text_of_row(line, field, where)
@@ -202,12 +220,7 @@ def _json_rows(path: Path, field: str, skip: int, before: int) -> Iterator[Block
 
 
 def _text_of_row(line: bytes, field: str, where: str) -> bytes:
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where} is not UTF-8 (byte {error.start} is 0x{line[error.start]:02X})") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON: {error}") from None
+    row = parse_json(line, source=where)
     if not isinstance(row, dict):
         raise UserError(f"{where} is not a JSON object with a field {field!r}")
     if not isinstance(row.get(field), str):
@@ -226,34 +239,58 @@ def _parquet_rows(path: Path, field: str, skip: int, before: int) -> Iterator[Bl
     import pyarrow
     from pyarrow import parquet
 
-    size, number = path.stat().st_size, 0
+    size = path.stat().st_size
+    number = unpacked = 0
     try:
         # pre_buffer would hold a whole row group in memory.
         with parquet.ParquetFile(path, buffer_size=BLOCK_BYTES, pre_buffer=False) as file:
-            _check_column(path, file.schema_arrow, field)
+            index = _check_column(path, file.schema_arrow, file.schema, field)
             groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
             for i, group in enumerate(groups):
                 if number + group.num_rows <= skip:
                     yield from itertools.repeat(Block(b"", True, str(path), 0, before), group.num_rows)
                     number += group.num_rows
                     continue
-                # All rows of a batch are in memory at once.
-                rows = max(1, min(1024, _BATCH_BYTES * group.num_rows // max(1, group.total_byte_size)))
+                rows = _rows_at_once(path, group.column(index), group.num_rows)
                 for batch in file.iter_batches(rows, row_groups=[i], columns=[field]):
                     for value in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
                         number += 1
                         where = f"{path}, row {number}"
                         if value is None:
                             raise UserError(f"{where} has no text in column {field!r}")
-                        disk = before + size * number // file.metadata.num_rows
+                        if len(value) > MAX_ROW_BYTES:
+                            raise _row_too_long(where)
+                        unpacked += len(value)
+                        _require_expansion(path, unpacked, size)
+                        disk = before + size * number // max(1, file.metadata.num_rows)
                         yield Block(value, True, where, 0, disk)
-    except (pyarrow.ArrowException, OSError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # damaged bytes can raise anything
         if getattr(error, "errno", None) is not None:
             raise
         raise UserError(f"{path} is damaged or not a Parquet file: {error}") from error
 
 
-def _check_column(path: Path, schema: Any, field: str) -> None:
+def _rows_at_once(path: Path, column: Any, num_rows: int) -> int:
+    """Return how many rows of a column chunk may be in memory at once. A row is at most as large as a page."""
+    with path.open("rb") as file:
+        sizes = list(page_sizes(file, column))
+    largest = max(sizes, default=0)
+    if largest > MAX_PAGE_BYTES:
+        raise UserError(
+            f"{path} has a page of {largest >> 20:,} MiB, and at most {MAX_PAGE_BYTES >> 20} MiB are read; write it"
+            " again with smaller pages, and long documents as text files"
+        )
+    return max(1, min(1024, _BATCH_BYTES * num_rows // max(1, sum(sizes)), MAX_PAGE_BYTES // max(1, largest)))
+
+
+def _row_too_long(where: str) -> UserError:
+    return UserError(f"{where} is longer than {MAX_ROW_BYTES >> 20} MiB; give long documents as text files")
+
+
+def _check_column(path: Path, schema: Any, columns: Any, field: str) -> int:
+    """Return the index of a text column among the leaves of the file's schema."""
     from pyarrow import types
 
     texts = [c.name for c in schema if any(fits(c.type) for fits in (types.is_string, types.is_large_string))]
@@ -262,6 +299,7 @@ def _check_column(path: Path, schema: Any, field: str) -> None:
             f"{path} has no text column {field!r} (text columns: {', '.join(texts) or 'none'}); name one by "
             "prepare.py --field"
         )
+    return next(i for i in range(len(columns.names)) if columns.column(i).path == field)
 
 
 _ROW_READERS: dict[str, Callable[[Path, str, int, int], Iterator[Block]]] = {

@@ -10,9 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import json
 import os
-import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +20,8 @@ import numpy as np
 
 from lightning_gpt.config import UserError, cache_root
 from lightning_gpt.data.tokens.writing import SPLITS, Split, TokenWriter
-from lightning_gpt.tokenizers import CharTokenizer, GPT2Tokenizer, Tokenizer, tokenizer_from_dict
+from lightning_gpt.parsing import StrictUnpickler, brief, read_json, shown
+from lightning_gpt.tokenizers import MAX_VOCAB, CharTokenizer, GPT2Tokenizer, Tokenizer, tokenizer_from_dict
 
 FORMAT_VERSION = 1
 _BYTES_PER_TOKEN = {"uint16": 2, "uint32": 4}
@@ -216,26 +215,24 @@ def _token_files(folder: Path, *, dtype: str, **fields: Any) -> TokenFiles:
 
 def _read_meta_json(folder: Path) -> TokenFiles:
     path = folder / "meta.json"
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from error
+    meta = read_json(path)
     if not isinstance(meta, dict) or meta.get("format") != FORMAT_VERSION:
         raise UserError(f"{path} does not describe token files of format {FORMAT_VERSION}; prepare the data again")
-    if meta.get("dtype") not in _BYTES_PER_TOKEN:
-        raise UserError(f"{path}: dtype is {meta.get('dtype')!r}, it must be one of {', '.join(_BYTES_PER_TOKEN)}")
+    if meta.get("dtype") not in list(_BYTES_PER_TOKEN):
+        raise UserError(f"{path}: dtype is {shown(meta.get('dtype'))}, it must be one of {', '.join(_BYTES_PER_TOKEN)}")
     for name in ("train_bytes", "val_bytes"):
         if meta.get(name) is not None and not _is_count(meta[name]):
-            raise UserError(f"{path}: {name} is {meta[name]!r}, it must be a positive whole number or null")
-    if not _is_count(meta.get("vocab_size")):
-        raise UserError(f"{path}: vocab_size is {meta.get('vocab_size')!r}, it must be a positive whole number")
+            raise UserError(f"{path}: {name} is {shown(meta[name])}, it must be a positive whole number or null")
+    if not _is_count(meta.get("vocab_size"), most=MAX_VOCAB):
+        size = shown(meta.get("vocab_size"))
+        raise UserError(f"{path}: vocab_size is {size}, it must be a positive whole number up to {MAX_VOCAB:,}")
     stored = meta.get("tokenizer")
     files = _token_files(
         folder,
         dtype=meta["dtype"],
         vocab_size=meta["vocab_size"],
         tokenizer=None if stored is None else tokenizer_from_dict(stored),
-        source=str(meta.get("source")),
+        source=str(meta.get("source"))[:1000],
         train_bytes=meta.get("train_bytes"),
         val_bytes=meta.get("val_bytes"),
     )
@@ -243,30 +240,22 @@ def _read_meta_json(folder: Path) -> TokenFiles:
         if files.n_tokens(split) != meta.get(f"{split}_tokens"):
             raise UserError(
                 f"{folder}: {split}.bin has {files.n_tokens(split)} tokens, but meta.json says "
-                f"{meta.get(f'{split}_tokens')}; prepare the data again"
+                f"{shown(meta.get(f'{split}_tokens'))}; prepare the data again"
             )
     return files
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value > 0
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Unpickle only containers, strings and numbers: a pickle that names a class or function could run any code."""
-
-    def find_class(self, module_name: str, global_name: str, /) -> Any:
-        raise pickle.UnpicklingError(f"it refers to {module_name}.{global_name}")
+def _is_count(value: Any, *, most: int = 2**63) -> bool:
+    return type(value) is int and 0 < value <= most
 
 
 def _read_meta_pickle(path: Path) -> tuple[int, Tokenizer | None]:
     try:
-        with open(path, "rb") as file:
-            meta = _PlainUnpickler(file).load()
+        meta = StrictUnpickler(path).load()
     except Exception as error:  # a damaged pickle raises nearly anything
-        raise UserError(f"{path} is refused: {error}; only a pickle of plain dictionaries is read") from error
-    if not isinstance(meta, dict) or not _is_count(meta.get("vocab_size")):
-        raise UserError(f"{path} has no vocab_size that is a positive whole number")
+        raise UserError(f"{path} is refused: {brief(error)}; only a pickle of plain dictionaries is read") from error
+    if not isinstance(meta, dict) or not _is_count(meta.get("vocab_size"), most=MAX_VOCAB):
+        raise UserError(f"{path} has no vocab_size that is a positive whole number up to {MAX_VOCAB:,}")
     vocab_size, itos = meta["vocab_size"], meta.get("itos")
     if not isinstance(itos, dict) or len(itos) != vocab_size:
         return vocab_size, None
