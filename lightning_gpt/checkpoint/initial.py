@@ -19,18 +19,19 @@ from lightning_gpt.models import GPTModule
 _MULTIPLE = 64
 
 
-def open_source(path: str, *, trust: bool, n_head: int | None) -> Checkpoint:
+def open_source(path: str, *, trust: bool, n_head: int | None, verify: bool = False) -> Checkpoint:
     """Open the checkpoint that ``--init_from`` names.
 
     Args:
         path: As for ``find_checkpoint``.
         trust: As for ``open_checkpoint``.
         n_head: As for ``open_checkpoint``.
+        verify: As for ``open_checkpoint``.
 
     Raises:
         UserError: It cannot be found or opened.
     """
-    return open_checkpoint(find_checkpoint(path, which="best"), trust=trust, n_head=n_head)
+    return open_checkpoint(find_checkpoint(path, which="best"), trust=trust, n_head=n_head, verify=verify)
 
 
 def defaults_from(source: Checkpoint, row: Implementation) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import contextlib
 from pathlib import Path
 
+from lightning_gpt.atomic import atomic_file, locked
 from lightning_gpt.config import cache_root
 
 
@@ -16,10 +17,11 @@ def remember_run(run_dir: Path) -> None:
     with contextlib.suppress(OSError):
         file = _list_file()
         file.parent.mkdir(parents=True, exist_ok=True)
-        known = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        if line not in known:
-            with file.open("a", encoding="utf-8") as out:
-                out.write(line + "\n")
+        with locked(file.with_name(f".{file.name}.lock")):
+            known = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+            if line not in known:
+                with atomic_file(file, mode="w") as out:
+                    out.writelines(f"{run}\n" for run in [*known, line])
 
 
 def is_own(path: Path) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
+from lightning_gpt.atomic import atomic_file
 from lightning_gpt.checkpoint import RUNS, remember_run
 from lightning_gpt.config import TrainConfig, UserError
 
@@ -23,10 +24,12 @@ def fresh_folder() -> Path:
 @rank_zero_only
 def open_folder(run_dir: Path, config: TrainConfig) -> None:
     """Create the run folder and save the configuration in it, without one-off flags."""
-    flat = config.flat() | {"out_dir": str(run_dir), "resume": None, "trust_checkpoint": False, "tokenizer_file": None}
+    one_off = {"resume": None, "trust_checkpoint": False, "verify": False, "tokenizer_file": None}
+    flat = config.flat() | {"out_dir": str(run_dir)} | one_off
     try:
         run_dir.mkdir(parents=True, exist_ok=config.run.out_dir is not None)
-        (run_dir / "config.yaml").write_text(yaml.safe_dump(flat, sort_keys=False), encoding="utf-8")
+        with atomic_file(run_dir / "config.yaml", mode="w") as file:
+            file.write(yaml.safe_dump(flat, sort_keys=False))
     except OSError as error:
         raise UserError(f"--out_dir {run_dir} cannot be written: {error.strerror}; choose another") from error
     remember_run(run_dir)

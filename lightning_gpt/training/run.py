@@ -9,7 +9,8 @@ from lightning import Callback, seed_everything
 from lightning_gpt.checkpoint import Checkpoint, ExactResume, open_checkpoint
 from lightning_gpt.checkpoint.initial import begin, fitted_vocabulary, open_source
 from lightning_gpt.checkpoint.resume import require_resumable
-from lightning_gpt.config import TrainConfig, UserError
+from lightning_gpt.checksums import verify_checksums
+from lightning_gpt.config import RunOptions, TrainConfig, UserError
 from lightning_gpt.data.loading import Source, TokenData
 from lightning_gpt.data.tasks import find_task
 from lightning_gpt.data.tasks.base import Task
@@ -53,10 +54,11 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Path | 
     strategy = _strategy(config, where, accumulate=accumulate)
     _check_optimizer(config, strategy)
     # The checkpoint to start from, if any: the one to resume, or the one of --init_from.
-    checkpoint = open_checkpoint(Path(run.resume), trust=run.trust_checkpoint) if run.resume else None
+    checkpoint = _resumed(run) if run.resume else None
     weights = None
     if run.init_from and not checkpoint:
-        weights = open_source(run.init_from, trust=run.trust_checkpoint, n_head=config.model_fields.get("n_head"))
+        n_head = config.model_fields.get("n_head")
+        weights = open_source(run.init_from, trust=run.trust_checkpoint, n_head=n_head, verify=run.verify)
     start = checkpoint or weights
     source = _source(config, start)
     vocab_size, padding = fitted_vocabulary(
@@ -113,6 +115,18 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Path | 
     if trainer.is_global_zero:
         print(f"checkpoints: {run_dir}/checkpoints\nnext: python sample.py --checkpoint {run_dir}")
     return run_dir
+
+
+def _resumed(run: RunOptions) -> Checkpoint:
+    """Verify and open the checkpoint to resume.
+
+    Every rank verifies the whole checkpoint, and so all stop alike: there is no process group yet, and bytes must be
+    verified before they are read.
+    """
+    assert run.resume is not None
+    path = Path(run.resume)
+    verify_checksums(path)
+    return open_checkpoint(path, trust=run.trust_checkpoint)
 
 
 def _strategy(config: TrainConfig, where: Devices, *, accumulate: int) -> StrategyRow:
