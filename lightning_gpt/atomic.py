@@ -67,7 +67,8 @@ def swap_in(part: Path, path: Path, *, old: Path | None = None) -> None:
     """Flush a finished file or folder to disk and move it to `path`, replacing what is there.
 
     A file is replaced by one rename. A folder takes two: `path` to `old`, then `part` to `path`. After a kill between
-    them `part` and `old` are both complete: readers take `old` where `path` is missing, and the next swap continues.
+    them `part` and `old` are both complete: readers take `old` where `path` is missing, and the next swap keeps it
+    until `path` exists again. The folder is flushed after each rename, so that a power cut does not reorder them.
 
     Args:
         part: The finished file or folder, on the same file system as `path`.
@@ -83,6 +84,7 @@ def swap_in(part: Path, path: Path, *, old: Path | None = None) -> None:
     if path.is_dir() or (part.is_dir() and path.exists()):
         remove(old)
         os.replace(path, old)
+        sync_folder(path.parent)
     os.replace(part, path)
     sync_folder(path.parent)
     remove(old)
@@ -91,7 +93,7 @@ def swap_in(part: Path, path: Path, *, old: Path | None = None) -> None:
 def remove(path: Path) -> None:
     """Delete a file or a folder with its content, if it exists.
 
-    A folder is renamed first, so that a kill never leaves a half-deleted folder under its own name.
+    A folder is renamed first, so that a kill or power cut never leaves a half-deleted folder under its own name.
     """
     if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)
@@ -101,6 +103,7 @@ def remove(path: Path) -> None:
         doomed = path.with_name(f"{path.name}{_PART}")
         remove(doomed)
         os.replace(path, doomed)
+        sync_folder(path.parent)
     shutil.rmtree(doomed)
 
 
@@ -127,15 +130,16 @@ def sync_folder(folder: Path) -> None:
 
 def _sync_tree(path: Path) -> None:
     if not path.is_dir():
-        _sync_path(path)
+        sync_path(path)
         return
     for folder, _, names in os.walk(path):
         for name in names:
-            _sync_path(Path(folder, name))
+            sync_path(Path(folder, name))
         sync_folder(Path(folder))
 
 
-def _sync_path(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Flush a closed file to disk; do nothing for a symbolic link."""
     if path.is_symlink():
         return
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows flushes writable files only

@@ -165,6 +165,8 @@ class RunOptions:
     """freeze the token embeddings, and the head if it is tied to them"""
     trust_checkpoint: bool = False
     """unpickle Python objects in a checkpoint, which can run any code; only for files whose author you trust"""
+    verify: bool = False
+    """compare the checkpoint with its checksums first; --resume always does"""
     seed: Seed = 1337
     """seed of the initial weights, the order of samples, and dropout"""
     logger: str = "tensorboard"
@@ -227,6 +229,8 @@ class EvaluateOptions:
     """folder that --export writes; it must be empty or hold an earlier export"""
     trust_checkpoint: bool = False
     """unpickle Python objects in a checkpoint, which can run any code; only for files whose author you trust"""
+    verify: bool = False
+    """compare the checkpoint with its checksums first"""
 
 
 @dataclass(frozen=True)
@@ -272,6 +276,8 @@ class SampleOptions:
     many or long texts; alone, or with a backend or mode as for train.py"""
     trust_checkpoint: bool = False
     """unpickle Python objects in a checkpoint, which can run any code; only for files whose author you trust"""
+    verify: bool = False
+    """compare the checkpoint with its checksums first"""
 
 
 @dataclass(frozen=True)

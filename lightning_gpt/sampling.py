@@ -194,7 +194,7 @@ def write_samples(options: SampleOptions, *, out: TextIO) -> None:
     """
     prompts = _prompts(options)
     path = find_checkpoint(options.checkpoint or "latest", which=options.which)
-    checkpoint = ensure_canonical(path, trust=options.trust_checkpoint)
+    checkpoint = ensure_canonical(path, trust=options.trust_checkpoint, verify=options.verify)
     tokenizer = checkpoint.tokenizer
     if tokenizer is None:
         raise UserError(f"{path} has no tokenizer")

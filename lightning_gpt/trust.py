@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from types import ModuleType
 
+from lightning_gpt.atomic import atomic_file, locked
 from lightning_gpt.config import UserError, cache_root
 
 # What a run writes into its folder ``checkpoints``, and what is converted from that: best.ckpt, best/, last.ckpt.old.
@@ -32,10 +33,11 @@ def remember_run(run_dir: Path) -> None:
     with contextlib.suppress(OSError):
         file = _list_file()
         file.parent.mkdir(parents=True, exist_ok=True)
-        known = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        if line not in known and line.splitlines() == [line]:
-            with file.open("a", encoding="utf-8") as out:
-                out.write(line + "\n")
+        with locked(file.with_name(f".{file.name}.lock")):
+            known = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+            if line not in known and line.splitlines() == [line]:
+                with atomic_file(file, mode="w") as out:
+                    out.writelines(f"{run}\n" for run in [*known, line])
 
 
 def is_own(path: Path) -> bool:

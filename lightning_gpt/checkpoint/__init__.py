@@ -1,7 +1,10 @@
 """Checkpoints of every strategy and of other programs: find, open lazily, check, convert, load."""
 
+import sys
 from collections.abc import Collection
 from pathlib import Path
+
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from lightning_gpt.checkpoint.base import Checkpoint, tied_names
 from lightning_gpt.checkpoint.header import require_contained, require_plausible
@@ -14,6 +17,7 @@ from lightning_gpt.checkpoint.read.originals import FILES, MinGPTCheckpoint, Nan
 from lightning_gpt.checkpoint.read.single import SingleFileCheckpoint
 from lightning_gpt.checkpoint.resume import ExactResume
 from lightning_gpt.checkpoint.write.canonical import convert, one_at_a_time
+from lightning_gpt.checksums import IncompleteError, read_manifest, verify_checksums
 from lightning_gpt.config import UserError
 from lightning_gpt.models import GPTModule
 from lightning_gpt.parsing import brief
@@ -54,26 +58,70 @@ def find_checkpoint(path: str, *, which: str, out_dir: str | None = None) -> Pat
     if which not in ("best", "last"):
         raise UserError(f"--which {which} is unknown; choose best or last")
     if path == "latest" and out_dir is None:
-        found = sorted(RUNS.glob("*/checkpoints/*.ckpt"), key=saved_at)
+        saved = [p for ending in ("ckpt", "ckpt.old") for p in RUNS.glob(f"*/checkpoints/*.{ending}")]
+        found = sorted(filter(_is_complete, saved), key=saved_at)
         if not found:
             raise UserError(f"no run with a checkpoint in {RUNS}/ yet; train one first, or give a path")
         path = str(found[-1].parent.parent)
     folder = Path(out_dir if path == "latest" and out_dir else path)
     if not folder.exists() and is_hub_name(path):
         folder = hub_folder(path)
-    if not folder.exists():
-        raise UserError(f"checkpoint {folder} does not exist; give a run folder or a checkpoint")
     if folder.is_file() or any(reader.recognises(folder) for reader in FOLDERS):
-        return folder.resolve()
-    for name in (which, "last", "best"):
+        return _complete(folder)
+    if not folder.exists():
         # Only NAME.ckpt.old exists if the machine died between the two renames that replace a folder.
-        for file in (folder / "checkpoints" / f"{name}.ckpt", folder / "checkpoints" / f"{name}.ckpt.old"):
-            if file.exists():
-                return file.resolve()
+        old = _old(folder)
+        if not _is_complete(old):
+            raise UserError(f"checkpoint {folder} does not exist; give a run folder or a checkpoint")
+        return old.resolve()
+    for name in (which, "last", "best"):
+        file = folder / "checkpoints" / f"{name}.ckpt"
+        if file.exists() or _old(file).exists():
+            return _complete(file)
     for name in FILES:
         if (folder / name).is_file():
             return (folder / name).resolve()
     raise UserError(f"{folder} holds no checkpoints/last.ckpt or checkpoints/best.ckpt; is it a run folder?")
+
+
+def _old(path: Path) -> Path:
+    return path.with_name(f"{path.name}.old")
+
+
+def _complete(path: Path) -> Path:
+    """Return a checkpoint, or the one that it replaced if it is incomplete or missing.
+
+    Raises:
+        IncompleteError: Neither is complete. No other checkpoint is taken instead, because it is older.
+    """
+    if not _is_complete(path) and _is_complete(_old(path)):
+        return _old(path).resolve()
+    _require_complete(path)
+    return path.resolve()
+
+
+def _is_complete(path: Path) -> bool:
+    try:
+        _require_complete(path)
+    except IncompleteError:
+        return False
+    return True
+
+
+def _require_complete(path: Path) -> None:
+    """Raise an IncompleteError for a checkpoint that lacks files; do not complain about damaged ones."""
+    if path.is_file():
+        return
+    try:
+        if read_manifest(path) is not None:
+            return
+        if not any(reader.recognises(path) for reader in FOLDERS):
+            raise IncompleteError(f"{path} is incomplete: it lacks the files of a checkpoint; copy it again")
+        open_checkpoint(path)
+    except IncompleteError:
+        raise
+    except UserError:
+        pass
 
 
 def saved_at(path: Path) -> float:
@@ -85,7 +133,12 @@ def saved_at(path: Path) -> float:
 
 
 def open_checkpoint(
-    path: Path, *, trust: bool = False, n_head: int | None = None, typed: Collection[str] | None = None
+    path: Path,
+    *,
+    trust: bool = False,
+    n_head: int | None = None,
+    typed: Collection[str] | None = None,
+    verify: bool = False,
 ) -> Checkpoint:
     """Open a checkpoint of any form; weights are read on demand.
 
@@ -97,11 +150,14 @@ def open_checkpoint(
         trust: Whether it may hold Python objects and name code; those in the user's own run folders always may.
         n_head: Number of attention heads, for a checkpoint that does not say.
         typed: Implementations that the user typed in this command, which it may name; None if there is no such option.
+        verify: Whether to compare it with its checksums first, and to print the result on stderr.
 
     Raises:
         UserError: The form is unknown, the checkpoint is damaged, contradicts itself, or would run code and is not
             trusted.
     """
+    if verify:
+        _verify(path)
     trust = trust or is_own(path)
     try:
         require_contained(path)
@@ -129,6 +185,12 @@ def _open(path: Path, *, trust: bool, n_head: int | None) -> Checkpoint:
     )
 
 
+def _verify(path: Path) -> None:
+    done = verify_checksums(path)
+    result = f"verified {done.files} files, {done.size / 1e6:,.1f} MB" if done else "no checksums to verify against"
+    rank_zero_only(print)(f"{path}: {result}", file=sys.stderr)
+
+
 def _open_file(path: Path, *, trust: bool, n_head: int | None) -> Checkpoint:
     file = MappedFile(path, trust=trust)
     if NanoGPTCheckpoint.recognises(file.content):
@@ -138,7 +200,7 @@ def _open_file(path: Path, *, trust: bool, n_head: int | None) -> Checkpoint:
     return SingleFileCheckpoint(file)
 
 
-def ensure_canonical(path: Path, *, trust: bool = False) -> Checkpoint:
+def ensure_canonical(path: Path, *, trust: bool = False, verify: bool = False) -> Checkpoint:
     """Open a checkpoint in a form that is fast to read: a sharded one is converted first, unless it already was.
 
     If several processes call this at once, as under torchrun, one converts and the others wait.
@@ -146,6 +208,7 @@ def ensure_canonical(path: Path, *, trust: bool = False) -> Checkpoint:
     Args:
         path: As for ``open_checkpoint``.
         trust: As for ``open_checkpoint``.
+        verify: As for ``open_checkpoint``; the canonical form is verified as well.
 
     Returns:
         The checkpoint, or for a sharded one its canonical form in a folder beside it.
@@ -153,14 +216,14 @@ def ensure_canonical(path: Path, *, trust: bool = False) -> Checkpoint:
     Raises:
         UserError: As for ``open_checkpoint``, or the folder beside it cannot be written.
     """
-    checkpoint = open_checkpoint(path, trust=trust)
+    checkpoint = open_checkpoint(path, trust=trust, verify=verify)
     if not checkpoint.in_shards:
         return checkpoint
     folder = canonical_folder(path)
     with one_at_a_time(path):
         if not is_converted(folder, source=path):
             convert(checkpoint, folder)
-        return open_checkpoint(folder, trust=checkpoint.trusted)
+        return open_checkpoint(folder, trust=checkpoint.trusted, verify=verify)
 
 
 def load(

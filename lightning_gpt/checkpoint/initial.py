@@ -20,7 +20,9 @@ from lightning_gpt.models import GPTModule
 _MULTIPLE = 64
 
 
-def open_source(path: str, *, trust: bool, n_head: int | None, typed: Collection[str]) -> Checkpoint:
+def open_source(
+    path: str, *, trust: bool, n_head: int | None, typed: Collection[str], verify: bool = False
+) -> Checkpoint:
     """Open the checkpoint that ``--init_from`` names.
 
     Args:
@@ -28,11 +30,13 @@ def open_source(path: str, *, trust: bool, n_head: int | None, typed: Collection
         trust: As for ``open_checkpoint``.
         n_head: As for ``open_checkpoint``.
         typed: As for ``open_checkpoint``.
+        verify: As for ``open_checkpoint``.
 
     Raises:
         UserError: It cannot be found or opened.
     """
-    return open_checkpoint(find_checkpoint(path, which="best"), trust=trust, n_head=n_head, typed=typed)
+    found = find_checkpoint(path, which="best")
+    return open_checkpoint(found, trust=trust, n_head=n_head, typed=typed, verify=verify)
 
 
 def defaults_from(source: Checkpoint, row: Implementation) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def rewrite(options: EvaluateOptions) -> Path | None:
     if getattr(rank_zero_only, "rank", 0):
         return None
     path = find_checkpoint(names[0], which=options.which)
-    checkpoint = open_checkpoint(path, trust=options.trust_checkpoint)
+    checkpoint = open_checkpoint(path, trust=options.trust_checkpoint, verify=options.verify)
     checkpoint.require_fit(GPTModule.without_memory(checkpoint.implementation, model_config=checkpoint.model_config))
     with one_at_a_time(path):
         if options.export and options.out:
@@ -142,7 +142,7 @@ def _checkpoint_names(options: EvaluateOptions) -> list[str]:
 def _open(name: str, options: EvaluateOptions) -> Checkpoint:
     """Open a checkpoint in a form that is fast to read, and apply a larger ``--block_size``."""
     path = find_checkpoint(name, which=options.which)
-    checkpoint = ensure_canonical(path, trust=options.trust_checkpoint)
+    checkpoint = ensure_canonical(path, trust=options.trust_checkpoint, verify=options.verify)
     if options.block_size and options.block_size > checkpoint.model_config["block_size"]:
         checkpoint.extend_context(options.block_size)
     return checkpoint

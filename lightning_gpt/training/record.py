@@ -21,6 +21,7 @@ ONE_OFF: dict[str, Any] = {
     "resume": None,
     "overwrite": False,
     "trust_checkpoint": False,
+    "verify": False,
     "tokenizer_file": None,
     "dry_run": False,
 }

@@ -12,7 +12,8 @@ from lightning_gpt.checkpoint import Checkpoint, ExactResume, open_checkpoint
 from lightning_gpt.checkpoint.header import require_plausible
 from lightning_gpt.checkpoint.initial import begin, fitted_vocabulary, open_source
 from lightning_gpt.checkpoint.resume import require_resumable
-from lightning_gpt.config import TrainConfig, UserError
+from lightning_gpt.checksums import verify_checksums
+from lightning_gpt.config import RunOptions, TrainConfig, UserError
 from lightning_gpt.data.loading import Source, TokenData
 from lightning_gpt.data.tasks import find_task
 from lightning_gpt.data.tasks.base import Task
@@ -71,11 +72,11 @@ def _train(config: TrainConfig, watch: Watchdog, callbacks: Sequence[Callback]) 
     _check_optimizer(config, strategy)
     # The checkpoint to start from, if any: the one to resume, or the one of --init_from.
     trust, typed = run.trust_checkpoint, [config.model.implementation]
-    checkpoint = open_checkpoint(Path(run.resume), trust=trust, typed=typed) if run.resume else None
+    checkpoint = _resumed(run, typed=typed) if run.resume else None
     weights = None
     if run.init_from and not checkpoint:
         n_head = config.model_fields.get("n_head")
-        weights = open_source(run.init_from, trust=trust, n_head=n_head, typed=typed)
+        weights = open_source(run.init_from, trust=trust, n_head=n_head, typed=typed, verify=run.verify)
     start = checkpoint or weights
     source = _source(config, start)
     vocab_size, padding = fitted_vocabulary(
@@ -153,6 +154,18 @@ def _train(config: TrainConfig, watch: Watchdog, callbacks: Sequence[Callback]) 
     if trainer.is_global_zero:
         print(f"checkpoints: {run_dir}/checkpoints\nnext: python sample.py --checkpoint {run_dir}")
     return folder.run_dir
+
+
+def _resumed(run: RunOptions, *, typed: Sequence[str]) -> Checkpoint:
+    """Verify and open the checkpoint to resume.
+
+    Every rank verifies the whole checkpoint, and so all stop alike: there is no process group yet, and bytes must be
+    verified before they are read.
+    """
+    assert run.resume is not None
+    path = Path(run.resume)
+    verify_checksums(path)
+    return open_checkpoint(path, trust=run.trust_checkpoint, typed=typed)
 
 
 def _strategy(config: TrainConfig, where: Devices, *, accumulate: int) -> StrategyRow:

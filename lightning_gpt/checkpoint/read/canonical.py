@@ -4,6 +4,7 @@
 model and the checkpoint that the folder was made from. ``lightning_gpt_tokenizer.json`` holds the tokenizer; the name
 does not clash with Hugging Face's. If the optimizer is included, ``optimizer.safetensors`` holds each state as
 ``WEIGHT/STATE``, and ``training.pt`` holds the whole header, which is not JSON because its metrics are tensors.
+``SHA256SUMS`` lists the checksums of these files.
 """
 
 import hashlib
@@ -101,7 +102,8 @@ class CanonicalCheckpoint(Checkpoint):
 
 def canonical_folder(path: Path) -> Path:
     """Return the folder for a checkpoint's canonical form: ``best/`` for ``best.ckpt``, else ``NAME-converted/``."""
-    return path.with_suffix("") if path.suffix == ".ckpt" else path.with_name(f"{path.name}-converted")
+    name = path.name.removesuffix(".old")  # what a killed save left is converted to the same folder
+    return path.with_name(name.removesuffix(".ckpt") if name.endswith(".ckpt") else f"{name}-converted")
 
 
 def fingerprint(path: Path) -> str:

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from lightning_gpt.checkpoint.base import PREFIX, Checkpoint, as_state
 from lightning_gpt.checkpoint.read.mapped import enum_member, load_slice, read_header, unreadable, untrusted
+from lightning_gpt.checksums import IncompleteError, require_manifest
 from lightning_gpt.config import UserError
 from lightning_gpt.parsing import StrictUnpickler
 
@@ -69,6 +70,7 @@ class DcpCheckpoint(Checkpoint):
     def __init__(self, path: Path, *, trust: bool = False) -> None:
         self._index = _read_index(path / INDEX, trust=trust)
         super().__init__(path, read_header(path / HEADER, trust=trust))
+        require_manifest(path, self.header)
         self.stored = {}
         self.moments = {}
         self._keys: dict[tuple[str, ...], str] = {}
@@ -94,7 +96,7 @@ class DcpCheckpoint(Checkpoint):
             file = path / shard
             if not file.is_file() or file.stat().st_size < size:
                 problem = "is cut off" if file.is_file() else "is missing"
-                raise UserError(f"{path} is incomplete: {shard} {problem}; copy the files of all ranks")
+                raise IncompleteError(f"{path} is incomplete: {shard} {problem}; copy the files of all ranks")
 
     def _require_whole(self, key: str) -> None:
         """Check that the stored chunks of a tensor fill it."""

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lightning_gpt.checkpoint.base import PREFIX, Checkpoint, as_state, meta
 from lightning_gpt.checkpoint.read.mapped import MappedFile, enum_member
+from lightning_gpt.checksums import IncompleteError, require_manifest
 from lightning_gpt.config import UserError
 from lightning_gpt.parsing import brief
 
@@ -118,6 +119,7 @@ class DeepSpeedCheckpoint(Checkpoint):
         if not isinstance(states, dict) or not {"module", "param_shapes", "shared_params"} <= states.keys():
             raise UserError(f"{self._model.path} does not hold the model states of a ZeRO checkpoint")
         super().__init__(path, copy.deepcopy({k: v for k, v in states.items() if k not in _NOT_HEADER}))
+        require_manifest(path, self.header)
         self._ranks = _open_ranks(path, trust=trust)
         try:
             self._lay_out(states)
@@ -177,7 +179,7 @@ class DeepSpeedCheckpoint(Checkpoint):
         for rank in range(1, len(self._ranks)):
             path = self._model.path.with_name(_MODEL_STATES_OF_RANK % rank)
             if not path.is_file():
-                raise UserError(
+                raise IncompleteError(
                     f"{self.path} is incomplete: {FOLDER}/{path.name} is missing; copy the files of all ranks"
                 )
             self._models.append(MappedFile(path, trust=self._trust, stand_ins=_STAND_INS, files=len(self._ranks)))
@@ -267,7 +269,9 @@ def _model_states(path: Path) -> Path:
     names = ("mp_rank_00_model_states.pt", _MODEL_STATES_OF_RANK % 0)
     found = [path / FOLDER / name for name in names if (path / FOLDER / name).is_file()]
     if not found:
-        raise UserError(f"{path} is incomplete: {FOLDER}/*_model_states.pt of rank 0 is missing; copy the whole folder")
+        raise IncompleteError(
+            f"{path} is incomplete: {FOLDER}/*_model_states.pt of rank 0 is missing; copy the whole folder"
+        )
     return found[0]
 
 
@@ -287,7 +291,7 @@ def _open_ranks(path: Path, *, trust: bool) -> list[MappedFile]:
     while len(files) < ranks:
         file = path / FOLDER / (name % len(files))
         if not file.is_file():
-            raise UserError(f"{path} is incomplete: {FOLDER}/{file.name} is missing; copy the files of all ranks")
+            raise IncompleteError(f"{path} is incomplete: {FOLDER}/{file.name} is missing; copy the files of all ranks")
         files.append(MappedFile(file, trust=trust, stand_ins=_STAND_INS, files=ranks))
         try:
             count = files[-1].content["optimizer_state_dict"]["partition_count"]

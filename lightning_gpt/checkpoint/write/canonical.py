@@ -1,6 +1,7 @@
 """Write the canonical form (see ``read/canonical.py``), in a folder that appears whole or not at all."""
 
 import contextlib
+import glob
 import json
 import secrets
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from lightning_gpt.checkpoint.read.canonical import (
     fingerprint,
     read_config,
 )
+from lightning_gpt.checksums import files_in, folder_digests, write_manifest
 from lightning_gpt.config import UserError
 
 
@@ -117,7 +119,7 @@ def write_tensors(file: IO[bytes], layout: dict[str, Tensor], *, read: Callable[
 
 @contextlib.contextmanager
 def whole_folder(folder: Path, *, source: Path) -> Iterator[Path]:
-    """Yield a folder to write into: it replaces `folder` on success and is removed on error.
+    """Yield a folder to write into: with its checksums, it replaces `folder` on success; it is removed on error.
 
     Args:
         folder: The folder to create or replace.
@@ -129,14 +131,25 @@ def whole_folder(folder: Path, *, source: Path) -> Iterator[Path]:
     part = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.part")
     before = fingerprint(source)
     try:
-        part.mkdir(parents=True)
-        yield part
-        if fingerprint(source) != before:
-            raise UserError(f"{source} was replaced while it was read; try again")
-        swap_in(part, folder, old=folder.with_name(f".{folder.name}.old"))  # a user may own FOLDER.old
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with one_at_a_time(folder):
+            _remove_unfinished(folder)
+            part.mkdir()
+            yield part
+            if fingerprint(source) != before:
+                raise UserError(f"{source} was replaced while it was read; try again")
+            write_manifest(part, folder_digests(part, files_in(part)))
+            swap_in(part, folder, old=folder.with_name(f".{folder.name}.old"))  # a user may own FOLDER.old
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
     finally:
+        with contextlib.suppress(OSError):
+            remove(part)
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Delete what killed conversions left beside a folder; the caller holds its lock, so no other one is running."""
+    for part in folder.parent.glob(f".{glob.escape(folder.name)}.????????.part"):
         with contextlib.suppress(OSError):
             remove(part)
 

@@ -2,8 +2,8 @@
 
 A format is a function that takes a checkpoint and its target folder and returns, for each file name, a function that
 writes the file. It raises before anything is written if the format cannot express the model. A new format is one
-function and one row in ``FORMATS``. Every export also holds our own tokenizer file and ``lightning_gpt_export.txt``,
-which lists the written files: a later export may replace a folder that holds no others.
+function and one row in ``FORMATS``. Every export also holds our own tokenizer file, checksums, and
+``lightning_gpt_export.txt``, which lists the written files: a later export may replace a folder that holds no others.
 """
 
 import pickle
@@ -27,6 +27,7 @@ from lightning_gpt.checkpoint.write.canonical import (
     write_weights,
 )
 from lightning_gpt.checkpoint.write.hf_tokenizer import tokenizer_config, tokenizer_json
+from lightning_gpt.checksums import MANIFEST as CHECKSUMS
 from lightning_gpt.config import UserError
 from lightning_gpt.implementations.registry import get_implementation
 from lightning_gpt.tokenizers import CharTokenizer, Tokenizer
@@ -92,7 +93,7 @@ def export(checkpoint: Checkpoint, folder: Path, *, form: str) -> Path:
     files = FORMATS[form](checkpoint, folder)
     if checkpoint.tokenizer is not None:
         files[TOKENIZER] = _json(checkpoint.tokenizer.to_dict())
-    names = "".join(f"{name}\n" for name in (*files, MANIFEST))
+    names = "".join(f"{name}\n" for name in (*files, MANIFEST, CHECKSUMS))
     with whole_folder(folder, source=checkpoint.path) as part:
         for name, write in files.items():
             write(part / name)

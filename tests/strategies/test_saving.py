@@ -1,0 +1,153 @@
+"""strategies/saving.py: checkpoints survive kills, power cuts and copies by hard links."""
+
+import itertools
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+
+from lightning_gpt.checkpoint import find_checkpoint, open_checkpoint
+from lightning_gpt.checksums import verify_checksums
+from lightning_gpt.strategies import saving
+from lightning_gpt.strategies.fsdp import FSDP
+from lightning_gpt.strategies.saving import WholeFiles, copy_checkpoint
+
+# The calls that change what a disk holds.
+CHANGES = ("fsync", "link", "mkdir", "remove", "rename", "replace", "rmdir", "unlink")
+
+
+class Death(BaseException):
+    """The end of a process, after which it changes nothing more."""
+
+
+def _dies_at(number: int, work, *args) -> bool:
+    """Call `work` in a process that seems to die before its change `number` of the disk; return whether it did."""
+    count = itertools.count()
+
+    def dying(call):
+        def replaced(*args, **kwargs):
+            if next(count) >= number:
+                raise Death
+            return None if call is os.fsync else call(*args, **kwargs)
+
+        return replaced
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in CHANGES:
+            patch.setattr(os, name, dying(getattr(os, name)))
+        try:
+            work(*args)
+        except (Death, CheckpointException):
+            pass
+    return next(count) > number
+
+
+def _save_and_copy(run: Path, form: str, step: int) -> None:
+    """Save `last` as training does, and publish it as `best` as well."""
+    content = {
+        "state_dict": {"model.w": torch.full((8,), float(step))},
+        "optimizer_states": [],
+        "hyper_parameters": {"implementation": "mingpt", "model_config": {}},
+        "global_step": step,
+    }
+    last = run / "checkpoints" / "last.ckpt"
+    if form == "file":
+        WholeFiles().save_checkpoint(content, last)
+    else:
+        FSDP(world_size=1, accelerator="cpu").save_checkpoint(content, last)
+    copy_checkpoint(last, last.with_name("best.ckpt"))
+
+
+def _found(run: Path) -> tuple[int, int]:
+    """Return the steps of `last` and `best` as the next run finds them, which must be complete."""
+    steps = []
+    for which in ("last", "best"):
+        path = find_checkpoint(str(run), which=which)
+        assert verify_checksums(path)
+        checkpoint = open_checkpoint(path)
+        assert checkpoint.weight("w").tolist() == [checkpoint.step] * 8
+        steps.append(checkpoint.step)
+    return steps[0], steps[1]
+
+
+def _state(run: Path) -> tuple:
+    return tuple((p, p.stat().st_nlink, p.read_bytes() if p.is_file() else b"") for p in sorted(run.rglob("*")))
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize(
+    ("form", "deaths"), [("file", 2), ("folder", 1), pytest.param("folder", 2, marks=pytest.mark.slow)]
+)
+def test_deaths_at_any_change_of_the_disk_leave_the_newest_complete_checkpoint(tmp_path, form, deaths):
+    run, start, between = tmp_path / "run", tmp_path / "start", 0
+    found = {}  # by state of the disk, because flushes do not change it
+    for first in itertools.count():
+        shutil.rmtree(run, ignore_errors=True)
+        _save_and_copy(run, form, 1)
+        died = _dies_at(first, _save_and_copy, run, form, 2)
+        between += not (run / "checkpoints" / "last.ckpt").exists()
+        state = _state(run)
+        if not died:
+            assert _found(run) == (2, 2)
+            break
+        if state in found:
+            continue
+        found[state] = last, best = _found(run)
+        assert {last, best} <= {1, 2}
+        subprocess.run(["cp", "-a", run, start], check=True)  # keeps hard links
+        for second in itertools.count() if deaths == 2 else (999,):
+            died = _dies_at(second, _save_and_copy, run, form, 3)
+            if (state := _state(run)) not in found:
+                found[state] = _found(run)
+            assert found[state][0] >= last and found[state][1] >= best, (first, second)
+            if not died:
+                break
+            shutil.rmtree(run)
+            subprocess.run(["cp", "-a", start, run], check=True)
+        assert found[state] == (3, 3)
+        assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+        shutil.rmtree(start)
+    assert len(found) > 8 and (between > 0) == (form == "folder"), (len(found), between)
+
+
+def _tree(path):
+    if path.is_file():
+        return path.read_text()
+    return {str(p.relative_to(path)): p.read_text() for p in path.rglob("*") if p.is_file()}
+
+
+def _make(path, kind, text):
+    if kind == "folder":
+        (path / "checkpoint").mkdir(parents=True)
+        (path / ".metadata").write_text(text)
+        path = path / "checkpoint" / "shard"
+    path.write_text(text)
+
+
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("before", [None, "file", "folder", "same"])
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_copy_replaces_a_checkpoint_and_outlives_its_source(tmp_path, monkeypatch, kind, before, links):
+    def refuses(*args, **kwargs):
+        raise PermissionError("no hard links here")
+
+    source, target = tmp_path / "last.ckpt", tmp_path / "best.ckpt"
+    _make(source, kind, "new")
+    if before == "same":
+        copy_checkpoint(source, target)
+    elif before:
+        _make(target, before, "old")
+    if not links:
+        monkeypatch.setattr(os, "link", refuses)
+    copy_checkpoint(source, target)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert _tree(target) == _tree(source) and not target.is_symlink()
+    files = [source, target] if kind == "file" else [source / ".metadata", target / ".metadata"]
+    assert (files[0].stat().st_ino == files[1].stat().st_ino) == links
+    kept = _tree(source)
+    saving.remove(source)
+    assert _tree(target) == kept
