@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from lightning_gpt.atomic import remove, swap_in
+from lightning_gpt.strategies.agreement import agreed
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import ParallelStrategy as _Strategy
@@ -26,25 +27,49 @@ class WholeFiles(TorchCheckpointIO):
         """Write beside the old checkpoint, then replace it."""
         path = Path(path)
         part = path.with_name(path.name + ".part")
-        super().save_checkpoint(checkpoint, part, storage_options)
-        swap_in(part, path)
+        try:
+            super().save_checkpoint(checkpoint, part, storage_options)
+            swap_in(part, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                remove(part)
+            raise
 
 
 class WholeFolders(_Strategy):
     """A mixin for strategies whose checkpoint is a folder that all ranks write; list it before the strategy."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Write beside the old checkpoint, then replace it. All ranks must see the folder (a shared file system)."""
+        """Write beside the old checkpoint, then replace it. All ranks must see the folder (a shared file system).
+
+        Raises:
+            OSError: A rank could not write, on all ranks alike; the old checkpoint is as before.
+        """
         path = Path(self.broadcast(filepath))
         part = path.with_name(path.name + ".part")
-        if self.is_global_zero:
-            remove(part)
-        self.barrier()
-        super().save_checkpoint(checkpoint, part, storage_options)
-        self.barrier()
-        if self.is_global_zero:
-            swap_in(part, path)
-        self.barrier()
+        try:
+            with agreed():
+                if self.is_global_zero:
+                    remove(part)
+                    part.mkdir()
+            with agreed():
+                self.write_shards(checkpoint, part)
+            with agreed():
+                if self.is_global_zero:
+                    swap_in(part, path)
+        except OSError:
+            if self.is_global_zero:
+                with contextlib.suppress(OSError):
+                    remove(part)
+            raise
+
+    def write_shards(self, checkpoint: dict[str, Any], folder: Path) -> None:
+        """Write this rank's shards of a checkpoint into an empty folder, called on all ranks.
+
+        Raises:
+            Exception: This rank or another could not write; no rank is left waiting.
+        """
+        super().save_checkpoint(checkpoint, folder)
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:
