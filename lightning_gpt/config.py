@@ -143,6 +143,12 @@ class RunOptions:
 
     out_dir: str | None = None
     """run folder (default: a new one in runs/)"""
+    save_interval: PositiveInt | None = None
+    """optimizer steps between saves of checkpoints/last that do not wait for a validation (default: save only then)"""
+    keep: NonNegativeInt = 0
+    """number of the newest saves to keep as checkpoints/step-NNNNNN.ckpt, besides best and last"""
+    on_save_error: str = "stop"
+    """stop or continue when a checkpoint cannot be written; continue warns and tries again at the next save"""
     resume: str | None = None
     """continue a run, given by its folder or a checkpoint, under any strategy and number of devices; alone, continue
     the latest. Its saved settings are the defaults"""

@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "training": {
         *("sampling", "planning", "checkpoint", "models", "data", "optim", "strategies", "tokenizers"),
-        *("implementations", "config"),
+        *("implementations", "atomic", "config"),
     },
     "sampling": {"checkpoint", "models", "strategies", "tokenizers", "implementations", "config"},
     "cli": {"checkpoint", "data", "optim", "implementations", "options", "config"},

@@ -34,6 +34,11 @@ def quiet_lightning() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
+def warn(message: str) -> None:
+    """Print one line on stderr, above the progress bar."""
+    Tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
 class ProgressBar(TQDMProgressBar):
     """Lightning's progress bar over the whole budget, because an epoch is endless here."""
 
@@ -57,6 +62,11 @@ class ProgressBar(TQDMProgressBar):
         super().on_train_epoch_start(trainer)
         self.train_progress_bar.initial = trainer.global_step * trainer.accumulate_grad_batches
         self.train_progress_bar.set_description("train")
+
+    def on_exception(self, trainer: Trainer, *_: Any) -> None:
+        """End the line of the bar, before the error is printed."""
+        if self._train_progress_bar is not None:
+            self._train_progress_bar.close()
 
 
 class DropoutSeed(Callback):

@@ -26,6 +26,7 @@ def open_folder(run_dir: Path, config: TrainConfig) -> None:
     flat = config.flat() | {"out_dir": str(run_dir), "resume": None, "trust_checkpoint": False, "tokenizer_file": None}
     try:
         run_dir.mkdir(parents=True, exist_ok=config.run.out_dir is not None)
+        (run_dir / "checkpoints").mkdir(exist_ok=True)
         (run_dir / "config.yaml").write_text(yaml.safe_dump(flat, sort_keys=False), encoding="utf-8")
     except OSError as error:
         raise UserError(f"--out_dir {run_dir} cannot be written: {error.strerror}; choose another") from error
