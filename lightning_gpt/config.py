@@ -152,6 +152,12 @@ class RunOptions:
     """run folder (default: a new one in runs/)"""
     overwrite: bool = False
     """replace the run in --out_dir: remove its checkpoints and logs, and no other files"""
+    save_interval: PositiveInt | None = None
+    """optimizer steps between saves of checkpoints/last that do not wait for a validation (default: save only then)"""
+    keep: NonNegativeInt = 0
+    """number of the newest saves to keep as checkpoints/step-NNNNNN.ckpt, besides best and last"""
+    on_save_error: str = "stop"
+    """stop or continue when a checkpoint cannot be written; continue warns and tries again at the next save"""
     resume: str | None = None
     """continue a run, given by its folder or a checkpoint, under any strategy and number of devices, with its saved
     settings as defaults. Alone: the newest run. auto: the newest checkpoint in --out_dir, or else a new run; torchrun's

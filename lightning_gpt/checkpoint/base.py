@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import math
 import sys
 from abc import ABC, abstractmethod
 from functools import cached_property
@@ -139,6 +140,13 @@ class Checkpoint(ABC):
     @property
     def _data(self) -> dict[str, Any]:
         return self.header.get("TokenData") or {}
+
+    @property
+    def best_loss(self) -> float:
+        """Lowest validation loss of the run up to this step; infinity if unknown."""
+        states = self.header.get("callbacks", {}).items()
+        losses = [state.get("best_model_score") for key, state in states if "'monitor': 'val_loss'" in key]
+        return min((float(loss) for loss in losses if loss is not None), default=math.inf)
 
     @cached_property
     def ties(self) -> dict[str, str]:

@@ -1,7 +1,6 @@
 """Resume exactly where a run stopped, under any strategy and on any number of ranks."""
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,11 +51,7 @@ class ExactResume(Callback):
         for callback in callbacks:
             state = header.get("callbacks", {}).get(callback.state_key)
             if state:
-                state = copy.deepcopy(state)
-                home = getattr(callback, "dirpath", None)
-                if home and self.checkpoint.path.parent == Path(home).resolve():
-                    state = _with_folder(state, old=state["dirpath"], new=home)
-                callback.load_state_dict(state)
+                callback.load_state_dict(copy.deepcopy(state))
         plugin = trainer.precision_plugin
         if scale := header.get(type(plugin).__qualname__):
             plugin.load_state_dict(scale)
@@ -72,15 +67,6 @@ class ExactResume(Callback):
         total: Any = loop.batch_progress.total
         total.ready = total.started = total.processed = total.completed = done
         loop._batches_that_stepped = trainer.global_step
-
-
-def _with_folder(state: Any, *, old: str, new: str) -> Any:
-    """Replace the folder in a callback's saved paths, so that a run that was moved finds its best checkpoint."""
-    if isinstance(state, dict):
-        return {
-            _with_folder(key, old=old, new=new): _with_folder(value, old=old, new=new) for key, value in state.items()
-        }
-    return new + state[len(old) :] if isinstance(state, str) and state.startswith(old) else state
 
 
 def restore_weights(model: nn.Module, checkpoint: Checkpoint) -> None:

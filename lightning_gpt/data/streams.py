@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from lightning_gpt.data.tokens.mapping import require_whole
+
 Opener = Callable[[], np.ndarray]
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -172,8 +174,10 @@ class TokenStream:
 
     def batches(self, samples: np.ndarray) -> Iterator[Batch]:
         """Yield a batch for each row of `samples`, from a fresh memory map: see `Stream`."""
-        windows = window_view(self.opener(), self.block_size)
+        tokens = self.opener()
+        windows = window_view(tokens, self.block_size)
         for starts in self.starts(samples.ravel()).reshape(samples.shape):
+            require_whole(tokens)
             yield gather_windows(windows, starts)
 
 
@@ -345,13 +349,14 @@ class EvalBatches(EvalPass):
 
     def open(self) -> Callable[[np.ndarray], Batch]:
         """Return the reader of batches from a fresh memory map."""
-        return functools.partial(self._batch, self.opener().view(np.ndarray))
+        return functools.partial(self._batch, self.opener())
 
     def _batch(self, tokens: np.ndarray, sequences: np.ndarray) -> Batch:
         columns = np.arange(self.block_size + 1)
         positions = sequences[:, None] * self.stride + columns  # (B, T + 1)
         present = (positions < self.n_tokens) & (sequences < self.n_sequences)[:, None]
-        picked = tokens[np.where(present, positions, 0)].astype(np.int64)
+        require_whole(tokens)
+        picked = tokens.view(np.ndarray)[np.where(present, positions, 0)].astype(np.int64)
         has_target = present[:, 1:]
         is_new = (columns[1:] > self.block_size - self.stride) | (sequences == 0)[:, None]
         idx = np.where(has_target, picked[:, :-1], 0)

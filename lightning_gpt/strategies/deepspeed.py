@@ -16,6 +16,7 @@ from lightning_gpt.parsing import read_json
 from lightning_gpt.strategies.memory import Zero
 from lightning_gpt.strategies.saving import WholeFolders
 
+_TAG = "checkpoint"  # name of the inner folder, which Lightning expects
 # Settings that the Trainer's options determine. DeepSpeed's config may omit them, or have "auto" or the same value.
 _DECIDED = ("gradient_accumulation_steps", "train_micro_batch_size_per_gpu", "train_batch_size", "gradient_clipping")
 
@@ -62,6 +63,22 @@ class DeepSpeed(WholeFolders, DeepSpeedStrategy):
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.set_world_ranks()
         self._init_deepspeed_distributed()
+
+    def write_shards(self, checkpoint: dict[str, Any], folder: Path) -> None:
+        """Write this rank's shards after DeepSpeed's last collective operation.
+
+        DeepSpeed itself writes between collectives, where a rank that fails leaves the others waiting.
+        """
+        engine = self.deepspeed_engine
+        pending: list[tuple[Any, str]] = []
+        engine.checkpoint_engine.save = lambda state_dict, path: pending.append((state_dict, path))
+        engine._copy_recovery_script = lambda folder: None  # evaluate.py --convert_only does what it is for
+        header = {name: value for name, value in checkpoint.items() if name not in ("state_dict", "optimizer_states")}
+        engine.save_checkpoint(str(folder), tag=_TAG, client_state=header, save_latest=False)
+        for state_dict, path in pending:
+            torch.save(state_dict, path)
+        if self.is_global_zero:
+            (folder / "latest").write_text(_TAG, encoding="utf-8")
 
 
 def build_deepspeed(

@@ -7,24 +7,21 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch import distributed
-from torch.distributed.checkpoint.api import CheckpointException
 
 from lightning_gpt.atomic import remove, swap_in, sync_path
 from lightning_gpt.checksums import MANIFEST, HashedZip, files_in, folder_digests, is_complete, write_manifest
+from lightning_gpt.strategies.agreement import agreed
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import ParallelStrategy as _Strategy
 else:
     _Strategy = object
-
-_Result = TypeVar("_Result")
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -80,20 +77,31 @@ class WholeFolders(_Strategy):
         # Tells a folder that lost its manifest from one of an older version, which never had one.
         checkpoint["checksums"] = MANIFEST
         try:
-            self._on_all_ranks(lambda: remove(part) if self.is_global_zero else None)
-            super().save_checkpoint(checkpoint, part, storage_options)
-            self.barrier()
-            digests: dict[str, str] = {}
-            for share in self._on_all_ranks(lambda: self._flushed(part)):
-                digests |= share
-            self._on_all_ranks(lambda: _publish(part, path, digests) if self.is_global_zero else None)
-        except (OSError, CheckpointException) as error:
+            with agreed():
+                if self.is_global_zero:
+                    remove(part)
+                    part.mkdir(parents=True)
+            with agreed():
+                self.write_shards(checkpoint, part)
+            with agreed():
+                share = self._flushed(part)
+            digests = self._merged(share)
+            with agreed():
+                if self.is_global_zero:
+                    _publish(part, path, digests)
+        except OSError:
             if self.is_global_zero:
                 with contextlib.suppress(OSError):
                     remove(part)
-            # Torch raises a BaseException with the errors of all ranks, on all ranks.
-            causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else []
-            raise next((cause for cause in causes if isinstance(cause, OSError)), error) from error
+            raise
+
+    def write_shards(self, checkpoint: dict[str, Any], folder: Path) -> None:
+        """Write this rank's shards of a checkpoint into an empty folder, called on all ranks.
+
+        Raises:
+            Exception: This rank or another could not write; no rank is left waiting.
+        """
+        super().save_checkpoint(checkpoint, folder)
 
     def _flushed(self, folder: Path) -> dict[str, str]:
         """Flush the files that this rank wrote, and return their checksums.
@@ -105,20 +113,12 @@ class WholeFolders(_Strategy):
             sync_path(folder / name)
         return folder_digests(folder, mine)
 
-    def _on_all_ranks(self, work: Callable[[], _Result]) -> list[_Result]:
-        """Call a function on each rank, and return the results of all ranks; if one fails, all raise its error."""
-        result: _Result | OSError
-        try:
-            result = work()
-        except OSError as error:
-            result = error
-        results: list[Any] = [result] * self.world_size
+    def _merged(self, share: dict[str, str]) -> dict[str, str]:
+        """Return the checksums of all ranks."""
+        shares: list[Any] = [share] * self.world_size
         if self.world_size > 1:
-            distributed.all_gather_object(results, result)
-        for result in results:
-            if isinstance(result, OSError):
-                raise result
-        return results
+            distributed.all_gather_object(shares, share)
+        return {name: digest for share in shares for name, digest in share.items()}
 
 
 def _part(path: Path) -> Path:

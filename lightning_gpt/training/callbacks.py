@@ -34,6 +34,11 @@ def quiet_lightning() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
+def warn(message: str) -> None:
+    """Print one line on stderr, above the progress bar."""
+    Tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
 class ProgressBar(TQDMProgressBar):
     """Lightning's progress bar over the whole budget, because an epoch is endless here."""
 

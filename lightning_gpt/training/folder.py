@@ -82,6 +82,7 @@ def open_folder(
             run_dir.mkdir(parents=True, exist_ok=run.out_dir is not None)
             _lock(run_dir, stack)
             _make_room(run_dir, run, sources=sources)
+            (run_dir / "checkpoints").mkdir(exist_ok=True)
             with atomic_file(run_dir / "config.yaml", mode="w") as file:
                 yaml.safe_dump(record, file, sort_keys=False)
         except OSError as error:

@@ -1,16 +1,12 @@
 """Build the Lightning Trainer of a run: its options, logger and callbacks."""
 
-from collections.abc import Callable
 from difflib import get_close_matches
-from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from lightning import Callback, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
 from lightning_gpt.checkpoint.initial import InitialWeights
 from lightning_gpt.config import TrainConfig, TrainerOptions, UserError
@@ -19,14 +15,8 @@ from lightning_gpt.strategies.devices import Devices
 from lightning_gpt.strategies.saving import WholeFiles
 from lightning_gpt.training.budget import Budget
 from lightning_gpt.training.callbacks import DropoutSeed, Patience, ProgressBar, RunMetrics, ValidateAtEnd
-
-LOGGERS: dict[str, Callable[[Path], Logger | bool]] = {
-    "tensorboard": lambda run: TensorBoardLogger(run, name="logs"),
-    "csv": lambda run: CSVLogger(run, name="logs"),
-    "wandb": lambda run: WandbLogger(save_dir=run, name=run.name),
-    "none": lambda run: False,
-}
-
+from lightning_gpt.training.loggers import make_logger
+from lightning_gpt.training.saving import Checkpoints
 
 # The Trainer's options that lightning_gpt sets; --trainer.NAME sets the others.
 _DECIDED = (
@@ -54,14 +44,18 @@ def make_callbacks(config: TrainConfig, run_dir: Path, metrics: RunMetrics, *, a
     wanted = config.trainer.trainer.get("enable_progress_bar", True)
     bar = [ProgressBar(refresh_rate=10 * accumulate)] if wanted else []
     patience = [Patience(config.trainer.patience)] if config.trainer.patience else []
-    checkpoint = partial(
-        ModelCheckpoint, dirpath=run_dir / "checkpoints", enable_version_counter=False, save_on_train_epoch_end=False
+    run = config.run
+    checkpoints = Checkpoints(
+        run_dir / "checkpoints",
+        save_interval=run.save_interval,
+        keep=run.keep,
+        on_error=run.on_save_error,
+        resumes=run.resume is not None,
     )
     return [
-        DropoutSeed(config.run.seed),
+        DropoutSeed(run.seed),
         ValidateAtEnd(),
-        checkpoint(filename="best", monitor="val_loss"),
-        checkpoint(filename="last"),
+        checkpoints,
         *bar,
         *patience,
         metrics,  # after the bar, which must close before the last line is printed
@@ -78,13 +72,8 @@ def make_trainer(
     budget: Budget,
 ) -> Trainer:
     """Return the Trainer; raise a UserError if it rejects an option or the logger is unknown."""
-    options, name = config.trainer, config.run.logger
-    if name not in LOGGERS:
-        raise UserError(f"--logger {name} is unknown; choose one of {', '.join(LOGGERS)}")
-    try:
-        logger = LOGGERS[name](run_dir)
-    except ModuleNotFoundError as error:
-        raise UserError(f"--logger {name} needs a package: {error}; pip install it or choose another") from error
+    options = config.trainer
+    logger = make_logger(config.run.logger, run_dir)
     ours: dict[str, Any] = {
         **strategy.arguments(where),
         "plugins": [WholeFiles()],

@@ -202,7 +202,7 @@ def _nanogpt(checkpoint: Checkpoint, folder: Path) -> Files:
             "model": checkpoint.state_dict(),
             "model_args": args,
             "iter_num": checkpoint.step,
-            "best_val_loss": _best_loss(checkpoint),
+            "best_val_loss": min(checkpoint.best_loss, 1e9),  # 1e9 is nanoGPT's initial value
             # The original reads data/DATASET/meta.pkl in its own folder; an absolute DATASET makes it read this one.
             "config": args | {"dataset": str(folder)},
         }
@@ -211,13 +211,6 @@ def _nanogpt(checkpoint: Checkpoint, folder: Path) -> Files:
         torch.save(content, path)
 
     return {"ckpt.pt": write, **(NANOGPT_TOKENIZERS[tokenizer.name](tokenizer) if tokenizer else {})}
-
-
-def _best_loss(checkpoint: Checkpoint) -> float:
-    """Return the lowest validation loss of the run, or nanoGPT's initial value if it is unknown."""
-    states = checkpoint.header.get("callbacks", {}).values()
-    scores = [float(state["best_model_score"]) for state in states if state.get("best_model_score") is not None]
-    return min(scores, default=1e9)
 
 
 def _adamw(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -8,7 +8,6 @@ opened too.
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import os
 from collections.abc import Callable, Mapping
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from lightning_gpt.config import UserError, cache_root
+from lightning_gpt.data.tokens.mapping import TokenFile
 from lightning_gpt.data.tokens.writing import SPLITS, Split, TokenWriter
 from lightning_gpt.parsing import StrictUnpickler, brief, read_json, shown
 from lightning_gpt.tokenizers import MAX_VOCAB, CharTokenizer, GPT2Tokenizer, Tokenizer, tokenizer_from_dict
@@ -68,11 +68,11 @@ class TokenFiles:
 
     def tokens(self, split: Split) -> np.memmap:
         """Map a split into memory, read-only: shape (n_tokens,), uint16 or uint32."""
-        return _memory_map(self.path(split), self.dtype)
+        return np.memmap(self.path(split), dtype=_little_endian(self.dtype), mode="r")
 
     def opener(self, split: Split) -> Callable[[], np.ndarray]:
-        """Return a picklable function that maps a split into memory, as the streams expect."""
-        return functools.partial(_memory_map, self.path(split), self.dtype)
+        """Return a picklable function that maps a split into memory, as the streams expect; it keeps the file open."""
+        return TokenFile(self.path(split), dtype=_little_endian(self.dtype), n_tokens=self.n_tokens(split))
 
     def describe(self) -> str:
         """Return one line about the text and its length."""
@@ -195,10 +195,6 @@ def _read_meta(folder: Path) -> TokenFiles:
 
 def _little_endian(dtype: str) -> np.dtype:
     return np.dtype(dtype).newbyteorder("<")
-
-
-def _memory_map(path: Path, dtype: str) -> np.memmap:
-    return np.memmap(path, dtype=_little_endian(dtype), mode="r")
 
 
 def _token_files(folder: Path, *, dtype: str, **fields: Any) -> TokenFiles:
