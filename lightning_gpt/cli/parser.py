@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
+from lightning_gpt.cli.numbers import optional_whole_number, whole_number
 from lightning_gpt.config import EXCLUSIVE, SIZES, UserError
 from lightning_gpt.options import ABOVE_ZERO, Option
 
@@ -20,6 +21,10 @@ ALIASES = {
     "from_file": "--from",
     "gradient_clip_val": "--grad_clip",
 }
+
+
+# How values of these types are read; jsonargparse reads all others.
+_READERS: dict[Any, Any] = {int: whole_number, int | None: optional_whole_number}
 
 
 class Parser(ArgumentParser):
@@ -39,7 +44,9 @@ class Parser(ArgumentParser):
             flags = [f"--{o.name}", *([ALIASES[o.name]] if o.name in ALIASES else [])]
             states_default = o.default is None or "default:" in o.help or o.name == "trainer"
             text = o.help if states_default else f"{o.help} (default: {o.default!r})"
-            group.add_argument(*flags, type=o.type, default=o.default, help=text.replace("%", "%%"))
+            group.add_argument(
+                *flags, type=_READERS.get(o.type, o.type), default=o.default, help=text.replace("%", "%%")
+            )
 
     def flags(self) -> list[str]:
         """Return every flag, with its dashes."""
@@ -52,6 +59,7 @@ class Parser(ArgumentParser):
             if marker in text:
                 wrong = text.partition(marker)[2].split()[0].partition("=")[0]
                 raise UserError(f"unknown flag {wrong}{suggestion(wrong, self.flags())}; --help lists them all")
+        text = text.removeprefix("argument ")
         if text.startswith("Parser key "):
             key, _, rest = text[len("Parser key ") :].partition(":")
             text = f"--{key.strip(chr(34)).strip(chr(39))}: {rest.strip()}"
@@ -62,6 +70,20 @@ def suggestion(wrong: str, choices: Sequence[str]) -> str:
     """Return " (did you mean X?)" with the choice nearest to a misspelt one, or an empty string."""
     near = difflib.get_close_matches(wrong, choices, n=1, cutoff=0.5)
     return f" (did you mean {near[0]}?)" if near else ""
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """A YAML loader that refuses a key given twice, of which YAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return a mapping; raise a YAMLError that marks the line of a key's second occurrence."""
+        seen: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and seen.setdefault(key.value, line) != line:
+                problem = f"{key.value} is given twice, first in line {seen[key.value]}; remove one of them"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def load_yaml(path: str) -> dict[str, Any]:
@@ -77,7 +99,7 @@ def load_yaml(path: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise UserError(f"--config {path}: not a text in UTF-8") from error
     try:
-        loaded = yaml.safe_load(text)
+        loaded = yaml.load(text, Loader=_UniqueKeys)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""

@@ -1,10 +1,13 @@
 """Derive a run's numbers from its options: steps, accumulation, and the module's arguments."""
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_gpt.config import SIZES, TrainConfig, UserError
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+from lightning_gpt.config import SIZES, OptimOptions, TrainConfig, UserError
 from lightning_gpt.data.loading import TokenData
 from lightning_gpt.implementations.registry import get_implementation
 from lightning_gpt.optim.registry import get_optimizer
@@ -96,6 +99,7 @@ def module_arguments(config: TrainConfig, *, vocab_size: int, padding: int, max_
     )
     optim = config.optim
     decay_steps = optim.lr_decay_steps or max_steps
+    _check_schedule(optim, max_steps=max_steps)
     floor = optim.learning_rate / 10 if optim.min_learning_rate is None else optim.min_learning_rate
     return {
         "model_config": fields,
@@ -111,3 +115,23 @@ def module_arguments(config: TrainConfig, *, vocab_size: int, padding: int, max_
         "recompute": config.trainer.recompute,
         "freeze_embeddings": config.run.freeze_embeddings,
     }
+
+
+def _check_schedule(optim: OptimOptions, *, max_steps: int) -> None:
+    """Raise a UserError for a learning-rate schedule that contradicts itself; warn if the warm-up outlasts the run."""
+    peak, floor = optim.learning_rate, optim.min_learning_rate
+    if floor is not None and floor > peak:
+        raise UserError(f"--min_learning_rate {floor} is above --learning_rate {peak}; give at most the latter")
+    warmup, end = optim.warmup_steps, optim.lr_decay_steps
+    if warmup and end is not None and warmup > end:
+        raise UserError(f"--warmup_steps {warmup} is longer than --lr_decay_steps {end}; give fewer steps")
+    if warmup and warmup > max_steps:
+        _warn(
+            f"--warmup_steps {warmup} lasts longer than the run's {max_steps} steps, so the learning rate never reaches"
+            f" {peak}"
+        )
+
+
+@rank_zero_only
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
