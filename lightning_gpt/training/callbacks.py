@@ -35,7 +35,15 @@ def quiet_lightning() -> None:
 
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's progress bar over the whole budget, because an epoch is endless here."""
+    """Lightning's progress bar over the whole budget, because an epoch is endless here.
+
+    It shows the losses that were logged last. Lightning would read those marked ``prog_bar`` from the device after each
+    micro-batch; this bar reads them at logged steps.
+    """
+
+    def __init__(self, refresh_rate: int) -> None:
+        super().__init__(refresh_rate=refresh_rate)
+        self._losses: dict[str, float] = {}
 
     @property
     def total_train_batches(self) -> int | float:
@@ -49,14 +57,29 @@ class ProgressBar(TQDMProgressBar):
     init_sanity_tqdm = init_validation_tqdm
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Return the metrics without the version number of the log."""
-        return {k: v for k, v in super().get_metrics(trainer, pl_module).items() if k != "v_num"}
+        """Return the losses."""
+        return self._losses
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Read the losses at logged steps, and advance the bar."""
+        ends_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if self.is_enabled and ends_step and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            known = trainer.callback_metrics
+            self._losses = {name: float(known[name]) for name in ("train_loss", "val_loss") if name in known}
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
         """Start the bar at the current step, which is not 0 in a resumed run."""
         super().on_train_epoch_start(trainer)
         self.train_progress_bar.initial = trainer.global_step * trainer.accumulate_grad_batches
         self.train_progress_bar.set_description("train")
+
+    def on_exception(self, *_: Any) -> None:
+        """Close the bar, so that an error message starts a new line."""
+        if self._train_progress_bar is not None:
+            self._train_progress_bar.close()
 
 
 class DropoutSeed(Callback):

@@ -27,6 +27,7 @@ from lightning_gpt.training.budget import accumulation, make_budget, module_argu
 from lightning_gpt.training.callbacks import FinalSample, RunMetrics, quiet_lightning
 from lightning_gpt.training.folder import fresh_folder, open_folder
 from lightning_gpt.training.header import print_header, print_plan
+from lightning_gpt.training.health import stopping_on_bad_numbers
 from lightning_gpt.training.trainer import check_trainer_options, make_callbacks, make_trainer
 
 DEFAULT_SAMPLE_TOKENS = 200
@@ -109,7 +110,8 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Path | 
         )
     open_folder(run_dir, config)
     print_header(module, source, budget, loaded=loaded, where=where, strategy=type(trainer.strategy).__name__)
-    trainer.fit(module, data)
+    with stopping_on_bad_numbers(trainer, run_dir):
+        trainer.fit(module, data)
     if trainer.is_global_zero:
         print(f"checkpoints: {run_dir}/checkpoints\nnext: python sample.py --checkpoint {run_dir}")
     return run_dir

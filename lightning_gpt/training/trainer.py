@@ -19,6 +19,7 @@ from lightning_gpt.strategies.devices import Devices
 from lightning_gpt.strategies.saving import WholeFiles
 from lightning_gpt.training.budget import Budget
 from lightning_gpt.training.callbacks import DropoutSeed, ProgressBar, RunMetrics, ValidateAtEnd
+from lightning_gpt.training.health import Health
 
 LOGGERS: dict[str, Callable[[Path], Logger | bool]] = {
     "tensorboard": lambda run: TensorBoardLogger(run, name="logs"),
@@ -58,6 +59,7 @@ def make_callbacks(config: TrainConfig, run_dir: Path, metrics: RunMetrics, *, a
     )
     return [
         DropoutSeed(config.run.seed),
+        Health(max_bad_steps=config.optim.max_bad_steps, spike_sigma=config.optim.spike_sigma),
         ValidateAtEnd(),
         checkpoint(filename="best", monitor="val_loss"),
         checkpoint(filename="last"),
