@@ -91,6 +91,12 @@ class OptimOptions:
     """AdamW's decay rate of the squared gradient"""
     gradient_clip_val: NonNegativeFloat = 1.0
     """clip the norm of the gradient to this; 0 turns clipping off"""
+    spike_sigma: PositiveFloat | None = None
+    """skip steps whose gradient norm is more than this many standard deviations above its running mean (default: none
+    is skipped)"""
+    max_bad_steps: NonNegativeInt = 10
+    """number of steps in a row whose loss or gradient is not finite that stops the run; each is skipped; 0 stops at the
+    first"""
     accumulate_grad_batches: PositiveInt | None = None
     """micro-batches per optimizer step (also --grad_accum; default: 1, or derived from --global_batch_tokens)"""
     global_batch_tokens: PositiveInt | None = None

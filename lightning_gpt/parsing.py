@@ -59,9 +59,22 @@ def read_yaml(path: Path, *, flag: str = "") -> Any:
 
     Raises:
         UserError: The file cannot be read, is too large or not YAML in UTF-8, is nested too deeply, or holds an integer
-            of more than 64 bits; the message names the line.
+            of more than 64 bits, or gives a key twice; the message names the line.
     """
     import yaml
+
+    class UniqueKeys(yaml.SafeLoader):
+        """A loader that refuses a key given twice, of which YAML would silently take the last."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            """Return a mapping; raise a YAMLError that marks the line of a key's second occurrence."""
+            seen: dict[str, int] = {}
+            for key, _ in node.value:
+                line = key.start_mark.line + 1
+                if isinstance(key, yaml.ScalarNode) and seen.setdefault(key.value, line) != line:
+                    problem = f"{key.value} is given twice, first in line {seen[key.value]}; remove one of them"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            return super().construct_mapping(node, deep)
 
     source = f"{flag}{path}"
     try:
@@ -69,7 +82,7 @@ def read_yaml(path: Path, *, flag: str = "") -> Any:
     except UnicodeDecodeError as error:
         raise UserError(f"{source}: not a text in UTF-8") from error
     try:
-        loader = yaml.SafeLoader(text)
+        loader = UniqueKeys(text)
         node = loader.get_single_node()
         if node is None:
             return None

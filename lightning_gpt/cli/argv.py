@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 
+from lightning_gpt.cli.numbers import whole_number
 from lightning_gpt.config import UserError
 from lightning_gpt.options import Option
 
@@ -59,7 +60,7 @@ def scout(argv: Sequence[str]) -> argparse.Namespace:
     """Read the flags that determine which other flags exist, before the parser is built."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", action="append", default=[])
-    parser.add_argument("--n_head", type=int)
+    parser.add_argument("--n_head", type=whole_number)
     for name in ("implementation", "data", "resume", "init_from", "pretrained_embeddings", "trust_checkpoint"):
         parser.add_argument(f"--{name}")
     for name in ("out_dir", "overwrite"):
@@ -67,5 +68,5 @@ def scout(argv: Sequence[str]) -> argparse.Namespace:
     try:
         known, _ = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
-        raise UserError(str(error)) from error
+        raise UserError(str(error).removeprefix("argument ")) from error
     return known

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 
+from lightning_gpt.cli.numbers import optional_whole_number, whole_number
 from lightning_gpt.config import EXCLUSIVE, PROVENANCE, SIZES, UserError
 from lightning_gpt.options import ABOVE_ZERO, Option
 from lightning_gpt.parsing import read_yaml
@@ -34,6 +35,10 @@ def _without_provenance(text: str) -> Any:
 set_loader("yaml", _without_provenance, exceptions=(yaml.YAMLError,))
 
 
+# How values of these types are read; jsonargparse reads all others.
+_READERS: dict[Any, Any] = {int: whole_number, int | None: optional_whole_number}
+
+
 class Parser(ArgumentParser):
     """jsonargparse's parser, with one-line errors that suggest the flag nearest to an unknown one."""
 
@@ -51,7 +56,9 @@ class Parser(ArgumentParser):
             flags = [f"--{o.name}", *([ALIASES[o.name]] if o.name in ALIASES else [])]
             states_default = o.default is None or "default:" in o.help or o.name == "trainer"
             text = o.help if states_default else f"{o.help} (default: {o.default!r})"
-            group.add_argument(*flags, type=o.type, default=o.default, help=text.replace("%", "%%"))
+            group.add_argument(
+                *flags, type=_READERS.get(o.type, o.type), default=o.default, help=text.replace("%", "%%")
+            )
 
     def flags(self) -> list[str]:
         """Return every flag, with its dashes."""
@@ -64,6 +71,7 @@ class Parser(ArgumentParser):
             if marker in text:
                 wrong = text.partition(marker)[2].split()[0].partition("=")[0]
                 raise UserError(f"unknown flag {wrong}{suggestion(wrong, self.flags())}; --help lists them all")
+        text = text.removeprefix("argument ")
         if text.startswith("Parser key "):
             key, _, rest = text[len("Parser key ") :].partition(":")
             text = f"--{key.strip(chr(34)).strip(chr(39))}: {rest.strip()}"

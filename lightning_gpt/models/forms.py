@@ -3,6 +3,7 @@
 Under a plain single-device Trainer each form trains exactly like GPTModule.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -118,8 +119,31 @@ class DeepSpeedGPTModule(ShardedModule):
         if self.zero_stage is None:
             super().configure_gradient_clipping(optimizer, *args, **kwargs)
 
+    def skip_steps(self, rule: Callable[[Tensor], Tensor]) -> None:
+        """Skip the steps that a rule selects, as ``GPTModule.skip_steps`` does.
+
+        ZeRO itself skips steps whose gradient norm is not finite. It reads the norm on the host in every step, so the
+        rule may do so as well.
+        """
+        super().skip_steps(rule)
+        if self.zero_stage is None:
+            return
+        assert self.strategy is not None
+        zero = self.strategy.model.optimizer
+        update, skips = zero._optimizer_step, False
+
+        def update_unless_skipped(group: int) -> None:
+            nonlocal skips
+            norm: Tensor | None = zero._global_grad_norm
+            if group == 0:
+                skips = norm is not None and bool(rule(norm))
+            if not skips:
+                update(group)
+
+        zero._optimizer_step = update_unless_skipped
+
     def gradient_norm(self) -> Tensor | float | None:
-        """Return the gradient norm before clipping, as the engine reports it after its step."""
+        """Return the gradient norm before clipping, as the engine reports it after its step; inf if it skipped it."""
         if self.zero_stage is None:
             return super().gradient_norm()
         assert self.strategy is not None

@@ -92,6 +92,7 @@ class GPTModule(LightningModule):
         # Device tensors, read only when they are logged, so that other steps do not wait for the device.
         self.step_loss: Tensor | None = None
         self._gradient_norm: Tensor | None = None
+        self._skip_rule: Callable[[Tensor], Tensor] | None = None
         self._val_sums: ScoreSums | None = None
         self._step: Callable[..., Any] | None = None  # the compiled decoding step
         self.val_tokens = 0  # tokens that the last validation scored, over all ranks
@@ -257,15 +258,16 @@ class GPTModule(LightningModule):
             self.step_loss = part
         else:
             self.step_loss = self.step_loss + part
-        return loss
+        # A loss that is not finite makes the gradients NaN, so that the gradient norm tells all ranks; else a factor 1.
+        return loss * (1 + 0 * loss.detach())
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Show and log the training loss every ``log_every_n_steps`` optimizer steps."""
+        """Log the training loss every ``log_every_n_steps`` optimizer steps."""
         trainer = self.trainer
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
                 assert self.step_loss is not None
-                self.log("train_loss", self.step_loss, prog_bar=True, sync_dist=True)
+                self.log("train_loss", self.step_loss, sync_dist=True)
 
     def configure_gradient_clipping(
         self,
@@ -277,14 +279,28 @@ class GPTModule(LightningModule):
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             scaler.unscale_(optimizer)  # Lightning leaves this to the fused optimizer's step, which is after clipping
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
-            norm = nn.utils.clip_grad_norm_(self.model.parameters(), gradient_clip_val)
-            self._gradient_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        self._gradient_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if self._skip_rule is not None:
+            skippable: Any = optimizer
+            skippable.skip = self._skip_rule(self._gradient_norm)
+
+    def skip_steps(self, rule: Callable[[Tensor], Tensor]) -> None:
+        """Skip the optimizer steps that a rule selects: weights and optimizer state stay as they are.
+
+        Args:
+            rule: Function of the gradient norm (a scalar), called once per step, that returns a float32 scalar on the
+                same device: 1 skips the step, 0 does not.
+        """
+        self._skip_rule = rule
 
     def gradient_norm(self) -> Tensor | float | None:
-        """Return the gradient norm of the last step, before clipping; None without clipping."""
+        """Return the gradient norm of the last step, before clipping; None before the first step."""
         return self._gradient_norm
 
     def on_validation_epoch_start(self) -> None:
@@ -305,7 +321,7 @@ class GPTModule(LightningModule):
         reduce = partial(self.trainer.strategy.reduce, reduce_op="sum")
         found, self.val_tokens = self._val_sums.result(reduce)
         for name, value in found.items():
-            self.log(name, value, prog_bar=name == "val_loss", sync_dist=True)
+            self.log(name, value, sync_dist=True)
 
     def build_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Return the optimizer over parameter groups."""

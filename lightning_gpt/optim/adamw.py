@@ -1,17 +1,44 @@
 """AdamW, from torch and from DeepSpeed."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
-def adamw(
-    groups: Iterable[dict[str, Any]], *, learning_rate: float, betas: tuple[float, float]
-) -> torch.optim.Optimizer:
+class AdamW(torch.optim.AdamW):
+    """torch's fused AdamW, with a flag on the device that skips a step without the host knowing of it.
+
+    Attributes:
+        skip: Float32 scalar on the parameters' device: 1 leaves weights, moments and step counts as they are, 0 does
+            not. None never skips. It is read after the closure has run.
+    """
+
+    skip: Tensor | None = None
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one optimizer step and return the loss of ``closure``, which computes the gradients first."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.skip is None:
+            super().step()
+            return loss
+        # torch's kernel has such a flag for GradScaler, which sets it before the step and deletes it afterwards.
+        scalers: Tensor | None = getattr(self, "found_inf", None)
+        self.found_inf = self.skip if scalers is None else torch.maximum(self.skip, scalers)
+        super().step()
+        if scalers is None:
+            del self.found_inf
+        return loss
+
+
+def adamw(groups: Iterable[dict[str, Any]], *, learning_rate: float, betas: tuple[float, float]) -> AdamW:
     """Return torch's fused AdamW, its fastest form on CPUs and GPUs."""
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(betas[0], betas[1]), fused=True)
+    return AdamW(groups, lr=learning_rate, betas=(betas[0], betas[1]), fused=True)
 
 
 def deepspeed_adam(

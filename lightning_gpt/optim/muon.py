@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from lightning_gpt.implementations.sharding import shard_like
+from lightning_gpt.optim.adamw import adamw
 
 _MOMENTUM = 0.95
 _A, _B, _C = 3.4445, -4.7750, 2.0315  # coefficients of the quintic, chosen for the steepest slope at 0
@@ -37,7 +38,12 @@ class Muon(torch.optim.Optimizer):
         learning_rate: AdamW's learning rate.
         betas: AdamW's betas.
         muon_learning_rate: Muon's learning rate, multiplied by ``sqrt(rows / columns)`` for tall matrices.
+
+    Attributes:
+        skip: Float32 scalar on the parameters' device; 1 skips a step, as in ``AdamW``.
     """
+
+    skip: Tensor | None = None
 
     def __init__(
         self,
@@ -52,7 +58,7 @@ class Muon(torch.optim.Optimizer):
         hidden = [group | {"lr": muon_learning_rate, "momentum": _MOMENTUM} for group in groups if "parts" in group]
         # AdamW rejects an empty list, which `rest` is if all other parameters are frozen.
         adamw_groups = rest or [{"params": [torch.empty(0)]}]
-        self._adamw = torch.optim.AdamW(adamw_groups, lr=learning_rate, betas=(betas[0], betas[1]), fused=True)
+        self._adamw = adamw(adamw_groups, learning_rate=learning_rate, betas=betas)
         super().__init__([*rest, *hidden], {"lr": learning_rate, "fused": True})
 
     @torch.no_grad()
@@ -65,6 +71,7 @@ class Muon(torch.optim.Optimizer):
         # Set in every step, because load_state_dict replaces both.
         self._adamw.param_groups = [group for group in self.param_groups if "parts" not in group]
         self._adamw.state = self.state
+        self._adamw.skip = self.skip
         self._adamw.step()
         for group in self.param_groups:
             if "parts" in group:
@@ -79,8 +86,11 @@ class Muon(torch.optim.Optimizer):
             grads.append(_local(p.grad))
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
-        momenta = [_local(self.state[p]["momentum_buffer"]) for p in parameters]
-        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+        skip = None if self.skip is None else self.skip.bool()
+        buffers = [_local(self.state[p]["momentum_buffer"]) for p in parameters]
+        momenta = list(torch._foreach_lerp(buffers, grads, 1 - group["momentum"]))
+        for buffer, momentum in zip(buffers, momenta, strict=True):
+            _replace(buffer, momentum, skip)
         # On CPUs bfloat16 is at best as fast as float32, and often many times slower.
         dtype = torch.bfloat16 if grads[0].is_cuda else torch.float32
         updates = [update.to(dtype) for update in torch._foreach_lerp(grads, momenta, group["momentum"])]
@@ -96,8 +106,16 @@ class Muon(torch.optim.Optimizer):
             rate = lr * math.sqrt(max(1, own[0].size(0) / own[0].size(1)))
             update = torch.cat(own) if len(own) > 1 else own[0]
             weight = _local(p)
-            weight.mul_(1 - lr * decay)
-            weight.add_(_local(shard_like(p, update)) if isinstance(p, DTensor) else update, alpha=-rate)
+            update = _local(shard_like(p, update)) if isinstance(p, DTensor) else update
+            _replace(weight, (weight * (1 - lr * decay)).add_(update, alpha=-rate), skip)
+
+
+def _replace(tensor: Tensor, new: Tensor, skip: Tensor | None) -> None:
+    """Write new values into a tensor, unless ``skip``, a boolean scalar on its device, is true."""
+    if skip is None:
+        tensor.copy_(new)
+    else:
+        torch.where(skip, tensor, new, out=tensor)
 
 
 def _local(tensor: Tensor) -> Tensor:

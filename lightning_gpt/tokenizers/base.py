@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -114,7 +114,7 @@ class Tokenizer(ABC):
         return array
 
 
-def are_sizes(vocab_size: Any, end_of_text: Any) -> bool:
+def are_sizes(vocab_size: Any, end_of_text: Any) -> TypeGuard[int]:
     """Return whether two values of a saved tokenizer can be the size of its vocabulary, and a token id or None."""
     is_size = type(vocab_size) is int and 1 <= vocab_size <= MAX_VOCAB
     return is_size and (end_of_text is None or (type(end_of_text) is int and 0 <= end_of_text < vocab_size))

@@ -1,10 +1,13 @@
 """Derive a run's numbers from its options: steps, accumulation, and the module's arguments."""
 
 import math
+import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lightning_gpt.config import SIZES, TrainConfig, UserError
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+from lightning_gpt.config import SIZES, OptimOptions, TrainConfig, UserError
 from lightning_gpt.data.loading import TokenData
 from lightning_gpt.implementations.registry import get_implementation
 from lightning_gpt.optim.registry import get_optimizer
@@ -87,6 +90,7 @@ def resolve(config: TrainConfig, budget: Budget) -> TrainConfig:
         model_type = model_type or DEFAULT_PRESET
     sizes = row.resolve(model_type=model_type, **config.model_fields)
     optim = config.optim
+    _check_schedule(optim, max_steps=budget.max_steps)
     decay_steps = optim.lr_decay_steps or budget.max_steps
     return replace(
         config,
@@ -134,3 +138,23 @@ def module_arguments(config: TrainConfig, *, vocab_size: int, padding: int) -> d
         "recompute": config.trainer.recompute,
         "freeze_embeddings": config.run.freeze_embeddings,
     }
+
+
+def _check_schedule(optim: OptimOptions, *, max_steps: int) -> None:
+    """Raise a UserError for a learning-rate schedule that contradicts itself; warn if the warm-up outlasts the run."""
+    peak, floor = optim.learning_rate, optim.min_learning_rate
+    if floor is not None and floor > peak:
+        raise UserError(f"--min_learning_rate {floor} is above --learning_rate {peak}; give at most the latter")
+    warmup, end = optim.warmup_steps, optim.lr_decay_steps
+    if warmup and end is not None and warmup > end:
+        raise UserError(f"--warmup_steps {warmup} is longer than --lr_decay_steps {end}; give fewer steps")
+    if warmup and warmup > max_steps:
+        _warn(
+            f"--warmup_steps {warmup} lasts longer than the run's {max_steps} steps, so the learning rate never reaches"
+            f" {peak}"
+        )
+
+
+@rank_zero_only
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)

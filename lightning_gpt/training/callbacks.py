@@ -40,7 +40,15 @@ def warn(message: str) -> None:
 
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's progress bar over the whole budget, because an epoch is endless here."""
+    """Lightning's progress bar over the whole budget, because an epoch is endless here.
+
+    It shows the losses that were logged last. Lightning would read those marked ``prog_bar`` from the device after each
+    micro-batch; this bar reads them at logged steps.
+    """
+
+    def __init__(self, refresh_rate: int) -> None:
+        super().__init__(refresh_rate=refresh_rate)
+        self._losses: dict[str, float] = {}
 
     @property
     def total_train_batches(self) -> int | float:
@@ -54,8 +62,18 @@ class ProgressBar(TQDMProgressBar):
     init_sanity_tqdm = init_validation_tqdm
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Return the metrics without the version number of the log."""
-        return {k: v for k, v in super().get_metrics(trainer, pl_module).items() if k != "v_num"}
+        """Return the losses."""
+        return self._losses
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Read the losses at logged steps, and advance the bar; Lightning counts batches from this process's start."""
+        ends_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if self.is_enabled and ends_step and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            known = trainer.callback_metrics
+            self._losses = {name: float(known[name]) for name in ("train_loss", "val_loss") if name in known}
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, self._first_batch + batch_idx)
 
     def on_exception(self, *_: Any) -> None:
         """Close the bar, so that messages begin on a line of their own."""
@@ -68,12 +86,6 @@ class ProgressBar(TQDMProgressBar):
         bar = self.train_progress_bar
         bar.initial = bar.n = self._first_batch = trainer.global_step * trainer.accumulate_grad_batches
         bar.set_description("train")
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Advance the bar; Lightning counts batches from the start of this process."""
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, self._first_batch + batch_idx)
 
 
 class DropoutSeed(Callback):

@@ -32,6 +32,7 @@ from lightning_gpt.training.callbacks import FinalSample, RunMetrics, quiet_ligh
 from lightning_gpt.training.determinism import check_determinism, deterministic
 from lightning_gpt.training.folder import SameFolder, fresh_folder, open_folder
 from lightning_gpt.training.header import describe_resumed, print_finished, print_header, print_plan
+from lightning_gpt.training.health import stopping_on_bad_numbers
 from lightning_gpt.training.record import make_record
 from lightning_gpt.training.stopping import Stopping, duration, stopping_safely
 from lightning_gpt.training.trainer import check_trainer_options, make_callbacks, make_trainer
@@ -150,7 +151,8 @@ def _train(config: TrainConfig, watch: Watchdog, callbacks: Sequence[Callback]) 
     with open_folder(run_dir, run, record=record, sources=[weights.path] if weights else []):
         print_header(module, source, budget, loaded=loaded, where=where, strategy=type(trainer.strategy).__name__)
         with deterministic(config.trainer), stopping_safely(trainer, watch, run_dir):
-            trainer.fit(module, data)
+            with stopping_on_bad_numbers(trainer, run_dir):
+                trainer.fit(module, data)
     if trainer.is_global_zero:
         print(f"checkpoints: {run_dir}/checkpoints\nnext: python sample.py --checkpoint {run_dir}")
     return folder.run_dir

@@ -15,6 +15,7 @@ from lightning_gpt.strategies.devices import Devices
 from lightning_gpt.strategies.saving import WholeFiles
 from lightning_gpt.training.budget import Budget
 from lightning_gpt.training.callbacks import DropoutSeed, Patience, ProgressBar, RunMetrics, ValidateAtEnd
+from lightning_gpt.training.health import Health
 from lightning_gpt.training.loggers import make_logger
 from lightning_gpt.training.saving import Checkpoints
 
@@ -54,6 +55,7 @@ def make_callbacks(config: TrainConfig, run_dir: Path, metrics: RunMetrics, *, a
     )
     return [
         DropoutSeed(run.seed),
+        Health(max_bad_steps=config.optim.max_bad_steps, spike_sigma=config.optim.spike_sigma),
         ValidateAtEnd(),
         checkpoints,
         *bar,

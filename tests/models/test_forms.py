@@ -24,7 +24,7 @@ from lightning_gpt.models import (
     ModernGPT,
     NanoGPT,
 )
-from lightning_gpt.optim.adamw import deepspeed_adam
+from lightning_gpt.optim.adamw import AdamW, deepspeed_adam
 from lightning_gpt.strategies import ALIASES, STRATEGIES
 
 SIZES = dict(vocab_size=10, block_size=8, model_type=None, n_layer=2, n_head=2, n_embd=16)
@@ -156,14 +156,14 @@ def test_fused_adam_is_chosen_if_it_compiles(monkeypatch):
     choice = dict(learning_rate=1e-3, betas=(0.9, 0.95), on_host=False)
     settings = {"lr": 1e-3, "betas": (0.9, 0.95), "adam_w_mode": True}
     assert deepspeed_adam(groups, **choice, fused=True) == (groups, settings)
-    assert type(deepspeed_adam(groups, **choice, fused=False)) is torch.optim.AdamW
+    assert type(deepspeed_adam(groups, **choice, fused=False)) is AdamW
 
     def no_compiler(*_: object, **__: object) -> None:
         raise RuntimeError("no nvcc\nand more")
 
     monkeypatch.setattr(adam, "FusedAdam", no_compiler)
     with pytest.warns(UserWarning, match="FusedAdam cannot be compiled here .no nvcc."):
-        assert type(deepspeed_adam(groups, **choice, fused=True)) is torch.optim.AdamW
+        assert type(deepspeed_adam(groups, **choice, fused=True)) is AdamW
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
