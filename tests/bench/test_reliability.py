@@ -5,8 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import bench
 import pytest
+
+import bench
 
 REPO = Path(__file__).parents[2]
 SHORT = "--kills=4 --rank_kills=2 --files=160 --steps=100 --corpus_gb=0.01".split()
