@@ -108,6 +108,30 @@ class TimeToLossOptions:
 
 
 @dataclass(frozen=True)
+class ReliabilityOptions:
+    """What to break, how often, and the output file."""
+
+    parts: str = "kills,files,signals,disk,endurance"
+    """parts to measure, separated by commas"""
+    kills: int = 100
+    """number of kills of a single process"""
+    rank_kills: int = 20
+    """number of kills of two ranks, for each strategy"""
+    strategies: str = "single,ddp,fsdp,deepspeed_stage_2,deepspeed_stage_3"
+    """strategies of the kills and signals, separated by commas; single is one process"""
+    files: int = 10000
+    """number of mutated files, over all formats"""
+    steps: int = 20000
+    """optimizer steps of the long run"""
+    corpus_gb: float = 4.0
+    """size of its memory-mapped corpus, in 10^9 bytes"""
+    seed: int = 0
+    """seed of the random moments and mutations"""
+    json: str | None = None
+    """also write the result to this file, after each part"""
+
+
+@dataclass(frozen=True)
 class Benchmark:
     """A row of the registry.
 
@@ -142,5 +166,8 @@ BENCHMARKS = {
     ),
     "time_to_loss": Benchmark(
         TimeToLossOptions, "time_to_loss:measure_time_to_loss", "steps and seconds until nanoGPT's loss is reached"
+    ),
+    "reliability": Benchmark(
+        ReliabilityOptions, "reliability:measure_reliability", "outcome of kills, signals, full disks and damaged files"
     ),
 }
