@@ -121,6 +121,9 @@ class TrainerOptions:
     max-autotune"""
     recompute: bool = False
     """keep only the input of each block, and recompute its activations in the backward pass: less memory, more time"""
+    loss: str = "auto"
+    """chunked: compute the head and the loss of some tokens at a time, without holding all logits; full; or auto:
+    chunked where the vocabulary is large and the model accepts it"""
     max_steps: PositiveInt | None = None
     """budget in optimizer steps (default: 1000, if no other budget is given)"""
     max_tokens: PositiveInt | None = None

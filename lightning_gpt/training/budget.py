@@ -109,5 +109,6 @@ def module_arguments(config: TrainConfig, *, vocab_size: int, padding: int, max_
         "final_lr_ratio": floor / optim.learning_rate,
         "compile": config.trainer.compile,
         "recompute": config.trainer.recompute,
+        "loss": config.trainer.loss,
         "freeze_embeddings": config.run.freeze_embeddings,
     }
