@@ -114,8 +114,11 @@ class TrainerOptions:
     """short for --accelerator gpu --devices N"""
     num_nodes: PositiveInt = 1
     """number of machines; set by torchrun"""
-    precision: int | str = 32
-    """16, bf16, 32, or a precision of Lightning such as bf16-true"""
+    precision: int | str = "auto"
+    """16, bf16, 32, or a precision of Lightning such as bf16-true (default: auto, bf16 on GPUs that have it, 16 on
+    older ones, 32 on other devices)"""
+    tf32: bool = True
+    """let GPUs multiply float32 matrices in TF32, which has 10 bits of mantissa but is several times faster"""
     compile: bool | str = False
     """torch.compile each block in place; alone, or with a backend (dynamo is the default one) or a mode such as
     max-autotune"""

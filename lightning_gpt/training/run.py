@@ -21,7 +21,7 @@ from lightning_gpt.optim.registry import check_options, get_optimizer
 from lightning_gpt.planning import flops_per_token
 from lightning_gpt.sampling import encode_prompt
 from lightning_gpt.strategies import StrategyRow, find_devices, get_strategy
-from lightning_gpt.strategies.devices import Devices
+from lightning_gpt.strategies.devices import Devices, set_tf32
 from lightning_gpt.tokenizers import Tokenizer
 from lightning_gpt.training.budget import accumulation, make_budget, module_arguments
 from lightning_gpt.training.callbacks import FinalSample, RunMetrics, quiet_lightning
@@ -75,6 +75,7 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Path | 
     )
     budget = make_budget(config, where, data, accumulate=accumulate)
     seed_everything(run.seed, verbose=False)
+    set_tf32(where, allowed=config.trainer.tf32)
     arguments = module_arguments(config, vocab_size=vocab_size, padding=padding, max_steps=budget.max_steps)
     if run.dry_run:
         module = GPTModule.without_memory(config.model.implementation, **arguments)
