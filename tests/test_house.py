@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"models", "data", "tokenizers", "implementations", "atomic", "config"},
     "models": {"optim", "implementations"},
     "data": {"tokenizers", "atomic", "config"},
-    "optim": {"implementations", "options", "config"},
+    "optim": {"options", "config"},
     "strategies": {"atomic", "config"},
     "tokenizers": {"atomic", "config"},
     "implementations": {"options", "config"},
