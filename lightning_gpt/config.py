@@ -120,8 +120,11 @@ class TrainerOptions:
     """short for --accelerator gpu --devices N"""
     num_nodes: PositiveInt = 1
     """number of machines; set by torchrun"""
-    precision: int | str = 32
-    """16, bf16, 32, or a precision of Lightning such as bf16-true"""
+    precision: int | str = "auto"
+    """16, bf16, 32, or a precision of Lightning such as bf16-true (default: auto, bf16 on GPUs that have it, 16 on
+    older ones, 32 on other devices)"""
+    tf32: bool = True
+    """let GPUs multiply float32 matrices in TF32, which has 10 bits of mantissa but is several times faster"""
     compile: bool | str = False
     """torch.compile each block in place; alone, or with a backend (dynamo is the default one) or a mode such as
     max-autotune"""
@@ -130,6 +133,9 @@ class TrainerOptions:
     deterministic: bool = False
     """allow only operations whose result does not depend on timing, so that the same command on the same machine gives
     the same weights; slower on GPUs"""
+    loss: str = "auto"
+    """chunked: compute the head and the loss of some tokens at a time, without holding all logits; full; or auto:
+    chunked where the vocabulary is large and the model accepts it"""
     max_steps: PositiveInt | None = None
     """budget in optimizer steps (default: 1000, if no other budget is given)"""
     max_tokens: PositiveInt | None = None

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_gpt.config import UserError
 from lightning_gpt.implementations.compilation import recompute_blocks
+from lightning_gpt.implementations.loss import HeadLoss
 from lightning_gpt.implementations.registry import Implementation, refused_by
 from lightning_gpt.models import GPTModule
 from lightning_gpt.strategies.memory import Memory, MemoryRules, Moment, StepTrace
@@ -139,6 +140,7 @@ def plan(
                 accumulate=accumulate,
                 precision=precision,
                 recompute=recompute,
+                chunked_loss=module.head_loss is not None,
                 device_type=device_type,
             )
     except UserError:
@@ -171,6 +173,7 @@ def trace_step(
     accumulate: int,
     precision: str,
     recompute: bool,
+    chunked_loss: bool,
     device_type: str,
 ) -> StepTrace:
     """Run a fake model forward and backward, and record the live memory after each operation.
@@ -186,6 +189,7 @@ def trace_step(
         accumulate: Micro-batches per optimizer step.
         precision: Lightning's name of the precision.
         recompute: Whether blocks recompute their activations.
+        chunked_loss: Whether the head and the loss are computed for some tokens at a time.
         device_type: "cpu" or "cuda".
     """
     model.train()
@@ -216,7 +220,7 @@ def trace_step(
     attention = _attention_as_on_gpu() if device_type == "cuda" else nullcontext()
     with live, attention:
         with autocast:
-            _, loss = model(idx, idx)
+            _, loss = model(idx, idx, **({"head_loss": HeadLoss()} if chunked_loss else {}))
         forward, live.moments = live.moments, []
         loss.backward()
     return StepTrace(

@@ -268,14 +268,15 @@ class GPT(nn.Module):
             nn.init.zeros_(module.bias)
 
     def forward(
-        self, idx: torch.Tensor, targets: torch.Tensor | None = None, *, cache: Any = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, idx: torch.Tensor, targets: torch.Tensor | None = None, *, cache: Any = None, head_loss: Any = None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Predict the next token at every position.
 
         Args:
             idx: Token indices (B, T) int64, T at most block_size.
             targets: Next tokens (B, T) int64; positions holding -1 are ignored.
             cache: Cache of earlier tokens (lightning_gpt.implementations.cache); `idx` then holds only the new ones.
+            head_loss: Head and cross entropy in one (lightning_gpt.implementations.loss); no logits are then returned.
 
         Returns:
             Logits (B, T, vocab_size), or with a cache (B, 1, vocab_size) of each row's last token; and the mean cross
@@ -295,10 +296,13 @@ class GPT(nn.Module):
             x = block(x, cache)
         if cache is not None:
             x = cache.last(x)  # (B, 1, C)
-        logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, vocab_size)
+        x = self.transformer.ln_f(x)  # (B, T, C)
+        if targets is not None and head_loss is not None:
+            return None, head_loss(self.lm_head, x, targets)
+        logits = self.lm_head(x)  # (B, T, vocab_size)
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.reshape(-1), ignore_index=-1)
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.reshape(-1), ignore_index=-1)
 
     @torch.no_grad()
     def predict(self, idx: torch.Tensor, targets: bool = True) -> torch.Tensor:

@@ -240,14 +240,15 @@ class GPT(nn.Module):
             nn.init.uniform_(module.weight, -bound, bound)
 
     def forward(
-        self, idx: torch.Tensor, targets: torch.Tensor | None = None, *, cache: Any = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, idx: torch.Tensor, targets: torch.Tensor | None = None, *, cache: Any = None, head_loss: Any = None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Predict the next token at every position.
 
         Args:
             idx: Token indices (B, T) int64, T at most block_size.
             targets: Next tokens (B, T) int64; positions holding -1 are ignored.
             cache: Cache of earlier tokens (lightning_gpt.implementations.cache); `idx` then holds only the new ones.
+            head_loss: Head and cross entropy in one (lightning_gpt.implementations.loss); no logits are then returned.
 
         Returns:
             With targets, logits (B, T, vocab_size) and the mean cross entropy in nats; without targets, logits
@@ -272,7 +273,10 @@ class GPT(nn.Module):
             x = block(x, cos_sin, full_mask if is_full else local_mask, cache)
         if targets is None:  # the head reads only each row's last position
             x = x[:, -1:] if cache is None else cache.last(x)  # (B, 1, C)
-        logits = self.lm_head(norm(x)).float()  # (B, T, vocab_size)
+        x = norm(x)
+        if targets is not None and head_loss is not None:
+            return None, head_loss(self.lm_head, x, targets, softcap=config.softcap)
+        logits = self.lm_head(x).float()  # (B, T, vocab_size)
         logits = config.softcap * torch.tanh(logits / config.softcap)
         if targets is None:
             return logits, None

@@ -68,8 +68,7 @@ class CausalSelfAttention(nn.Module):
         """Build the projections; ValueError if n_head does not divide n_embd."""
         super().__init__()
         if config.n_embd % config.n_head != 0:
-            problem = f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}"
-            raise ValueError(f"{problem}; choose a width that is a multiple of the number of heads")
+            raise ValueError(f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}; choose a multiple")
         self.n_head = config.n_head
         self.fused, self.flash = config.attention != "manual", config.attention == "flash"
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
@@ -108,8 +107,7 @@ class CausalSelfAttention(nn.Module):
                 mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)
             att = att + mask if mask.is_floating_point() else att.masked_fill(~mask, -math.inf)
             y = self.attn_dropout(F.softmax(att, dim=-1)) @ v  # (B, nh, T, hs)
-        y = y.transpose(1, 2).reshape(B, T, C)  # concatenate the heads
-        return self.resid_dropout(self.c_proj(y))
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))  # concatenate the heads
 
 
 class MLP(nn.Module):
@@ -194,11 +192,9 @@ class GPT(nn.Module):
 
     def _init_weights(self, module: nn.Module) -> None:
         # Each call sets only the module's own parameters, so it also works under ZeRO-3, which gathers them one by one.
-        if isinstance(module, nn.Linear):
-            residual = hasattr(module, "is_residual")
-            nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear | nn.Embedding):
+            shrink = math.sqrt(2 * self.config.n_layer) if hasattr(module, "is_residual") else 1.0
+            nn.init.normal_(module.weight, std=0.02 / shrink)
         elif isinstance(module, LayerNorm):
             nn.init.ones_(module.weight)
         elif module is self:
@@ -214,9 +210,8 @@ class GPT(nn.Module):
         fits = device_type == "cuda" and dtype in (torch.float16, torch.bfloat16)
         if fits and not (torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0)):
             return None
-        have = f"{str(dtype).removeprefix('torch.')} on {device_type}"
-        need = "a GPU (compute capability 8.0 or more) and 16 bits"
-        return f"attention=flash is not available: the kernel needs {need}, not {have}", {"attention": "sdpa"}
+        need = f"a GPU (compute capability 8.0 or more) and 16 bits, not {str(dtype).removeprefix('torch.')}"
+        return f"attention=flash is not available: the kernel needs {need} on {device_type}", {"attention": "sdpa"}
 
     @classmethod
     def from_pretrained(cls, name_or_path: str, **overrides: Any) -> "GPT":
@@ -266,18 +261,19 @@ class GPT(nn.Module):
 
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Count the parameters, tied ones once; `non_embedding` leaves out the position embedding."""
-        total = sum(p.numel() for p in self.parameters())
-        return total - self.transformer.wpe.weight.numel() if non_embedding and not self.extends_context else total
+        left_out = self.transformer.wpe.weight.numel() if non_embedding and not self.extends_context else 0
+        return sum(p.numel() for p in self.parameters()) - left_out
 
     def forward(
-        self, idx: torch.Tensor, targets: torch.Tensor | None = None, *, cache: Any = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, idx: torch.Tensor, targets: torch.Tensor | None = None, *, cache: Any = None, head_loss: Any = None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Predict the next token at every position.
 
         Args:
             idx: Token indices (B, T) int64, T at most block_size.
             targets: Next tokens (B, T) int64; positions holding -1 are ignored.
             cache: Cache of earlier tokens (lightning_gpt.implementations.cache); `idx` then holds only the new ones.
+            head_loss: Head and cross entropy in one (lightning_gpt.implementations.loss); no logits are then returned.
 
         Returns:
             With targets, logits (B, T, vocab_size) and the mean cross entropy in nats; without targets, logits
@@ -307,9 +303,13 @@ class GPT(nn.Module):
             x = block(x, mask, cache)
         if targets is None:  # the head reads only each row's last position
             x = x[:, -1:] if cache is None else cache.last(x)  # (B, 1, C)
-            return self.lm_head(self.transformer.ln_f(x)), None
-        logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, vocab_size)
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.reshape(-1), ignore_index=-1)
+        x = self.transformer.ln_f(x)
+        if targets is not None and head_loss is not None:
+            return None, head_loss(self.lm_head, x, targets)
+        logits = self.lm_head(x)  # (B, T, vocab_size)
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.reshape(-1), ignore_index=-1)
 
     @torch.no_grad()
     def predict(self, idx: torch.Tensor, targets: bool = True) -> torch.Tensor:

@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "models": {"optim", "implementations", "trust"},
     "data": {"tokenizers", "trust", "parsing", "atomic", "config"},
-    "optim": {"implementations", "options", "config"},
+    "optim": {"options", "config"},
     "strategies": {"checksums", "parsing", "atomic", "config"},
     "tokenizers": {"parsing", "atomic", "config"},
     "implementations": {"trust", "options", "config"},

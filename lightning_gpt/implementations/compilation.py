@@ -20,6 +20,9 @@ from lightning_gpt.implementations.cache import accepts_cache
 FROZEN = {"freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP"}
 
 
+_WITHOUT_CUDA_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+
+
 class CompileArguments(TypedDict):
     """Keyword arguments of ``torch.compile``."""
 
@@ -56,7 +59,7 @@ def compile_arguments(setting: bool | str) -> CompileArguments | None:
 
     Args:
         setting: False or "false" for none; True, "dynamo" or "inductor" for the default backend; one of its modes,
-            such as "max-autotune"; otherwise the name of a torch backend.
+            such as "max-autotune", without CUDA graphs; otherwise the name of a torch backend.
 
     Raises:
         UserError: The backend is unknown, or the default one finds no C++ compiler on a CPU.
@@ -64,8 +67,10 @@ def compile_arguments(setting: bool | str) -> CompileArguments | None:
     name = str(setting).lower()
     if name in ("false", "none", "no", "off"):
         return None
-    mode = name if name in torch._inductor.list_mode_options() else None
-    backend = "inductor" if mode or name in ("true", "yes", "on", "dynamo") else str(setting)
+    is_mode = name in torch._inductor.list_mode_options()
+    # CUDA graphs overwrite the outputs of blocks that are compiled one by one, so modes lose only their graphs.
+    mode = _WITHOUT_CUDA_GRAPHS.get(name, name) if is_mode else None
+    backend = "inductor" if is_mode or name in ("true", "yes", "on", "dynamo") else str(setting)
     backends = torch.compiler.list_backends(exclude_tags=())
     if backend not in backends:
         choices = ", ".join([*torch._inductor.list_mode_options(), *backends])

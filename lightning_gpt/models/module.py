@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_gpt.implementations.compilation import compile_arguments, compile_model, compile_step, recompute_blocks
 from lightning_gpt.implementations.generation import GenerationSettings, generate_tokens
+from lightning_gpt.implementations.loss import make_head_loss
 from lightning_gpt.implementations.registry import get_implementation, token_embedding_name
 from lightning_gpt.implementations.sharding import give_memory
 from lightning_gpt.models.scoring import ScoreSums
@@ -44,6 +45,7 @@ class GPTModule(LightningModule):
         compile: Whether, or with which backend or mode, to compile blocks in place.
         recompute: Whether blocks recompute their activations in the backward pass instead of storing them.
         freeze_embeddings: Whether to exclude the token embeddings, and a head that is tied to them, from training.
+        loss: "chunked" to compute head and loss for some tokens at a time, "full" to hold all logits, or "auto".
         optimizer_options: The optimizer's own options, such as ``muon_learning_rate`` (see ``optim/registry.py``).
 
     Raises:
@@ -66,6 +68,7 @@ class GPTModule(LightningModule):
         compile: bool | str = False,
         recompute: bool = False,
         freeze_embeddings: bool = False,
+        loss: str = "auto",
         **optimizer_options: Any,
     ) -> None:
         super().__init__()
@@ -85,6 +88,9 @@ class GPTModule(LightningModule):
         self.recompute = recompute
         self.freeze_embeddings = freeze_embeddings
         self.model: nn.Module = self.build_model()
+        self.head_loss = make_head_loss(
+            self.model, setting=loss, vocab_size=model_config["vocab_size"], compile_setting=compile
+        )
         self.hidden_matrices: dict[str, int] = {}
         if self.optimizer_row.hidden:
             vocab_size = model_config["vocab_size"]
@@ -151,6 +157,11 @@ class GPTModule(LightningModule):
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Return the model's logits and loss for ``idx`` and ``targets`` (B, T) int64; targets of -1 are ignored."""
         return self.model(idx, targets)
+
+    def compute_loss(self, idx: Tensor, targets: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Return the logits, or None if the loss is chunked, and the mean loss of idx and targets (B, T) int64."""
+        chunked = {} if self.head_loss is None else {"head_loss": self.head_loss}
+        return self.model(idx, targets, **chunked)
 
     @torch.no_grad()
     def predict(self, idx: Tensor, targets: bool = True) -> Tensor:
@@ -251,7 +262,7 @@ class GPTModule(LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the mean loss of a micro-batch, and add it to ``step_loss``, the mean loss of the optimizer step."""
-        _, loss = self.model(*batch)
+        _, loss = self.compute_loss(*batch)
         micro_batches = self.trainer.accumulate_grad_batches
         part = loss.detach() / micro_batches if micro_batches > 1 else loss.detach()
         if self.step_loss is None or batch_idx % micro_batches == 0:
@@ -312,7 +323,7 @@ class GPTModule(LightningModule):
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Add a batch to the validation sums."""
         assert self._val_sums is not None
-        logits, loss = self.model(*batch)
+        logits, loss = self.model(*batch) if self._val_sums.has_answers else self.compute_loss(*batch)
         self._val_sums.add(logits, loss, batch[1])
 
     def on_validation_epoch_end(self) -> None:

@@ -40,14 +40,21 @@ class ScoreSums:
         # Loss, scored tokens, correct answers, answers. Apple's devices have no float64.
         self._sums = torch.zeros(4, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
 
-    def add(self, logits: Tensor, loss: Tensor, targets: Tensor) -> None:
-        """Add a batch: logits (B, T, vocab_size), and the mean loss over the targets (B, T) that are not -1."""
+    def add(self, logits: Tensor | None, loss: Tensor, targets: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            logits: (B, T, vocab_size); needed for answers only.
+            loss: Mean loss over the targets that are not -1.
+            targets: (B, T) int64.
+        """
         device = self._sums.device
         loss, scored = loss.to(device), (targets != -1).sum().to(device)
         # The loss of a batch of only padding is NaN.
         total = torch.where(scored > 0, loss.double() * scored, 0.0)
         self._sums[:2] += torch.stack([total, scored.double()])
         if self.has_answers:
+            assert logits is not None
             self._sums[2:] += count_right(logits[..., : logits.shape[-1] - self.padding], targets).to(device)
 
     def result(self, add_ranks: Callable[[Tensor], Tensor]) -> tuple[dict[str, Tensor], int]:

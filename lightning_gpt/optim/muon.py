@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from lightning_gpt.implementations.sharding import shard_like
 from lightning_gpt.optim.adamw import adamw
 
 _MOMENTUM = 0.95
@@ -30,8 +29,8 @@ class Muon(torch.optim.Optimizer):
 
     Weight decay is decoupled: a step multiplies a weight by ``1 - lr * weight_decay``, with the group's ``lr``.
 
-    Under FSDP each rank keeps its shard of the momentum. Whole matrices are gathered in batches; each rank
-    orthogonalises all of them and keeps its own rows.
+    Under FSDP each rank keeps its shard of the momentum. The matrices of a batch are divided among the ranks: each rank
+    receives its matrices whole, orthogonalises them, and returns to every rank that rank's rows.
 
     Args:
         groups: Parameter groups. ``parts`` says how many matrices, stacked along dim 0, each parameter holds.
@@ -95,18 +94,21 @@ class Muon(torch.optim.Optimizer):
         dtype = torch.bfloat16 if grads[0].is_cuda else torch.float32
         updates = [update.to(dtype) for update in torch._foreach_lerp(grads, momenta, group["momentum"])]
         sharded = [p for p in parameters if isinstance(p, DTensor)]
-        if sharded:
-            updates = _all_gather(updates, sharded)
-        matrices = [matrix for update in updates for matrix in update.chunk(group["parts"])]
+        division = _Division(sharded) if sharded else None
+        whole = division.gather(updates) if division else updates
+        like = updates[0].new_empty(0)
         del updates
+        parts = group["parts"]
+        matrices = [matrix for update in whole for matrix in update.chunk(parts)]
+        del whole
         _orthogonalise_all(matrices)
+        if parts > 1:
+            matrices = [torch.cat(matrices[i : i + parts]) for i in range(0, len(matrices), parts)]
+        updates = division.scatter(matrices, like) if division else matrices
         lr, decay = group["lr"], group["weight_decay"]
-        for p, first in zip(parameters, range(0, len(matrices), group["parts"]), strict=True):
-            own = matrices[first : first + group["parts"]]
-            rate = lr * math.sqrt(max(1, own[0].size(0) / own[0].size(1)))
-            update = torch.cat(own) if len(own) > 1 else own[0]
+        for p, update in zip(parameters, updates, strict=True):
             weight = _local(p)
-            update = _local(shard_like(p, update)) if isinstance(p, DTensor) else update
+            rate = lr * math.sqrt(max(1, p.size(0) / parts / p.size(1)))
             _replace(weight, (weight * (1 - lr * decay)).add_(update, alpha=-rate), skip)
 
 
@@ -116,6 +118,74 @@ def _replace(tensor: Tensor, new: Tensor, skip: Tensor | None) -> None:
         tensor.copy_(new)
     else:
         torch.where(skip, tensor, new, out=tensor)
+
+
+class _Division:
+    """A division of sharded matrices among ranks, and the two exchanges that it needs.
+
+    Each matrix has one owner, so that every rank owns about as many elements. Rows are those of torch.chunk: the last
+    ranks may have fewer or none, so blocks of rows are padded while they travel.
+
+    Args:
+        parameters: Matrices with the same mesh, sharded along dim 0.
+    """
+
+    def __init__(self, parameters: list[DTensor]) -> None:
+        mesh = parameters[0].device_mesh
+        self._group, self._ranks, self._rank = mesh.get_group(), mesh.size(), mesh.get_local_rank()
+        self._shapes = [(p.size(0), p.size(1)) for p in parameters]
+        self._rows = [-(-p.size(0) // self._ranks) for p in parameters]  # of a block
+        self._owned: list[list[int]] = [[] for _ in range(self._ranks)]  # indices of the matrices, by rank
+        loads = [0] * self._ranks
+        for index in sorted(range(len(parameters)), key=lambda index: -parameters[index].numel()):
+            owner = loads.index(min(loads))
+            loads[owner] += parameters[index].numel()
+            self._owned[owner].append(index)
+        self._sizes = [sum(self._elements(i) for i in owned) for owned in self._owned]  # of what each owner receives
+
+    def gather(self, shards: list[Tensor]) -> list[Tensor]:
+        """Exchange this rank's rows of every matrix, (h, C) each, for the whole matrices (H, C) that it owns."""
+        blocks = [self._padded(shard, rows).flatten() for shard, rows in zip(shards, self._rows, strict=True)]
+        send = torch.cat([blocks[i] for owned in self._owned for i in owned])
+        mine = self._owned[self._rank]
+        received = self._exchange(send, self._sizes, [self._sizes[self._rank]] * self._ranks)
+        pieces = received.view(self._ranks, -1).split([self._elements(i) for i in mine], dim=1)
+        return [
+            piece.reshape(-1, self._shapes[i][1])[: self._shapes[i][0]] for i, piece in zip(mine, pieces, strict=True)
+        ]
+
+    def scatter(self, whole: list[Tensor], like: Tensor) -> list[Tensor]:
+        """Exchange the whole matrices that this rank owns, (H, C) each, for its rows (h, C) of every matrix.
+
+        Args:
+            whole: The matrices, as from ``gather``.
+            like: A tensor of their dtype and device, for a rank that owns none.
+        """
+        mine = self._owned[self._rank]
+        padded = [self._padded(x, self._ranks * self._rows[i]) for x, i in zip(whole, mine, strict=True)]
+        blocks = [x.reshape(self._ranks, -1) for x in padded]  # one row for each rank
+        send = torch.cat(blocks, dim=1).flatten() if blocks else like.new_empty(0)
+        received = self._exchange(send, [self._sizes[self._rank]] * self._ranks, self._sizes)
+        order = [i for owned in self._owned for i in owned]
+        pieces = received.split([self._elements(i) for i in order])
+        rows: list[Tensor] = [send] * len(order)
+        for i, piece in zip(order, pieces, strict=True):
+            held = min(self._rows[i], max(0, self._shapes[i][0] - self._rank * self._rows[i]))
+            rows[i] = piece.view(-1, self._shapes[i][1])[:held]
+        return rows
+
+    def _elements(self, index: int) -> int:
+        """Return the elements of a matrix's block of rows."""
+        return self._rows[index] * self._shapes[index][1]
+
+    def _exchange(self, send: Tensor, sizes: list[int], received_sizes: list[int]) -> Tensor:
+        received = send.new_empty(sum(received_sizes))
+        dist.all_to_all_single(received, send, received_sizes, sizes, group=self._group)
+        return received
+
+    @staticmethod
+    def _padded(matrix: Tensor, rows: int) -> Tensor:
+        return F.pad(matrix, (0, 0, 0, rows - matrix.size(0)))
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -133,23 +203,6 @@ def _batches(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
         batch.append(p)
     if batch:
         yield batch
-
-
-def _all_gather(shards: list[Tensor], parameters: list[DTensor]) -> list[Tensor]:
-    """Gather whole tensors from the rows on each rank, in one collective.
-
-    Args:
-        shards: This rank's rows of each tensor.
-        parameters: Parameters with the same shapes and the same sharding along dim 0.
-    """
-    mesh = parameters[0].device_mesh
-    # Rows per rank, as in torch.chunk: the last ranks may have fewer or none, so shards are padded.
-    rows = [-(-p.size(0) // mesh.size()) for p in parameters]
-    mine = torch.cat([F.pad(s, (0, 0, 0, r - s.size(0))).flatten() for s, r in zip(shards, rows, strict=True)])
-    everyone = mine.new_empty(mesh.size() * mine.numel())
-    dist.all_gather_into_tensor(everyone, mine, group=mesh.get_group())
-    pieces = everyone.view(mesh.size(), -1).split([r * p.size(1) for r, p in zip(rows, parameters, strict=True)], dim=1)
-    return [piece.reshape(-1, p.size(1))[: p.size(0)] for piece, p in zip(pieces, parameters, strict=True)]
 
 
 def _orthogonalise_all(matrices: list[Tensor]) -> None:

@@ -129,7 +129,7 @@ def get_strategy(options: TrainerOptions, *, where: Devices, decided: dict[str, 
     row = STRATEGIES[name]
     if where.precision not in row.precisions:
         raise UserError(
-            f"--precision {options.precision} does not work under --strategy {options.strategy};"
+            f"--precision {where.precision} does not work under --strategy {options.strategy};"
             f" choose one of {', '.join(row.precisions)}"
         )
     if options.deepspeed_config is None:

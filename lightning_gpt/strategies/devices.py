@@ -87,12 +87,7 @@ def find_devices(options: TrainerOptions, *, elsewhere: bool = False) -> Devices
         if found and isinstance(devices, int) and devices > found:
             raise UserError(f"{devices} GPUs are needed, but only {found} were found; lower --devices or --gpus")
         accelerator = "gpu" if found else "cpu"
-    precision = PRECISIONS.get(str(options.precision), str(options.precision))
-    if precision not in LIGHTNING_PRECISIONS:
-        choices = ", ".join([*PRECISIONS, *LIGHTNING_PRECISIONS])
-        raise UserError(f"--precision {options.precision} is unknown; choose one of {choices}")
-    if accelerator == "cpu" and precision.startswith("16"):
-        raise UserError(f"--precision {options.precision} needs a GPU; on a CPU use bf16 or 32")
+    precision = _precision(str(options.precision), accelerator)
     num_nodes = options.num_nodes
     if "TORCHELASTIC_RUN_ID" in os.environ:
         local = int(os.environ["LOCAL_WORLD_SIZE"])
@@ -107,6 +102,36 @@ def find_devices(options: TrainerOptions, *, elsewhere: bool = False) -> Devices
     if not sensible:
         raise UserError(f"--devices {devices} is not a number of devices; give a number above 0, or a list such as 0,2")
     return where
+
+
+def _precision(given: str, accelerator: str) -> str:
+    """Return Lightning's name of a precision, chosen for the accelerator if it is "auto"."""
+    has_cuda = accelerator in ("gpu", "cuda") and torch.cuda.is_available()
+    # Older cards emulate bfloat16, which is slow. A planned run need not have its card here, so a new one is assumed.
+    lacks_bf16 = has_cuda and torch.cuda.get_device_capability() < (8, 0)
+    if given == "auto":
+        on_mps = not has_cuda and torch.backends.mps.is_available()
+        if accelerator not in ("gpu", "cuda") or on_mps:
+            return PRECISIONS["32"]
+        return PRECISIONS["16" if lacks_bf16 else "bf16"]
+    precision = PRECISIONS.get(given, given)
+    if precision not in LIGHTNING_PRECISIONS:
+        choices = ", ".join(["auto", *PRECISIONS, *LIGHTNING_PRECISIONS])
+        raise UserError(f"--precision {given} is unknown; choose one of {choices}")
+    if accelerator == "cpu" and precision.startswith("16"):
+        raise UserError(f"--precision {given} needs a GPU; on a CPU use bf16 or 32")
+    if lacks_bf16 and precision.startswith("bf16"):
+        instead = given.replace("bf16", "16")
+        raise UserError(
+            f"--precision {given}: {torch.cuda.get_device_name()} has no bfloat16; give --precision {instead}"
+        )
+    return precision
+
+
+def set_tf32(where: Devices, *, allowed: bool) -> None:
+    """Allow or forbid TF32 in matrix products of float32 on GPUs; torch uses it only on those that have it."""
+    if where.device_type == "cuda":
+        torch.set_float32_matmul_precision("high" if allowed else "highest")
 
 
 # Dense peaks of matrix products in TFLOP/s: half precision, TF32, float32; from NVIDIA's data sheets. Only cards that

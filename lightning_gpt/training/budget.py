@@ -79,7 +79,7 @@ def make_budget(config: TrainConfig, where: Devices, data: TokenData, *, accumul
     )
 
 
-def resolve(config: TrainConfig, budget: Budget) -> TrainConfig:
+def resolve(config: TrainConfig, budget: Budget, *, precision: str) -> TrainConfig:
     """Return a run with every default filled in that depends on other options.
 
     Of options that exclude each other, only one is set: the budget is in steps.
@@ -104,7 +104,9 @@ def resolve(config: TrainConfig, budget: Budget) -> TrainConfig:
             accumulate_grad_batches=None if optim.global_batch_tokens else budget.accumulate,
         ),
         optimizer_fields=config.optimizer_fields | get_optimizer(optim.optimizer).complete(config.optimizer_fields),
-        trainer=replace(config.trainer, max_steps=budget.max_steps, max_tokens=None, max_epochs=None),
+        trainer=replace(
+            config.trainer, max_steps=budget.max_steps, max_tokens=None, max_epochs=None, precision=precision
+        ),
     )
 
 
@@ -136,6 +138,7 @@ def module_arguments(config: TrainConfig, *, vocab_size: int, padding: int) -> d
         "final_lr_ratio": optim.min_learning_rate / optim.learning_rate,
         "compile": config.trainer.compile,
         "recompute": config.trainer.recompute,
+        "loss": config.trainer.loss,
         "freeze_embeddings": config.run.freeze_embeddings,
     }
 

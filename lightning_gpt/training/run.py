@@ -25,7 +25,7 @@ from lightning_gpt.optim.registry import check_options, get_optimizer
 from lightning_gpt.planning import flops_per_token
 from lightning_gpt.sampling import encode_prompt
 from lightning_gpt.strategies import StrategyRow, find_devices, get_strategy
-from lightning_gpt.strategies.devices import Devices
+from lightning_gpt.strategies.devices import Devices, set_tf32
 from lightning_gpt.tokenizers import Tokenizer
 from lightning_gpt.training.budget import accumulation, make_budget, module_arguments, resolve
 from lightning_gpt.training.callbacks import FinalSample, RunMetrics, quiet_lightning
@@ -100,7 +100,8 @@ def _train(config: TrainConfig, watch: Watchdog, callbacks: Sequence[Callback]) 
         print_finished(checkpoint, budget)
         return Path(run.out_dir) if run.out_dir else None
     seed_everything(run.seed, verbose=False)
-    config = resolve(config, budget)
+    set_tf32(where, allowed=config.trainer.tf32)
+    config = resolve(config, budget, precision=where.precision)
     arguments = module_arguments(config, vocab_size=vocab_size, padding=padding)
     if checkpoint:  # the sizes are those of its config.yaml
         name, fields = config.model.implementation, arguments["model_config"]

@@ -11,6 +11,7 @@ import sample
 import train
 from lightning_gpt.checkpoint import find_checkpoint, open_checkpoint
 from lightning_gpt.implementations.generation import GenerationSettings
+from lightning_gpt.implementations.loss import HeadLoss
 
 DOCS = Path(__file__).parents[2] / "docs" / "extending.md"
 BLOCK = 16
@@ -105,3 +106,10 @@ def test_compiled_text_is_unchanged(module):
         assert generated(module, PROMPTS["same length"], 10) == expected
     finally:
         module.compile_generation(False)
+
+
+def test_chunked_loss_equals_the_full_one(module):
+    idx = torch.randint(0, module.model_config["vocab_size"], (3, BLOCK))
+    full, (logits, chunked) = module.model(idx, idx)[1], module.model(idx, idx, head_loss=HeadLoss())
+    assert logits is None
+    torch.testing.assert_close(chunked, full, rtol=1e-6, atol=1e-6)

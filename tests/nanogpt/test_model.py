@@ -237,7 +237,7 @@ def test_config_is_copied():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n_embd": 50}, "n_embd=50 is not divisible by n_head=4; choose a width that is a multiple"),
+        ({"n_embd": 50}, "n_embd=50 is not divisible by n_head=4; choose a multiple"),
         ({"n_head": 0}, "n_head must be at least 1, got 0"),
         ({"attention": "best"}, "unknown attention 'best'; choose one of: sdpa, flash, manual"),
         ({"position": "rotary"}, "unknown position 'rotary'; choose one of: learned, alibi"),

@@ -1,6 +1,9 @@
 """Muon: parameter groups, equality with torch.optim.Muon, and state under strategies, precisions and checkpoints."""
 
 import math
+import os
+import socket
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,6 +187,63 @@ def test_orthogonalise_matches_float64_formula(columns, rank):
 
 
 # Under a Trainer
+
+
+RANKS_SCRIPT = """
+import os, sys
+import torch, torch.distributed as dist
+from torch.distributed.tensor import distribute_tensor, Shard
+from torch.multiprocessing import start_processes
+from lightning_gpt.optim import muon
+
+SHAPES = [(6, 4), (4, 6), (5, 5), (1, 3), (12, 4), (7, 2)]  # rows that the ranks divide, do not divide, or lack
+
+def steps(parameters, grads):
+    optimizer = muon.Muon(
+        [{"params": parameters, "parts": 1, "weight_decay": 0.1}],
+        learning_rate=0.1, betas=(0.9, 0.95), muon_learning_rate=0.1,
+    )
+    for grad in grads:
+        for p, g in zip(parameters, grad):
+            p.grad = g.clone()
+        optimizer.step()
+
+def rank(index):
+    os.environ |= {"RANK": str(index), "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[1]}
+    dist.init_process_group("gloo")
+    mesh = torch.distributed.init_device_mesh("cpu", (3,))
+    torch.manual_seed(0)
+    weights = [torch.randn(shape) for shape in SHAPES]
+    grads = [[torch.randn(shape) for shape in SHAPES] for _ in range(3)]
+    whole = [w.clone() for w in weights]
+    steps(whole, grads)
+    count, original = [0], muon.orthogonalise
+    muon.orthogonalise = lambda x: (count.__setitem__(0, count[0] + len(x)), original(x))[1]
+    shard = lambda x: distribute_tensor(x, mesh, [Shard(0)])
+    sharded = [shard(w) for w in weights]
+    steps(sharded, [[shard(g) for g in grad] for grad in grads])
+    difference = max(float((s.full_tensor() - w).abs().max()) for s, w in zip(sharded, whole))
+    print(f"{count[0]} {difference}\\n", end="", flush=True)
+
+if __name__ == "__main__":
+    start_processes(rank, nprocs=3, start_method="fork")
+"""
+
+
+def test_sharded_matrices_are_divided_among_ranks(tmp_path):
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS_SCRIPT)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = os.environ | {"PYTHONPATH": str(REPO)}
+    done = subprocess.run([sys.executable, script, port], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ranks = [line.split() for line in done.stdout.splitlines()]
+    # Six matrices and three steps: each matrix is orthogonalised on one rank, and no rank has all the work.
+    counts = [int(count) for count, _ in ranks]
+    assert len(ranks) == 3 and sum(counts) == 6 * 3 and max(counts) <= 9
+    assert all(float(difference) < 1e-5 for _, difference in ranks)
 
 
 def test_float16_loss_scaling_leaves_steps_unchanged():

@@ -1,9 +1,12 @@
-"""Peak FLOP/s of devices, by CUDA's device name."""
+"""Precisions that cards support, and peak FLOP/s of devices, by CUDA's device name."""
 
 import pytest
 import torch
 
-from lightning_gpt.strategies import peak_flops
+from lightning_gpt import UserError
+from lightning_gpt.config import TrainerOptions
+from lightning_gpt.strategies import find_devices, get_strategy, peak_flops
+from lightning_gpt.strategies.devices import set_tf32
 
 PEAKS = [
     # name, half precision, float32 without TF32 (TFLOP/s, dense, from the data sheets; None: unknown)
@@ -54,3 +57,60 @@ def test_peak_flops_without_tensor_cores_is_none(set_card):
     assert peak_flops(torch.device("cuda"), precision="bf16-mixed") is None  # emulated
     assert peak_flops(torch.device("cuda"), precision="64-true") is None
     assert peak_flops(torch.device("cpu"), precision="bf16-mixed") is None
+
+
+# Precision
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Return a function that pretends that one GPU of a compute capability is present; it returns devices for it."""
+
+    def find(capability, *, name="NVIDIA H100", **options):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *device: name)
+        return find_devices(TrainerOptions(accelerator="gpu", devices=1, **options))
+
+    return find
+
+
+@pytest.mark.parametrize(
+    "capability, precision",
+    [((7, 0), "16-mixed"), ((7, 5), "16-mixed"), ((8, 0), "bf16-mixed"), ((9, 0), "bf16-mixed")],
+)
+def test_precision_defaults_to_what_the_card_has(gpu, capability, precision):
+    assert gpu(capability).precision == precision
+
+
+def test_precision_defaults_to_float32_on_a_cpu():
+    assert find_devices(TrainerOptions(accelerator="cpu")).precision == "32-true"
+
+
+def test_planned_run_assumes_a_new_card():
+    where = find_devices(TrainerOptions(accelerator="gpu", devices=8), elsewhere=True)
+    assert where.precision == "bf16-mixed"
+
+
+@pytest.mark.parametrize("given, instead", [("bf16", "16"), ("bf16-true", "16-true"), ("bf16-mixed", "16-mixed")])
+def test_bf16_is_refused_on_a_card_without_it(gpu, given, instead):
+    with pytest.raises(UserError, match=f"--precision {given}: Tesla T4 has no bfloat16; give --precision {instead}$"):
+        gpu((7, 5), name="Tesla T4", precision=given)
+    assert gpu((7, 5), precision=instead).precision.startswith("16")
+
+
+def test_automatic_half_precision_names_itself_where_a_strategy_lacks_it(gpu):
+    where = gpu((7, 5))
+    with pytest.raises(UserError, match="--precision 16-mixed does not work under --strategy fsdp"):
+        get_strategy(TrainerOptions(strategy="fsdp"), where=where)
+
+
+@pytest.mark.parametrize("allowed, precision", [(True, "high"), (False, "highest")])
+def test_tf32_is_a_choice_on_gpus_alone(gpu, allowed, precision, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
+    set_tf32(find_devices(TrainerOptions(accelerator="cpu")), allowed=allowed)
+    assert chosen == []
+    set_tf32(gpu((8, 0)), allowed=allowed)
+    assert chosen == [precision]
