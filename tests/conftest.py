@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -16,37 +17,42 @@ _TINY = (
 )
 
 
-# Groups of tests that start first, in this order, because they take long: the last ones should be short, so that both
-# processes end at the same time. The first one compiles DeepSpeed's CPUAdam, on which others would have to wait.
+# Files that one process would take too long for: the tests of each strategy are a group.
+_SPLIT = re.compile(r"/(test_strategies|test_parity|test_planning)\.py::.*[\[-](ddp|fsdp|deepspeed_stage_\w+)")
+# Groups that start first, in this order, because they take long: the last ones should be short, so that both processes
+# end at the same time. The first one compiles DeepSpeed's CPUAdam, on which others would have to wait.
 _FIRST = (
-    *("parity deepspeed_stage_2_offload", "strategies fsdp", "parity fsdp", "test_anywhere.py", "strategies", "parity"),
-    *("planning", "test_training.py", "test_formats.py", "test_compiled_generation.py", "test_blocks.py"),
-    *("test_muon.py", "test_resume.py", "test_notebooks.py", "test_forms.py", "test_init_from.py", "test_tasks.py"),
-    "test_memory.py",
-)
+    "test_parity deepspeed_stage_2_offload, test_strategies fsdp, test_parity fsdp, test_anywhere, test_strategies, "
+    "test_parity, test_planning, test_training, test_formats, test_muon, test_resume, test_compiled_generation, "
+    "test_blocks, test_notebooks, test_forms, test_init_from, test_tasks"
+).split(", ")
 
 
-@pytest.hookimpl(tryfirst=True)
+def _group(nodeid: str) -> str:
+    """Return the group of a test: its file, or in a split file, its file and strategy."""
+    split = _SPLIT.search(nodeid)
+    return f"{split[1]} {split[2]}" if split else Path(nodeid.partition("::")[0]).stem
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Have one process run all tests of a group, so that it makes the fixtures they share once."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _group(nodeid)
+
+    return Groups(config, log)
+
+
 def pytest_collection_modifyitems(items):
-    """Group the tests for xdist, sort the groups, and mark the tests that need GPT-2's tables for `-m tables`.
-
-    One process runs all tests of a group, so that it makes the fixtures they share once. A group is a file, or the
-    tests that name it with `xdist_group`, for files that are too long for one process.
-    """
-
-    def group(item) -> str:
-        marker = item.get_closest_marker("xdist_group")
-        return marker.args[0] if marker else item.path.name
-
-    def place(item) -> int:
-        return next((i for i, name in enumerate(_FIRST) if group(item).startswith(name)), len(_FIRST))
-
+    """Sort the groups, and mark the tests that need GPT-2's tables, so that `-m tables` selects them."""
     for item in items:
         if "gpt2_tables" in item.fixturenames:
             item.add_marker("tables")
-        if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
-    items.sort(key=place)
+    first = len(_FIRST)
+    items.sort(key=lambda item: next((i for i in range(first) if _group(item.nodeid).startswith(_FIRST[i])), first))
 
 
 @pytest.fixture(scope="session", autouse=True)

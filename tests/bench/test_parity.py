@@ -26,12 +26,10 @@ def launch(commands, ranks):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def row(name):
-    marks = [pytest.mark.xdist_group(f"parity {name}")] + [pytest.mark.slow] * (name not in QUICK)
-    return pytest.param(name, marks=marks)
-
-
-@pytest.mark.parametrize("strategy", [row(name) for name in STRATEGIES if name != "auto"])
+@pytest.mark.parametrize(
+    "strategy",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in STRATEGIES if name != "auto"],
+)
 def test_strategy_matches_single_process(strategy, folder, text_file, monkeypatch):
     if ACCELERATOR == "cpu":  # test_parity_prints_the_table uses torchrun
         monkeypatch.setattr(parity, "_launch", launch)

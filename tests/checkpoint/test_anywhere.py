@@ -245,7 +245,7 @@ def test_score_is_equal_under_every_strategy(chain, two_ranks, scored, text_file
     assert part["tokens"] == 3 * 2 * 15 and part["bits_per_byte"] is None
 
 
-def test_one_process_of_torchrun_prints_and_converts(two_ranks):
+def test_one_rank_prints_and_converts(two_ranks):
     printed = [line.split()[0] for line in (two_ranks / "stdout").read_text().splitlines()]
     assert printed == [*PRINTED, "converted", *PRINTED * (len(STRATEGIES) + 1)]
     folder = two_ranks / "shards" / "checkpoints"

@@ -118,9 +118,7 @@ FILES = {
 SHARDS_WEIGHTS = ("fsdp", "deepspeed_stage_3", "deepspeed_stage_3_offload")
 FAST = ("fsdp", "deepspeed_stage_3")
 MARKS = {name: [pytest.mark.slow] * (name not in FAST) for name in STRATEGIES if name != "auto"}
-for name, marks in MARKS.items():  # one process of pytest runs all tests of a strategy
-    marks += [pytest.mark.xdist_group(f"strategies {name}"), *[needs_deepspeed] * STRATEGIES[name].deepspeed_engine]
-ROWS = [pytest.param(name, marks=marks) for name, marks in MARKS.items()]
+ROWS = [pytest.param(n, marks=[*m, *[needs_deepspeed] * STRATEGIES[n].deepspeed_engine]) for n, m in MARKS.items()]
 every_row = pytest.mark.parametrize("strategy", ROWS)
 
 
@@ -417,8 +415,7 @@ def test_strategy_and_optimizer_match_the_row(records, strategy):
 
 
 @needs_deepspeed
-@pytest.mark.xdist_group("strategies deepspeed_stage_3")
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", [pytest.param(file, id=f"{file}-deepspeed_stage_3") for file in FILES])
 def test_deepspeed_config_is_used(records, reference, file):
     """Check the stage and the threshold: stage 3 shards small weights, too, which it keeps whole by default."""
     ranks, wanted = records("deepspeed_stage_3")[file], FILES[file]["zero_optimization"]
