@@ -214,6 +214,8 @@ def _boot_id() -> str:
 
 
 def _exists(pid: int) -> bool:
+    if os.name != "posix":
+        return True  # unknown: on Windows, signal 0 is Ctrl-C
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

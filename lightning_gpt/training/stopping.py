@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies.launchers import subprocess_script
 
 from lightning_gpt.config import UserError
 from lightning_gpt.training.ranks import Ranks
@@ -105,11 +106,11 @@ def stopping_safely(trainer: Trainer, watch: Watchdog, run_dir: Path) -> Iterato
     Raises:
         SystemExit: A signal has stopped the run, or another rank has died.
     """
-    _disarm_lightning(trainer)
     _separate_attempts()
     watch.trainer, watch.run_dir = trainer, run_dir
     try:
-        yield
+        with _lightning_disarmed(trainer):
+            yield
         _leave_together(watch)
     except Stopped:
         watch.leaving = True
@@ -148,13 +149,21 @@ def duration(text: str) -> float:
     return seconds
 
 
-def _disarm_lightning(trainer: Trainer) -> None:
-    """Turn Lightning's own signal handling off.
+@contextlib.contextmanager
+def _lightning_disarmed(trainer: Trainer) -> Iterator[None]:
+    """Turn off what Lightning does about signals and dead ranks.
 
-    It saves and requeues SLURM jobs in its own way, and it has each micro-batch wait for a broadcast between devices.
+    Its handlers save and requeue SLURM jobs in their own way, each micro-batch waits for a broadcast between devices,
+    and a thread kills all ranks, without a word, up to 5 s after one has ended with an error.
     """
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+    launch_observer = subprocess_script._launch_process_observer
+    subprocess_script._launch_process_observer = lambda child_processes: None
+    try:
+        yield
+    finally:
+        subprocess_script._launch_process_observer = launch_observer
 
 
 def _separate_attempts() -> None:

@@ -116,10 +116,12 @@ def test_stalled_run_says_who_waits_and_obeys_a_signal(tmp_path, flags):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_signal_to_one_rank_stops_all_and_the_resumed_run_equals_an_uninterrupted_one(tmp_path, flags, strategy):
-    """Train three times in one launch: uninterrupted, stopped by a signal to rank 1, and resumed."""
-    process = start(tmp_path / "run", [*flags, f"--strategy={strategy}"], rank=1, event="SIGTERM", launcher=TORCHRUN)
+def test_signal_to_one_rank_stops_all_and_the_resumed_run_equals_an_uninterrupted_one(tmp_path, flags):
+    """Train three times in one launch: uninterrupted, stopped by a signal to rank 1, and resumed.
+
+    fsdp gathers parameters in each step and saves on all ranks, so it hangs if the ranks stop at different steps.
+    """
+    process = start(tmp_path / "run", [*flags, "--strategy=fsdp"], rank=1, event="SIGTERM", launcher=TORCHRUN)
     printed, _ = process.communicate(timeout=200)
     assert process.returncode == 0, printed
     whole, resumed = (lightning_gpt.load(tmp_path / name)[0].state_dict() for name in ("whole", "run"))
