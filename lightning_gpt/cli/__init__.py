@@ -47,6 +47,12 @@ GROUPS: dict[str, type] = {
     "trainer": TrainerOptions,
     "run": RunOptions,
 }
+# Options whose value may be code, each with a function that says so. DeepSpeed imports the classes that its file names.
+_CAN_NAME_CODE: dict[str, Callable[[str], object]] = {
+    "implementation": split_name,
+    "data": is_own_task,
+    "deepspeed_config": bool,
+}
 
 
 def reporting_errors(main: Callable[..., None]) -> Callable[..., None]:
@@ -85,7 +91,7 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
     init_from = None if resume else known.init_from or from_files.get("init_from")
     displaced = displaced_options(argv, from_files)
     trust = str(known.trust_checkpoint or from_files.get("trust_checkpoint")).lower() == "true"
-    typed = {name: getattr(known, name) or from_files.get(name) for name in ("implementation", "data")}
+    typed = {name: getattr(known, name) or from_files.get(name) for name in _CAN_NAME_CODE}
     saved: dict[str, Any] = {}
     if resume:
         for name in ("init_from", "pretrained_embeddings"):
@@ -165,8 +171,8 @@ def _saved_settings(resume: str, *, out_dir: str | None, trust: bool, typed: Map
     saved = load_yaml(str(config)) | {"out_dir": str(config.parent)} if config.exists() else {}
     for name in ("trust_checkpoint", "config"):  # what the file itself may not decide
         saved.pop(name, None)
-    for name, is_code in (("implementation", split_name), ("data", is_own_task)):
-        if not typed[name] and is_code(str(saved.get(name))):
+    for name, names_code in _CAN_NAME_CODE.items():
+        if not typed[name] and saved.get(name) is not None and names_code(str(saved[name])):
             require_honoured(str(saved[name]), flag=name, source=config, trust=trust or is_own(config), typed=())
     return saved | {"resume": str(checkpoint)}
 

@@ -60,9 +60,9 @@ def scout(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", action="append", default=[])
     parser.add_argument("--n_head", type=int)
-    for name in ("implementation", "data", "resume", "init_from", "pretrained_embeddings", "trust_checkpoint"):
+    names = "implementation data resume init_from pretrained_embeddings trust_checkpoint deepspeed_config out_dir"
+    for name in names.split():
         parser.add_argument(f"--{name}")
-    parser.add_argument("--out_dir")
     try:
         known, _ = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
