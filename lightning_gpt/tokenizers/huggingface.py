@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lightning_gpt.config import UserError
-from lightning_gpt.parsing import parse_json
+from lightning_gpt.parsing import brief, parse_json
 from lightning_gpt.tokenizers.base import MAX_VOCAB, Tokenizer, around_gaps, as_text, saved_sizes, without_surrogates
 from lightning_gpt.tokenizers.bpe import CUT_BEFORE_NEWLINE, cut_where
 
@@ -143,7 +143,7 @@ def _load(text: str) -> Any:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library's panics are not Exceptions
-        raise UserError(f"not a readable Hugging Face tokenizer.json ({error})") from error
+        raise UserError(f"not a readable Hugging Face tokenizer.json ({brief(error)})") from error
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()
