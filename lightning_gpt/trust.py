@@ -69,26 +69,26 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 
 def require_honoured(name: str, *, flag: str, source: Path, trust: bool, typed: Collection[str] | None = None) -> None:
-    """Check that a name found in a file may be imported, if it names code.
+    """Check that code which a file names may run.
 
     Importing runs code, and the working directory, where a download may lie, is searched for modules.
 
     Args:
-        name: The name; one that is not of the form ``package.module:Class`` is always allowed.
+        name: The name of the code.
         flag: The option it is a value of, without dashes.
         source: The file.
         trust: Whether the file is trusted.
         typed: Names that the user typed in this command; None if the command has no such option.
 
     Raises:
-        UserError: The name is of code that is neither typed nor trusted.
+        UserError: The name is neither typed nor trusted.
     """
-    if split_name(name) is None or trust or name in (typed or ()):
+    if trust or name in (typed or ()):
         return
     way = "give" if typed is None else f"type --{flag} {name} to allow it, or give"
     raise UserError(
-        f"{source} names code to import, --{flag} {name}, which the file could have brought along; {way}"
-        " --trust_checkpoint if you trust who made it"
+        f"{source} asks for code, --{flag} {name}, which may have come with it; {way} --trust_checkpoint if you trust"
+        " who made it"
     )
 
 

@@ -22,7 +22,7 @@ from lightning_gpt.config import UserError
 from lightning_gpt.models import GPTModule
 from lightning_gpt.parsing import brief
 from lightning_gpt.tokenizers import Tokenizer
-from lightning_gpt.trust import is_own, require_honoured
+from lightning_gpt.trust import is_own, require_honoured, split_name
 
 __all__ = [
     "RUNS",
@@ -163,7 +163,8 @@ def open_checkpoint(
         require_contained(path)
         checkpoint = _open(path, trust=trust, n_head=n_head)
         name = checkpoint.implementation
-        require_honoured(name, flag="implementation", source=path, trust=trust, typed=typed)
+        if split_name(name):
+            require_honoured(name, flag="implementation", source=path, trust=trust, typed=typed)
         checkpoint.trusted = trust
         require_plausible(checkpoint.stored, implementation=name, fields=checkpoint.model_config, path=path)
     except UserError:

@@ -278,14 +278,12 @@ class Checkpoint(ABC):
         ties = self.ties  # a sharded or meta-device module does not show its own
         want = {name: tuple(tensor.shape) for name, tensor in module.model.state_dict().items()}
         have = self.shapes()
-        covered = {ties.get(name, name) for name in have}
         for name in sorted(want.keys() | have.keys()):
-            if name not in have and ties.get(name, name) in covered:
-                continue
-            if want.get(name) != have.get(name):
+            shape = have.get(self.stored_name(name, self.stored) or name)
+            if want.get(name) != shape:
                 raise UserError(
-                    f"{self.path} does not fit the model: {name} has shape {have.get(name, 'none')} in the checkpoint"
-                    f" and {want.get(name, 'none')} in the model; use the sizes it was trained with"
+                    f"{self.path} does not fit the model: {name} has shape {'none' if shape is None else shape} in the"
+                    f" checkpoint and {want.get(name, 'none')} in the model; use the sizes it was trained with"
                 )
         for first in sorted(set(ties.values())):
             names = [name for name in (first, *(a for a, f in ties.items() if f == first)) if name in have]

@@ -20,7 +20,7 @@ from lightning_gpt.cli.parser import (
     load_configs,
     suggestion,
 )
-from lightning_gpt.cli.start import find_start
+from lightning_gpt.cli.start import CAN_NAME_CODE, find_start
 from lightning_gpt.config import (
     SIZES,
     DataOptions,
@@ -83,7 +83,7 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
     from_files = load_configs(known.config)
     command = f"train.py {shlex.join(argv)}".strip()
     trust = str(known.trust_checkpoint or from_files.get("trust_checkpoint")).lower() == "true"
-    typed = {name: getattr(known, name) or from_files.get(name) for name in ("implementation", "data")}
+    typed = {name: getattr(known, name) or from_files.get(name) for name in CAN_NAME_CODE}
     start = find_start(known, from_files, command=command, trust=trust, typed=typed)
     init_from = None if start.resumed else known.init_from or from_files.get("init_from")
     displaced = displaced_options(argv, from_files)

@@ -61,9 +61,10 @@ def scout(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", action="append", default=[])
     parser.add_argument("--n_head", type=whole_number)
-    for name in ("implementation", "data", "resume", "init_from", "pretrained_embeddings", "trust_checkpoint"):
-        parser.add_argument(f"--{name}")
-    for name in ("out_dir", "overwrite"):
+    names = (
+        "implementation data resume init_from pretrained_embeddings trust_checkpoint deepspeed_config out_dir overwrite"
+    )
+    for name in names.split():
         parser.add_argument(f"--{name}")
     try:
         known, _ = parser.parse_known_args(argv)

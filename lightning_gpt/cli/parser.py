@@ -75,7 +75,7 @@ class Parser(ArgumentParser):
         if text.startswith("Parser key "):
             key, _, rest = text[len("Parser key ") :].partition(":")
             text = f"--{key.strip(chr(34)).strip(chr(39))}: {rest.strip()}"
-        raise UserError(text if len(text) < 600 else f"{text[:600]} ...")  # it may quote a value of any length
+        raise UserError(text if len(text) < 500 else f"{text[:500]} ...")  # it may quote a value of any length
 
 
 def suggestion(wrong: str, choices: Sequence[str]) -> str:

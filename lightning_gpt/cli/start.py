@@ -2,7 +2,7 @@
 
 import argparse
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -15,6 +15,12 @@ from lightning_gpt.data.tasks import is_own_task
 from lightning_gpt.launch import launches
 from lightning_gpt.trust import is_own, require_honoured, split_name
 
+# Options whose value may be code, each with a function that says so. DeepSpeed imports the classes that its file names.
+CAN_NAME_CODE: dict[str, Callable[[str], object]] = {
+    "implementation": split_name,
+    "data": is_own_task,
+    "deepspeed_config": bool,
+}
 AUTO, LATEST = "auto", "latest"
 
 
@@ -86,20 +92,27 @@ def find_start(
 
 
 def _resume(checkpoint: Path, *, automatic: bool, trust: bool, typed: Mapping[str, Any]) -> Start:
-    """Return the start from a checkpoint, with the run's options as they were given, and the checkpoint's model."""
+    """Return the start from a checkpoint, with the run's options as they were given, and the checkpoint's model.
+
+    Raises:
+        UserError: The checkpoint cannot be opened, or the saved options name code that is neither typed nor trusted.
+    """
     from lightning_gpt.checkpoint import open_checkpoint
+    from lightning_gpt.implementations.registry import get_implementation
 
     config = checkpoint.parent.parent / "config.yaml"
     saved = load_yaml(str(config)) if config.exists() else {}
-    for name in ("trust_checkpoint", "config"):  # what the file itself may not decide
-        saved.pop(name, None)
-    for name, is_code in (("implementation", split_name), ("data", is_own_task)):
-        if not typed[name] and is_code(str(saved.get(name))):
-            require_honoured(str(saved[name]), flag=name, source=config, trust=trust or is_own(config), typed=())
     provenance = saved.get(PROVENANCE)
     given = provenance.get("as_given") if isinstance(provenance, dict) else None
     settings = saved | (given if isinstance(given, dict) else {})
-    settings |= open_checkpoint(checkpoint, trust=trust, typed=[str(typed["implementation"])]).model_config
+    for name in ("trust_checkpoint", "config"):  # what the file itself may not decide
+        settings.pop(name, None)
+    for name, names_code in CAN_NAME_CODE.items():
+        if not typed[name] and settings.get(name) is not None and names_code(str(settings[name])):
+            require_honoured(str(settings[name]), flag=name, source=config, trust=trust or is_own(config), typed=())
+    opened = open_checkpoint(checkpoint, trust=trust, typed=[str(typed["implementation"])])
+    fields = {option.name for option in get_implementation(opened.implementation).config_options()}
+    settings |= {name: value for name, value in opened.model_config.items() if name in fields}
     if saved:
         settings["out_dir"] = str(config.parent)
     return Start(str(checkpoint), settings, Resumed(automatic, saved))

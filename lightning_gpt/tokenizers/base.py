@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 
@@ -114,10 +114,21 @@ class Tokenizer(ABC):
         return array
 
 
-def are_sizes(vocab_size: Any, end_of_text: Any) -> TypeGuard[int]:
-    """Return whether two values of a saved tokenizer can be the size of its vocabulary, and a token id or None."""
-    is_size = type(vocab_size) is int and 1 <= vocab_size <= MAX_VOCAB
-    return is_size and (end_of_text is None or (type(end_of_text) is int and 0 <= end_of_text < vocab_size))
+def saved_sizes(fields: dict[str, Any], *, what: str) -> tuple[int, int | None]:
+    """Return the size of the vocabulary and the end-of-text id of a saved tokenizer.
+
+    Args:
+        fields: The result of `to_dict`.
+        what: Names of the required fields, for the error message.
+
+    Raises:
+        UserError: One of them is missing or wrong.
+    """
+    size, end = fields.get("vocab_size"), fields.get("end_of_text")
+    if type(size) is int and 1 <= size <= MAX_VOCAB:
+        if end is None or (type(end) is int and 0 <= end < size):
+            return size, end
+    raise UserError(f"a saved {what}")
 
 
 def around_gaps(tokens: list[int], is_known: Callable[[int], bool], decode: Callable[[list[int]], str]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lightning_gpt.config import UserError
-from lightning_gpt.tokenizers.base import Tokenizer, are_sizes, around_gaps, as_text
+from lightning_gpt.tokenizers.base import Tokenizer, around_gaps, as_text, saved_sizes
 from lightning_gpt.tokenizers.tables import keep_tables, load_encoding
 
 # An encoding splits text into pieces by a regular expression, left to right without lookbehind, and encodes each piece
@@ -66,9 +66,11 @@ class TiktokenTokenizer(Tokenizer):
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> TiktokenTokenizer:
         """Rebuild the tokenizer from the result of `to_dict`."""
-        name, size, end = (fields.get(key) for key in ("encoding", "vocab_size", "end_of_text"))
-        if not isinstance(name, str) or not are_sizes(size, end):
-            raise UserError("a saved tiktoken tokenizer needs 'encoding', 'vocab_size' and 'end_of_text'")
+        what = "tiktoken tokenizer needs 'encoding', 'vocab_size' and 'end_of_text'"
+        name = fields.get("encoding")
+        if not isinstance(name, str):
+            raise UserError(f"a saved {what}")
+        size, end = saved_sizes(fields, what=what)
         return cls(name, vocab_size=size, end_of_text=end)
 
     @classmethod

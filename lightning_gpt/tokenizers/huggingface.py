@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from lightning_gpt.config import UserError
-from lightning_gpt.parsing import parse_json
-from lightning_gpt.tokenizers.base import MAX_VOCAB, Tokenizer, are_sizes, around_gaps, as_text, without_surrogates
+from lightning_gpt.parsing import brief, parse_json
+from lightning_gpt.tokenizers.base import MAX_VOCAB, Tokenizer, around_gaps, as_text, saved_sizes, without_surrogates
 from lightning_gpt.tokenizers.bpe import CUT_BEFORE_NEWLINE, cut_where
 
 _ENDS_OF_TEXT = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
@@ -67,9 +67,11 @@ class HuggingFaceTokenizer(Tokenizer):
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> HuggingFaceTokenizer:
         """Rebuild the tokenizer from the result of `to_dict`."""
-        text, size, end = (fields.get(key) for key in ("tokenizer_json", "vocab_size", "end_of_text"))
-        if not isinstance(text, str) or not are_sizes(size, end):
-            raise UserError("a saved huggingface tokenizer needs 'tokenizer_json', 'vocab_size' and 'end_of_text'")
+        what = "huggingface tokenizer needs 'tokenizer_json', 'vocab_size' and 'end_of_text'"
+        text = fields.get("tokenizer_json")
+        if not isinstance(text, str):
+            raise UserError(f"a saved {what}")
+        size, end = saved_sizes(fields, what=what)
         return cls(text, vocab_size=size, end_of_text=end)
 
     def encode(self, text: str) -> np.ndarray:
@@ -141,7 +143,7 @@ def _load(text: str) -> Any:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library's panics are not Exceptions
-        raise UserError(f"not a readable Hugging Face tokenizer.json ({error})") from error
+        raise UserError(f"not a readable Hugging Face tokenizer.json ({brief(error)})") from error
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()

@@ -129,6 +129,13 @@ def test_saved_settings_name_no_code(field, dl, refused):
     assert (dl / "mark").exists()
 
 
+def test_saved_settings_choose_no_deepspeed_config(dl, refused):
+    """DeepSpeed imports the classes that torch_autocast.lower_precision_safe_modules names."""
+    (dl / "ds.json").write_text('{"zero_optimization": {"stage": 1}}')
+    change_config(dl, deepspeed_config="dl/ds.json")
+    refused(train.main, "--resume=dl", *SHORT, mentions="type --deepspeed_config dl/ds.json")
+
+
 def test_saved_settings_do_not_declare_trust(dl, refused):
     file, mark = dl / "checkpoints" / "last.ckpt", dl / "unpickled"
 

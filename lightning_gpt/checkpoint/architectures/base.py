@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_gpt.implementations.registry import IMPLEMENTATIONS, Implementation
+from lightning_gpt.parsing import shown
 
 # Reads one tensor by name.
 Read = Callable[[str], Tensor]
@@ -117,7 +118,7 @@ class Architecture(ABC):
         """
         for name, only in self.fixed.items():
             if hf_config.get(name, only) != only:
-                raise ValueError(f"{name} is {hf_config[name]!r}; only {only!r} is supported")
+                raise ValueError(f"{name} is {shown(hf_config[name])}; only {only!r} is supported")
         return {field.ours: field.read(hf_config) for field in self.config} | self.implied
 
     def settings(self, row: Implementation, fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from lightning_gpt.checkpoint.base import Checkpoint
 from lightning_gpt.checkpoint.read.mapped import read_header, unreadable
 from lightning_gpt.config import UserError
-from lightning_gpt.parsing import read_json
+from lightning_gpt.parsing import read_json, shown
 from lightning_gpt.tokenizers import Tokenizer, tokenizer_from_dict
 
 FORMAT, VERSION = "lightning-gpt", 1
@@ -59,7 +59,11 @@ class CanonicalCheckpoint(Checkpoint):
         if config is None:
             raise UserError(f"{path / CONFIG} was not written by lightning-gpt")
         if config.get("version") != VERSION:
-            raise UserError(f"{path} has version {config.get('version')} of the format; this program reads {VERSION}")
+            version = shown(config.get("version"))
+            raise UserError(f"{path} has version {version} of the format; this program reads {VERSION}")
+        ties = config.get("ties")
+        if not isinstance(ties, dict) or not all(isinstance(name, str) for name in ties.values()):
+            raise UserError(f"{path / CONFIG} is damaged: its ties are {shown(ties)}")
         if (path / TRAINING).exists():
             header = read_header(path / TRAINING, trust=False)
         else:
@@ -119,7 +123,8 @@ def fingerprint(path: Path) -> str:
 def is_converted(folder: Path, *, source: Path) -> bool:
     """Return whether a folder is the canonical form of a checkpoint in its current state."""
     config = read_config(folder) if CanonicalCheckpoint.recognises(folder) else None
-    return config is not None and config.get("source", {}).get("fingerprint") == fingerprint(source)
+    made_from = config.get("source") if config else None
+    return isinstance(made_from, dict) and made_from.get("fingerprint") == fingerprint(source)
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
