@@ -198,10 +198,13 @@ class Watchdog:
         if self.training or self.leaving or self.closing:
             return
         self.leaving = True
-        if self.rank == 0:
-            ready = "after the last step; the run is complete" if self.finished else "before the first step"
-            _say(f"\nstopped {ready}")
+        self._say_ending()
         raise SystemExit(EXIT_CODES[SIGNALS[number]])
+
+    def _say_ending(self) -> None:
+        if self.rank == 0:
+            when = "after the last step; the run is complete" if self.finished else "before the first step"
+            _say(f"\nstopped {when}")
 
     def _signalled(self, name: str) -> None:
         if name == "SIGINT":
@@ -226,6 +229,8 @@ class Watchdog:
 
     def _look(self, now: float) -> None:
         if now > self._exit_at:
+            if self.loss is None and not self.leaving:  # the main thread never came to its handler
+                self._say_ending()
             self.end(self._exit_code)
         if self._is_orphan():
             self.lose(None)
