@@ -39,7 +39,7 @@ class WholeFiles(TorchCheckpointIO):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = _part(path)
-        remove(part)
+        _clear(path)
         try:
             # "x", because an unfinished copy_checkpoint leaves a part that is a hard link of a checkpoint.
             with part.open("xb") as file:
@@ -80,13 +80,13 @@ class WholeFolders(_Strategy):
         # Tells a folder that lost its manifest from one of an older version, which never had one.
         checkpoint["checksums"] = MANIFEST
         try:
-            self._on_all_ranks(lambda: remove(part) if self.is_global_zero else None)
+            self._on_all_ranks(lambda: _clear(path) if self.is_global_zero else None)
             super().save_checkpoint(checkpoint, part, storage_options)
             self.barrier()
             digests: dict[str, str] = {}
             for share in self._on_all_ranks(lambda: self._flushed(part)):
                 digests |= share
-            self._on_all_ranks(lambda: _publish(part, path, digests) if self.is_global_zero else None)
+            self._on_all_ranks(lambda: _publish(path, digests) if self.is_global_zero else None)
         except (OSError, CheckpointException) as error:
             if self.is_global_zero:
                 with contextlib.suppress(OSError):
@@ -131,11 +131,19 @@ def _writer(name: str) -> int:
     return int(found[1]) if found else 0
 
 
-def _publish(part: Path, path: Path, digests: dict[str, str]) -> None:
-    write_manifest(part, digests)
+def _clear(path: Path) -> None:
+    """Delete what a killed save left of a checkpoint, and the checkpoint itself if it lacks files.
+
+    Otherwise it would take the place of a complete one under the name `path` + ".old".
+    """
     if path.is_dir() and not is_complete(path):
-        remove(path)  # so that it does not take the place of a complete folder under the old name
-    swap_in(part, path)
+        remove(path)
+    remove(_part(path))
+
+
+def _publish(path: Path, digests: dict[str, str]) -> None:
+    write_manifest(_part(path), digests)
+    swap_in(_part(path), path)
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:
@@ -152,7 +160,7 @@ def copy_checkpoint(source: Path, target: Path) -> None:
         OSError: The copy cannot be written; `target` is as before.
     """
     part = _part(target)
-    remove(part)
+    _clear(target)
     try:
         if source.is_dir():
             shutil.copytree(source, part, copy_function=_link_or_copy)

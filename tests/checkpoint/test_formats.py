@@ -18,6 +18,7 @@ from lightning_gpt.checkpoint import canonical_folder, convert, ensure_canonical
 from lightning_gpt.checkpoint.base import Checkpoint, empty_model, tied_names
 from lightning_gpt.checkpoint.own_runs import remember_run
 from lightning_gpt.checkpoint.read.mapped import MappedFile
+from lightning_gpt.checksums import verify_checksums
 from lightning_gpt.config import UserError
 from lightning_gpt.models import GPTModule
 
@@ -298,6 +299,11 @@ def test_own_runs_are_trusted(single, tmp_path, monkeypatch):
     monkeypatch.setenv("LIGHTNING_GPT_CACHE", str(single))  # a file, so that nothing can be written below it
     remember_run(run)
     assert_cannot_be_read(run / "x.ckpt", "--trust_checkpoint")
+
+
+def test_checksums_of_all_ranks_cover_the_folder(runs, kind):
+    files = [path for path in runs[kind].rglob("*") if path.is_file()]
+    assert verify_checksums(runs[kind]).files == len(files) - 1
 
 
 @pytest.mark.parametrize("cut", [False, True], ids=["missing", "cut off"])
