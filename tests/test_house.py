@@ -23,11 +23,11 @@ HEAVY |= {"lm_eval", "matplotlib"}
 MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": {
         *("training", "sampling", "checkpoint", "models", "data", "strategies", "tokenizers", "implementations"),
-        *("trust", "config"),
+        *("trust", "atomic", "config"),
     },
     "bench": {
         *("training", "cli", "checkpoint", "models", "data", "optim", "strategies", "tokenizers", "implementations"),
-        *("config",),
+        *("atomic", "config"),
     },
     "training": {
         *("sampling", "planning", "checkpoint", "models", "data", "optim", "strategies", "tokenizers"),

@@ -12,6 +12,7 @@ from typing import Any
 import lightning
 import torch
 
+from lightning_gpt.atomic import atomic_file
 from lightning_gpt.config import UserError
 
 
@@ -46,7 +47,8 @@ def require_writable(file: str | None, *, flag: str = "json") -> None:
 def write_result(json: str | None, result: dict[str, Any]) -> None:
     """Write a result to the file that --json names, if any."""
     if json:
-        Path(json).write_text(dumps(result, indent=2) + "\n", encoding="utf-8")
+        with atomic_file(Path(json), mode="w") as file:
+            file.write(dumps(result, indent=2) + "\n")
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

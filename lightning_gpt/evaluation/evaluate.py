@@ -236,8 +236,8 @@ def _require_writable(file: Path) -> None:
     try:
         if file.exists():
             file.open("ab").close()
-        else:
-            tempfile.TemporaryFile(dir=file.parent).close()
+        if file.is_file() or not file.exists():  # else a device, which is written directly
+            tempfile.TemporaryFile(dir=file.resolve().parent).close()
     except OSError as error:
         raise UserError(f"--json {file} cannot be written: {error.strerror}; choose another") from error
 

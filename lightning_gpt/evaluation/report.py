@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning_gpt.atomic import atomic_file
 from lightning_gpt.config import UserError
 
 
@@ -131,7 +132,8 @@ class Report:
         scores = [_finite(score.to_dict()) for score in self.scores]
         text = json.dumps(scores[0] if len(scores) == 1 else scores, indent=2)
         try:
-            file.write_text(text + "\n", encoding="utf-8")
+            with atomic_file(file, mode="w") as out:
+                out.write(text + "\n")
         except OSError as error:  # for example, a full disk
             raise UserError(f"--json {file} cannot be written: {error.strerror}; its content is {text}") from error
 

@@ -36,7 +36,7 @@ class WholeFiles(TorchCheckpointIO):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = _part(path)
-        remove(part)
+        _clear(path)
         try:
             # "x", because an unfinished copy_checkpoint leaves a part that is a hard link of a checkpoint.
             with part.open("xb") as file:
@@ -79,7 +79,7 @@ class WholeFolders(_Strategy):
         try:
             with agreed():
                 if self.is_global_zero:
-                    remove(part)
+                    _clear(path)
                     part.mkdir(parents=True)
             with agreed():
                 self.write_shards(checkpoint, part)
@@ -88,7 +88,7 @@ class WholeFolders(_Strategy):
             digests = self._merged(share)
             with agreed():
                 if self.is_global_zero:
-                    _publish(part, path, digests)
+                    _publish(path, digests)
         except OSError:
             if self.is_global_zero:
                 with contextlib.suppress(OSError):
@@ -131,11 +131,19 @@ def _writer(name: str) -> int:
     return int(found[1]) if found else 0
 
 
-def _publish(part: Path, path: Path, digests: dict[str, str]) -> None:
-    write_manifest(part, digests)
+def _clear(path: Path) -> None:
+    """Delete what a killed save left of a checkpoint, and the checkpoint itself if it lacks files.
+
+    Otherwise it would take the place of a complete one under the name `path` + ".old".
+    """
     if path.is_dir() and not is_complete(path):
-        remove(path)  # so that it does not take the place of a complete folder under the old name
-    swap_in(part, path)
+        remove(path)
+    remove(_part(path))
+
+
+def _publish(path: Path, digests: dict[str, str]) -> None:
+    write_manifest(_part(path), digests)
+    swap_in(_part(path), path)
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:
@@ -152,7 +160,7 @@ def copy_checkpoint(source: Path, target: Path) -> None:
         OSError: The copy cannot be written; `target` is as before.
     """
     part = _part(target)
-    remove(part)
+    _clear(target)
     try:
         if source.is_dir():
             shutil.copytree(source, part, copy_function=_link_or_copy)

@@ -18,6 +18,7 @@ import lightning_gpt.checkpoint
 import sample
 import train
 from lightning_gpt.checkpoint import ensure_canonical, open_checkpoint
+from lightning_gpt.checksums import MANIFEST, files_in, folder_digests, write_manifest
 from tests.launching import run_calls
 
 REPO = Path(__file__).parents[2]
@@ -395,6 +396,8 @@ def test_pickled_objects_need_trust(zero3, scored, refused, tmp_path, monkeypatc
     scored(zero3)
     mark, file = tmp_path / "mark", last(zero3) / "checkpoint" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     torch.save(torch.load(file, weights_only=False) | {"extra": Foreign(mark)}, file)
+    (last(zero3) / MANIFEST).unlink()
+    write_manifest(last(zero3), folder_digests(last(zero3), files_in(last(zero3))))
     mentions = [file.name, "--trust_checkpoint"]
     refused(evaluate.main, f"--checkpoint={zero3}", mentions=mentions)
     refused(evaluate.main, f"--checkpoint={zero3}", "--convert_only", mentions=mentions)

@@ -1,7 +1,10 @@
 """Checksums: every changed bit of a checkpoint is refused by --resume and --verify; older checkpoints have none."""
 
+import multiprocessing
+import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +16,7 @@ import evaluate
 import sample
 import train
 from lightning_gpt.checkpoint import canonical_folder, convert, find_checkpoint, open_checkpoint
+from lightning_gpt.checkpoint.write import canonical
 from lightning_gpt.checksums import MANIFEST, verify_checksums
 from lightning_gpt.config import UserError
 
@@ -133,6 +137,24 @@ def test_checkpoints_without_checksums_are_resumed_and_verify_says_so(last, caps
     assert "verif" not in capsys.readouterr().err
     evaluate.main([f"--checkpoint={last}", "--accelerator=cpu", "--eval_batches=1", "--verify"])
     assert f"{last}: no checksums to verify against\n" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
+def test_conversion_deletes_what_a_killed_one_left(tiny_run, tmp_path, monkeypatch):
+    checkpoint, folder = open_checkpoint(tiny_run / "checkpoints" / "last.ckpt"), tmp_path / "last"
+
+    def child():
+        monkeypatch.setattr(canonical, "swap_in", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+        convert(checkpoint, folder)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert [p.name for p in tmp_path.glob(".last.????????.part")] and not folder.exists()
+    (tmp_path / ".lastly.01234567.part").mkdir()
+    assert verify_checksums(convert(checkpoint, folder)).files == 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lastly.01234567.part", "last"]
 
 
 @pytest.mark.parametrize("last", FORMS[2:], indirect=True)

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from lightning_gpt.checkpoint import canonical_folder, convert, ensure_canonical, find_checkpoint, open_checkpoint
 from lightning_gpt.checkpoint.base import Checkpoint, empty_model, tied_names
 from lightning_gpt.checkpoint.read.mapped import MappedFile
+from lightning_gpt.checksums import verify_checksums
 from lightning_gpt.config import UserError
 from lightning_gpt.models import GPTModule
 from lightning_gpt.trust import remember_run
@@ -295,6 +296,11 @@ def test_own_runs_are_trusted(single, tmp_path, monkeypatch):
     monkeypatch.setenv("LIGHTNING_GPT_CACHE", str(single))  # a file, so that nothing can be written below it
     remember_run(run)
     assert_cannot_be_read(own, "--trust_checkpoint")
+
+
+def test_checksums_of_all_ranks_cover_the_folder(runs, kind):
+    files = [path for path in runs[kind].rglob("*") if path.is_file()]
+    assert verify_checksums(runs[kind]).files == len(files) - 1
 
 
 @pytest.mark.parametrize("cut", [False, True], ids=["missing", "cut off"])

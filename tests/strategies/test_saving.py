@@ -1,9 +1,14 @@
 """strategies/saving.py: checkpoints survive kills, power cuts and copies by hard links."""
 
+import contextlib
+import errno
 import itertools
+import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +21,7 @@ from lightning_gpt.strategies import saving
 from lightning_gpt.strategies.fsdp import FSDP
 from lightning_gpt.strategies.saving import WholeFiles, copy_checkpoint
 
+REPO = Path(__file__).parents[2]
 # The calls that change what a disk holds.
 CHANGES = ("fsync", "link", "mkdir", "remove", "rename", "replace", "rmdir", "unlink")
 
@@ -24,7 +30,7 @@ class Death(BaseException):
     """The end of a process, after which it changes nothing more."""
 
 
-def _dies_at(number: int, work, *args) -> bool:
+def _dies_at(number: int, work, *args, changes=CHANGES) -> bool:
     """Call `work` in a process that seems to die before its change `number` of the disk; return whether it did."""
     count = itertools.count()
 
@@ -32,12 +38,13 @@ def _dies_at(number: int, work, *args) -> bool:
         def replaced(*args, **kwargs):
             if next(count) >= number:
                 raise Death
-            return None if call is os.fsync else call(*args, **kwargs)
+            return call(*args, **kwargs)
 
         return replaced
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in CHANGES:
+        patch.setattr(os, "fsync", lambda *_: None)  # slow, and a death does not need it
+        for name in changes:
             patch.setattr(os, name, dying(getattr(os, name)))
         try:
             work(*args)
@@ -74,6 +81,17 @@ def _found(run: Path) -> tuple[int, int]:
     return steps[0], steps[1]
 
 
+def _clone(source: Path, target: Path) -> None:
+    """Copy a folder with its hard links."""
+    copies = {}
+
+    def copy(file, to):
+        known = copies.setdefault(os.stat(file).st_ino, to)
+        shutil.copyfile(file, to) if known == to else os.link(known, to)
+
+    shutil.copytree(source, target, copy_function=copy)
+
+
 def _state(run: Path) -> tuple:
     return tuple((p, p.stat().st_nlink, p.read_bytes() if p.is_file() else b"") for p in sorted(run.rglob("*")))
 
@@ -98,20 +116,116 @@ def test_deaths_at_any_change_of_the_disk_leave_the_newest_complete_checkpoint(t
             continue
         found[state] = last, best = _found(run)
         assert {last, best} <= {1, 2}
-        subprocess.run(["cp", "-a", run, start], check=True)  # keeps hard links
+        _clone(run, start)
         for second in itertools.count() if deaths == 2 else (999,):
-            died = _dies_at(second, _save_and_copy, run, form, 3)
+            died = _dies_at(second, _save_and_copy, run, form, 3, changes=CHANGES[1:])
             if (state := _state(run)) not in found:
                 found[state] = _found(run)
             assert found[state][0] >= last and found[state][1] >= best, (first, second)
             if not died:
                 break
             shutil.rmtree(run)
-            subprocess.run(["cp", "-a", start, run], check=True)
+            _clone(start, run)
         assert found[state] == (3, 3)
         assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
         shutil.rmtree(start)
     assert len(found) > 8 and (between > 0) == (form == "folder"), (len(found), between)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("form", ["file", "folder"])
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_disk_error_is_an_oserror_and_leaves_the_old_checkpoint(tmp_path, monkeypatch, form, call):
+    def fails(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    _save_and_copy(tmp_path, form, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fails)
+        with pytest.raises(OSError, match="No space left"):
+            _save_and_copy(tmp_path, form, 2)
+    assert _found(tmp_path) == (1, 1)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+
+
+def test_file_that_exceeds_the_size_limit_is_an_oserror(tmp_path):
+    """A write fails inside of torch.save, which turns it into a RuntimeError."""
+    resource = pytest.importorskip("resource")
+    _save_and_copy(tmp_path, "file", 1)
+
+    def child():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+        try:
+            WholeFiles().save_checkpoint({"w": torch.zeros(10_000)}, tmp_path / "checkpoints" / "last.ckpt")
+        except OSError as error:
+            os._exit(error.errno)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join()
+    assert process.exitcode == errno.EFBIG
+    assert _found(tmp_path) == (1, 1) and len(list((tmp_path / "checkpoints").iterdir())) == 2
+
+
+def test_saving_over_an_unfinished_copy_does_not_write_into_its_source(tmp_path):
+    _save_and_copy(tmp_path, "file", 1)
+    best = tmp_path / "checkpoints" / "best.ckpt"
+    os.link(best, best.with_name("last.ckpt.part"))  # as a copy leaves it that was killed before its rename
+    before = best.read_bytes()
+    WholeFiles().save_checkpoint({"w": torch.zeros(9)}, best.with_name("last.ckpt"))
+    assert best.read_bytes() == before
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_incomplete_folder_does_not_replace_the_complete_old_one(tmp_path):
+    """After a kill between the renames of the swap, with `last` cut off by something else."""
+    _save_and_copy(tmp_path, "folder", 1)
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    shutil.copytree(last, last.with_name("last.ckpt.old"))
+    (last / ".metadata").unlink()
+    replace, calls = os.replace, []
+
+    def dies_at_the_last(source, target):
+        if Path(target) == last:
+            raise Death
+        calls.append(target)
+        replace(source, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", dies_at_the_last)
+        with contextlib.suppress(Death):
+            _save_and_copy(tmp_path, "folder", 2)
+    assert calls and find_checkpoint(str(tmp_path), which="last").name == "last.ckpt.old"
+    _save_and_copy(tmp_path, "folder", 3)
+    assert _found(tmp_path) == (3, 3)
+
+
+# Script: save 64 MB, and print by how many MiB the peak of resident memory grew.
+MEMORY = """
+import resource, sys, torch
+from lightning_gpt.strategies.saving import WholeFiles
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+weights = {str(n): torch.rand(2_000_000) for n in range(8)}
+WholeFiles().save_checkpoint({"w": torch.zeros(9)}, sys.argv[1])
+before = peak()
+WholeFiles().save_checkpoint(weights, sys.argv[1])
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
+def test_file_is_streamed_beside_its_target(tmp_path):
+    (tmp_path / "tmp").mkdir()
+    env = os.environ | {"TMPDIR": str(tmp_path / "tmp")}
+    (tmp_path / "tmp").chmod(0o500)
+    command = [sys.executable, "-c", MEMORY, tmp_path / "last.ckpt"]
+    done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 16
 
 
 def _tree(path):
