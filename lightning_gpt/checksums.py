@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from lightning_gpt.atomic import sync
@@ -170,8 +170,11 @@ def read_manifest(folder: Path) -> dict[str, str] | None:
     if not digests or text != _manifest(digests):
         raise UserError(f"{path} is damaged: it is not a list of checksums; use another checkpoint")
     for name in digests:
-        file = folder / name
-        if not file.is_file() or not file.resolve().is_relative_to(folder.resolve()):
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise UserError(
+                f"{path} is damaged: it lists {name}, which is outside of the folder; use another checkpoint"
+            )
+        if not (folder / name).is_file():
             raise IncompleteError(f"{folder} is incomplete: {name} is missing; copy the files of all ranks")
     return digests
 

@@ -63,8 +63,8 @@ def read_yaml(path: Path, *, flag: str = "") -> Any:
     """
     import yaml
 
-    class UniqueKeys(yaml.SafeLoader):
-        """A loader that refuses a key given twice, of which YAML would silently take the last."""
+    class StrictLoader(yaml.SafeLoader):
+        """A loader that refuses huge integers, and a key given twice, of which YAML would silently take the last."""
 
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
             """Return a mapping; raise a YAMLError that marks the line of a key's second occurrence."""
@@ -76,21 +76,29 @@ def read_yaml(path: Path, *, flag: str = "") -> Any:
                     raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             return super().construct_mapping(node, deep)
 
+        def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+            """Return an integer; raise a YAMLError that marks the line of one that no option can hold."""
+            value = super().construct_yaml_int(node)
+            if value.bit_length() > 64:
+                problem = f"an integer of {value.bit_length():,} bits; give one below 2^63"
+                raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+            return value
+
+    StrictLoader.add_constructor("tag:yaml.org,2002:int", StrictLoader.construct_yaml_int)
+
     source = f"{flag}{path}"
     try:
         text = _read(path, limit=_MAX_YAML, flag=flag).decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{source}: not a text in UTF-8") from error
     try:
-        loader = UniqueKeys(text)
+        loader = StrictLoader(text)
         node = loader.get_single_node()
         if node is None:
             return None
         if _size(node, {}) > _MAX_YAML_NODES:
             raise UserError(f"{source}: its aliases (*name) stand for more than {_MAX_YAML_NODES:,} values")
-        content = loader.construct_document(node)
-        _require_bounded(content)
-        return content
+        return loader.construct_document(node)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
@@ -138,15 +146,6 @@ def _bounded(digits: str) -> int:
     if len(digits) > _MAX_DIGITS + 1:
         raise ValueError(f"an integer of {len(digits):,} characters")
     return int(digits)
-
-
-def _require_bounded(content: Any) -> None:
-    # YAML also writes integers in other bases, so that their digits do not limit them.
-    if isinstance(content, int) and content.bit_length() > 64:
-        raise ValueError(f"an integer of {content.bit_length():,} bits")
-    if isinstance(content, dict | list):
-        for value in (*content.values(), *content) if isinstance(content, dict) else content:
-            _require_bounded(value)
 
 
 def _size(node: Any, known: dict[int, float]) -> float:

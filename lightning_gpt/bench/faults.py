@@ -18,11 +18,17 @@ from lightning_gpt.training.run import train
 
 _SIGNALS = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 75, "SIGUSR2": 75}
 _STOP_STEP = 7  # between two saves, so that a checkpoint of this step was saved because of the signal
-# Run a command on a small disk at $0 that is filled once there is a checkpoint; copy the run to $1.
+# Run a command on a small disk at $0 that is filled once there is a checkpoint, until a save fails and training goes on
+# by the output in $2; copy the run to $1.
 _SMALL_DISK = """
 mount -t tmpfs -o size=8M none "$0" || exit 99
-copy=$1; shift
-( until [ -e "$0/run/checkpoints/last.ckpt" ]; do sleep 0.01; done; cat /dev/zero > "$0/filler" ) 2> /dev/null &
+copy=$1; output=$2; shift 2
+(
+  until [ -e "$0/run/checkpoints/last.ckpt" ]; do sleep 0.01; done
+  cat /dev/zero > "$0/filler"
+  until grep -q "training goes on" "$output"; do sleep 0.01; done
+  rm "$0/filler"
+) 2> /dev/null &
 "$@"
 code=$?
 kill $! 2> /dev/null
@@ -94,7 +100,7 @@ def send_signals(*, data: Path, folder: Path, strategies: list[str]) -> list[Fau
 
 
 def fill_disk(*, data: Path, folder: Path) -> list[Fault]:
-    """Train on a small disk that is full after the first save, with each value of ``--on_save_error``.
+    """Train on a small disk that is full for a while after the first save, with each value of ``--on_save_error``.
 
     The disk is a tmpfs in a mount namespace of the run's own; where that is not permitted, nothing is measured.
 
@@ -108,7 +114,7 @@ def fill_disk(*, data: Path, folder: Path) -> list[Fault]:
         disk.mkdir()
         flags = [*FLAGS, f"--data={data}", f"--out_dir={disk / 'run'}", f"--on_save_error={choice}"]
         program = "from lightning_gpt.bench.faults import train_main; train_main()"
-        script = ["unshare", "-rm", "sh", "-c", _SMALL_DISK, str(disk), str(copy)]
+        script = ["unshare", "-rm", "sh", "-c", _SMALL_DISK, str(disk), str(copy), str(output)]
         command = [*script, sys.executable, "-c", program, *flags]
         with output.open("wb") as out:
             try:

@@ -21,7 +21,7 @@ FLAGS = (
     " --trainer.enable_progress_bar=false --resume=auto"
 ).split()
 RANKS = {"single": 1, "ddp": 2, "fsdp": 2, "deepspeed_stage_2": 2, "deepspeed_stage_3": 2}
-_SAVE_SECONDS = 0.3  # a kill inside a save comes at most this long after its beginning
+_SAVE_SECONDS = (0.002, 0.01, 0.05, 0.25)  # a kill inside a save comes at most so long after its beginning
 
 
 @dataclass
@@ -123,7 +123,7 @@ def _kill_somewhere(forked: ForkedRun, *, first: int, in_save: bool, draw: rando
     if in_save:
         if not forked.wait_until(lambda: forked.saving):
             return None
-        time.sleep(draw.random() ** 2 * _SAVE_SECONDS)
+        time.sleep(draw.random() * draw.choice(_SAVE_SECONDS))
     else:
         time.sleep(draw.random() * 0.05)
     if not forked.alive:

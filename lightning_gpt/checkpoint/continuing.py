@@ -7,6 +7,7 @@ from pathlib import Path
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from lightning_gpt.checkpoint import RUNS, open_checkpoint, saved_at
+from lightning_gpt.checksums import verify_checksums
 from lightning_gpt.config import UserError
 
 
@@ -22,7 +23,7 @@ def checkpoints_in(run_dir: Path) -> list[Path]:
 def newest_checkpoint(
     run_dir: Path, *, trust: bool = False, typed: Collection[str] = (), since: float = 0.0
 ) -> Path | None:
-    """Return the newest checkpoint of a run folder; skip damaged ones, with a note on stderr.
+    """Return the newest checkpoint of a run folder whose checksums match; skip others, with a note on stderr.
 
     Args:
         run_dir: The run folder, which need not exist.
@@ -37,6 +38,7 @@ def newest_checkpoint(
         if saved_at(path) < since:
             continue
         try:
+            verify_checksums(path)
             open_checkpoint(path, trust=trust, typed=typed)
         except UserError as error:
             rank_zero_only(print)(f"skipped: {error}", file=sys.stderr)

@@ -12,6 +12,7 @@ from lightning_gpt.checkpoint.base import Checkpoint
 from lightning_gpt.config import UserError
 from lightning_gpt.implementations.sharding import shard_like, write_parameter
 from lightning_gpt.models import GPTModule
+from lightning_gpt.parsing import brief
 
 
 class ExactResume(Callback):
@@ -51,7 +52,11 @@ class ExactResume(Callback):
         for callback in callbacks:
             state = header.get("callbacks", {}).get(callback.state_key)
             if state:
-                callback.load_state_dict(copy.deepcopy(state))
+                try:
+                    callback.load_state_dict(copy.deepcopy(state))
+                except (LookupError, TypeError, ValueError) as error:
+                    what = f"the state of {type(callback).__name__} cannot be used: {brief(error)}"
+                    raise UserError(f"{self.checkpoint.path}: {what}") from error
         plugin = trainer.precision_plugin
         if scale := header.get(type(plugin).__qualname__):
             plugin.load_state_dict(scale)

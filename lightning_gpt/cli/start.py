@@ -94,10 +94,15 @@ def find_start(
 def _resume(checkpoint: Path, *, automatic: bool, trust: bool, typed: Mapping[str, Any]) -> Start:
     """Return the start from a checkpoint, with the run's options as they were given, and the checkpoint's model.
 
+    Every rank verifies the whole checkpoint, and so all stop alike: there is no process group yet, and bytes must be
+    verified before they are read.
+
     Raises:
-        UserError: The checkpoint cannot be opened, or the saved options name code that is neither typed nor trusted.
+        UserError: The checkpoint is damaged or cannot be opened, or the saved options name code that is neither typed
+            nor trusted.
     """
     from lightning_gpt.checkpoint import open_checkpoint
+    from lightning_gpt.checksums import verify_checksums
     from lightning_gpt.implementations.registry import get_implementation
 
     config = checkpoint.parent.parent / "config.yaml"
@@ -110,6 +115,8 @@ def _resume(checkpoint: Path, *, automatic: bool, trust: bool, typed: Mapping[st
     for name, names_code in CAN_NAME_CODE.items():
         if not typed[name] and settings.get(name) is not None and names_code(str(settings[name])):
             require_honoured(str(settings[name]), flag=name, source=config, trust=trust or is_own(config), typed=())
+    if not automatic:  # newest_checkpoint has verified it
+        verify_checksums(checkpoint)
     opened = open_checkpoint(checkpoint, trust=trust, typed=[str(typed["implementation"])])
     fields = {option.name for option in get_implementation(opened.implementation).config_options()}
     settings |= {name: value for name, value in opened.model_config.items() if name in fields}

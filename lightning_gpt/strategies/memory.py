@@ -122,7 +122,9 @@ def _share(elements: int, ranks: int) -> int:
     return -(-elements // ranks)
 
 
-def _with_optimizer(trace: StepTrace, *, weights: int, optimizer: int, buffers: int, passes: int) -> Memory:
+def _with_optimizer(
+    trace: StepTrace, *, weights: int, optimizer: int, buffers: int, passes: int, step: int | None = None
+) -> Memory:
     """Return the memory of a rank whose gradients are as large as its weights.
 
     Args:
@@ -131,8 +133,10 @@ def _with_optimizer(trace: StepTrace, *, weights: int, optimizer: int, buffers: 
         optimizer: Bytes of the rank's optimizer state.
         buffers: Bytes of gathered weights.
         passes: Peak bytes in forward and backward pass, including gradients.
+        step: Peak bytes of temporaries in an optimizer step; None for those of all parameters.
     """
     resident = weights + weights + optimizer
+    step = trace.step if step is None else step
     return Memory(
         weights=weights,
         gradients=weights,
@@ -140,7 +144,7 @@ def _with_optimizer(trace: StepTrace, *, weights: int, optimizer: int, buffers: 
         activations=trace.activations,
         buffers=buffers,
         resident=resident,
-        peak=max(resident + trace.step, weights + optimizer + passes),
+        peak=max(resident + step, weights + optimizer + passes),
     )
 
 
@@ -181,7 +185,7 @@ class ShardedUnits(MemoryRules):
     def memory(self, trace: StepTrace, *, ranks: int) -> Memory:
         """Return the shards (as in ZeRO stage 3) and the gathered units.
 
-        An optimizer with large temporaries, such as Muon, gathers whole matrices.
+        An optimizer with large temporaries, such as Muon, divides its matrices among the ranks.
         """
         shard = _share(trace.total, ranks)
         weights = gradients = shard * trace.weight_bytes
@@ -201,6 +205,7 @@ class ShardedUnits(MemoryRules):
             optimizer=_share(trace.state, ranks),
             buffers=gathered + unit * trace.weight_bytes,
             passes=max(forward, backward),
+            step=_share(trace.step, ranks),
         )
 
 

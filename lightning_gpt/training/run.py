@@ -13,7 +13,7 @@ from lightning_gpt.checkpoint.header import require_plausible
 from lightning_gpt.checkpoint.initial import begin, fitted_vocabulary, open_source
 from lightning_gpt.checkpoint.resume import require_resumable
 from lightning_gpt.checksums import verify_checksums
-from lightning_gpt.config import RunOptions, TrainConfig, UserError
+from lightning_gpt.config import TrainConfig, UserError
 from lightning_gpt.data.loading import Source, TokenData
 from lightning_gpt.data.tasks import find_task
 from lightning_gpt.data.tasks.base import Task
@@ -73,7 +73,11 @@ def _train(config: TrainConfig, watch: Watchdog, callbacks: Sequence[Callback]) 
     _check_optimizer(config, strategy)
     # The checkpoint to start from, if any: the one to resume, or the one of --init_from.
     trust, typed = run.trust_checkpoint, [config.model.implementation]
-    checkpoint = _resumed(run, typed=typed) if run.resume else None
+    checkpoint = None
+    if run.resume:
+        if config.resumed is None:  # otherwise the command line's parser has verified it
+            verify_checksums(Path(run.resume))
+        checkpoint = open_checkpoint(Path(run.resume), trust=trust, typed=typed)
     weights = None
     if run.init_from and not checkpoint:
         n_head = config.model_fields.get("n_head")
@@ -157,18 +161,6 @@ def _train(config: TrainConfig, watch: Watchdog, callbacks: Sequence[Callback]) 
     if trainer.is_global_zero:
         print(f"checkpoints: {run_dir}/checkpoints\nnext: python sample.py --checkpoint {run_dir}")
     return folder.run_dir
-
-
-def _resumed(run: RunOptions, *, typed: Sequence[str]) -> Checkpoint:
-    """Verify and open the checkpoint to resume.
-
-    Every rank verifies the whole checkpoint, and so all stop alike: there is no process group yet, and bytes must be
-    verified before they are read.
-    """
-    assert run.resume is not None
-    path = Path(run.resume)
-    verify_checksums(path)
-    return open_checkpoint(path, trust=run.trust_checkpoint, typed=typed)
 
 
 def _strategy(config: TrainConfig, where: Devices, *, accumulate: int) -> StrategyRow:

@@ -15,6 +15,7 @@ import prepare
 import sample
 import train
 from lightning_gpt.checkpoint import convert, open_checkpoint
+from lightning_gpt.checksums import MANIFEST
 from lightning_gpt.config import UserError
 from lightning_gpt.models import GPTModule
 from lightning_gpt.trust import is_own, remember_run
@@ -172,7 +173,8 @@ def test_hugging_face_folder_runs_no_code(saved_model, export, here, byte_level_
     tokenizer = build_tokenizer(str(byte_level_file), corpus=None, source="")
     folder, _ = export(saved_model("nanogpt", tokenizer), "hf", here / "dl")
     (folder / "evil.py").write_text(EVIL)
-    (folder / "lightning_gpt_tokenizer.json").unlink()
+    for name in ("lightning_gpt_tokenizer.json", MANIFEST):
+        (folder / name).unlink()
     for name in ("config.json", "tokenizer_config.json"):
         content = json.loads((folder / name).read_text())
         content |= {"auto_map": dict.fromkeys(("AutoModelForCausalLM", "AutoTokenizer"), "dl.evil--evil.GPT")}
@@ -233,9 +235,8 @@ def test_callbacks_name_no_files_elsewhere(dl, refused):
     """ModelCheckpoint deletes the file that it takes for the earlier best one."""
     file = dl / "checkpoints" / "last.ckpt"
     content = torch.load(file, weights_only=True)
-    for state in content["callbacks"].values():
-        if "best_model_path" in state:
-            state["best_model_path"] = f"{state['dirpath']}/../../victim"
+    (state,) = (state for state in content["callbacks"].values() if "best_model_score" in state)
+    state["best_model_path"] = "checkpoints/../../victim"
     torch.save(content, file)
     refused(train.main, "--resume=dl", *SHORT, mentions="victim")
 

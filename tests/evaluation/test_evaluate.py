@@ -90,7 +90,7 @@ def scored(tmp_path, capsys):
 
 def token_by_token(checkpoint: Path, tokens: list[int], *, block_size: int, stride: int) -> float:
     """Return the mean loss; each token is scored in a forward pass of its own, after its expected context."""
-    module = open_checkpoint(checkpoint).module().eval()
+    module = open_checkpoint(checkpoint, trust=True).module().eval()
     module.model.block_size = max(block_size, getattr(module.model, "block_size", 0))
     losses = []
     for t in range(1, len(tokens)):
@@ -183,7 +183,7 @@ def test_stride_equals_the_transformers_guide(tmp_path, scored):
 
 def test_longer_context_with_a_model_that_extends(saved_model, mean_model, letters, scored, evaluation_refused):
     checkpoint = saved_model(mean_model)
-    given = ("--checkpoint", checkpoint, "--data", letters)
+    given = ("--checkpoint", checkpoint, "--data", letters, "--trust_checkpoint")
     for stride in (30, 4):
         found = scored(*given, "--block_size=30", f"--stride={stride}")
         expected = token_by_token(checkpoint, held_out(letters), block_size=30, stride=stride)

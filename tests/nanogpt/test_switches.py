@@ -304,7 +304,10 @@ def test_flash_is_refused_where_unavailable(tiny_flags, text_file, tmp_path, ref
     flags = [*tiny_flags, *NANO, "--attention=flash", f"--data={text_file}", f"--out_dir={tmp_path / 'run'}"]
     for more, words in (
         (["--precision=bf16"], "not bfloat16 on cpu; use --attention sdpa"),
-        (["--accelerator=gpu", "--devices=1", "--dry_run"], "not float32 on cuda; use --attention sdpa"),
+        (
+            ["--accelerator=gpu", "--devices=1", "--precision=32-true", "--dry_run"],
+            "not float32 on cuda; use --attention sdpa",
+        ),
         (["--position=alibi"], "attention=flash is not available with position=alibi"),
         (["--n_embd=512"], "heads of up to 256"),
     ):

@@ -31,7 +31,7 @@ from lightning_gpt.training.health import Health, SkipRule
 
 REPO = Path(__file__).parents[2]
 MODEL = '''
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from nanogpt.model import GPT, GPTConfig
@@ -54,7 +54,7 @@ FAULTS = {
 
 @dataclass
 class FaultyConfig(GPTConfig):
-    faults: str = ""
+    faults: str = field(default="", metadata={"changeable": True})
     """faults by micro-batch, such as 3:nan,5:inf"""
     faulty_rank: int = 0
     """the rank that has them"""

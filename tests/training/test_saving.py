@@ -231,16 +231,21 @@ def fill(folder, trainer):
     trainer.logger.save()
 
 
+def make_read_only(folder):
+    """Put a read-only view of a file system in its place; the run's open lock keeps it from being remounted itself."""
+    subprocess.run(["mount", "--bind", folder, folder], check=True)
+    subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
+
+
 def disk(folder, flags):
     """Train on a full disk, on one that becomes full or read-only; record the exit codes, and what is left."""
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "none", folder], check=True)
     logged = [*flags, "--logger=tensorboard", "--log_every_n_steps=1", "--max_steps=8"]
-    remount = ["mount", "-o", "remount,ro", folder]
     scenarios = {
         "freed": (["--on_save_error=continue"], {3: partial(fill, folder), 5: lambda _: (folder / "filler").unlink()}),
         "full": ([], {3: partial(fill, folder)}),
         "full at start": ([], {}),
-        "read-only": ([], {3: lambda _: subprocess.run(remount, check=True)}),
+        "read-only": ([], {3: lambda _: make_read_only(folder)}),
         "read-only at start": ([], {}),
     }
     seen = {}
