@@ -71,6 +71,7 @@ class Checkpoints(CheckpointCallback):
         self.best_loss = math.inf
         self._validated = (-1, math.inf)  # step and loss of the last validation
         self._tried = self._saved = -1  # step of the last attempt to save, and of the content of last
+        self._failed = False  # the last attempt
 
     def path(self, name: str) -> Path:
         """Return the path of a checkpoint."""
@@ -106,7 +107,7 @@ class Checkpoints(CheckpointCallback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Try again if the last save failed, because there is no later one."""
-        if self._tried != self._saved and self._tried == trainer.global_step:
+        if self._failed:
             self.goes_on = False
             self.save(trainer)
 
@@ -140,10 +141,10 @@ class Checkpoints(CheckpointCallback):
                         copy_checkpoint(first, other)
                     self._prune(step)
         except OSError as error:
-            self.best_loss = before
+            self.best_loss, self._failed = before, True
             self._report(trainer, error, path=first)
         else:
-            self._saved = step
+            self._saved, self._failed = step, False
 
     def _write(self, trainer: Trainer, path: Path) -> None:
         try:

@@ -306,9 +306,16 @@ def test_unwritable_disk_is_refused_at_start(disk_results, scenario):
 
 
 def rank(folder, strategies, flags):
-    """Train on two ranks, one of which cannot write at the second save; record the exit codes of this rank."""
+    """Train on two ranks, one of which cannot write at the second save; record the exit codes of this rank.
+
+    Then train with a save between validations, and resume from it.
+    """
     seen = {}
     for strategy in strategies:
+        whole, parts = folder / strategy / "whole", folder / strategy / "parts"
+        between = [f"--strategy={strategy}", "--save_interval=3", "--keep=9", "--eval_interval=5"]
+        assert run_with(At({}), [*flags, *between, f"--out_dir={whole}"]) == 0
+        assert run_with(At({}), [f"--resume={whole}/checkpoints/step-000003.ckpt", f"--out_dir={parts}"]) == 0
         fails = os.environ["RANK"] == ("0" if strategy == "ddp" else "1")  # under ddp, rank 0 alone writes
         actions = {3: lambda _: limit_files(1000), 5: lambda _: limit_files()} if fails else {}
         for reaction in ("continue", "stop"):
@@ -325,11 +332,13 @@ needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="Dee
 @pytest.mark.parametrize(
     "strategies",
     [
-        ["ddp", "fsdp"],
+        ["fsdp"],
+        pytest.param(["ddp"], marks=pytest.mark.slow),
         pytest.param(["deepspeed_stage_2", "deepspeed_stage_3"], marks=[pytest.mark.slow, needs_deepspeed]),
     ],
 )
-def test_one_rank_that_cannot_write_stops_or_warns_all(tmp_path, text_file, tiny_flags, strategies):
+def test_two_ranks_save_alike(tmp_path, text_file, tiny_flags, strategies):
+    """If one rank cannot write, all stop or warn; a save between validations resumes bit-identically."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, "rank"]
     command += [str(tmp_path), ",".join(strategies), *tiny_flags, f"--data={text_file}"]
     command += ["--sample_tokens=0", "--max_steps=6"]
@@ -351,6 +360,15 @@ def test_one_rank_that_cannot_write_stops_or_warns_all(tmp_path, text_file, tiny
             first, *others = (run / "checkpoints" / name for name in names(run))
             files = [path.relative_to(first) for path in (first, *first.rglob("*")) if path.is_file()]
             assert files and all(os.path.samefile(first / file, other / file) for file in files for other in others)
+        runs = [tmp_path / strategy / name / "checkpoints" for name in ("whole", "parts")]
+        assert [sorted(path.name for path in run.glob("step-*")) for run in runs] == [
+            ["step-000003.ckpt", "step-000005.ckpt", "step-000006.ckpt"],
+            ["step-000005.ckpt", "step-000006.ckpt"],
+        ]
+        ours, theirs = (open_checkpoint(run / "last.ckpt") for run in runs)
+        assert ours.hash() == theirs.hash() and ours.best_loss == theirs.best_loss
+        for name in ours.names():
+            torch.testing.assert_close(ours.optimizer_state(name), theirs.optimizer_state(name), rtol=0, atol=0)
 
 
 if __name__ == "__main__":
