@@ -34,7 +34,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("implementations", "trust", "checksums", "config", "atomic", "launch"),
     },
     "sampling": {"checkpoint", "models", "strategies", "tokenizers", "implementations", "config"},
-    "cli": {"checkpoint", "data", "optim", "implementations", "trust", "parsing", "options", "config", "launch"},
+    "cli": {
+        *("checkpoint", "data", "optim", "implementations"),
+        *("checksums", "trust", "parsing", "options", "config", "launch"),
+    },
     "planning": {"models", "strategies", "implementations", "config"},
     "checkpoint": {
         *("models", "data", "tokenizers", "implementations", "checksums", "trust", "parsing", "atomic", "config"),
