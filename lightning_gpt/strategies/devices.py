@@ -165,14 +165,24 @@ def peak_flops(device: torch.device, *, precision: str) -> float | None:
         if card in name:
             full = single if torch.get_float32_matmul_precision() == "highest" else tf32
             return (full if dtype == torch.float32 else half) * 1e12
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Lightning warns about unknown cards and precisions
-        try:
-            peak, plain = (get_available_flops(device, kind) for kind in (dtype, torch.float32))
-        except IndexError:  # Lightning expects "NVIDIA" before "GeForce"
-            return None
+    peak = _lightnings_peak(device, dtype)
+    chosen = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        plain = _lightnings_peak(device, torch.float32)
+    finally:
+        torch.set_float32_matmul_precision(chosen)
     # For GeForce and workstation cards Lightning has the rate without tensor cores, at most twice the float32 rate,
     # which would give a wrong utilisation.
     if peak is None or (dtype != torch.float32 and plain is not None and peak < 3 * plain):
         return None
     return float(peak)
+
+
+def _lightnings_peak(device: torch.device, dtype: torch.dtype) -> int | None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning warns about unknown cards and precisions
+        try:
+            return get_available_flops(device, dtype)
+        except IndexError:  # Lightning expects "NVIDIA" before "GeForce"
+            return None

@@ -5,8 +5,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from lightning_gpt.checkpoint import canonical_folder, convert, find_checkpoint,
 from lightning_gpt.checkpoint.write import canonical
 from lightning_gpt.checksums import MANIFEST, verify_checksums
 from lightning_gpt.config import UserError
+from tests.launching import run_python
 
 REPO = Path(__file__).parents[2]
 FLIPS = 40
@@ -42,8 +41,7 @@ def run_of(tmp_path_factory, tiny_run, tiny_flags, text_file):
             if form != "fsdp":
                 pytest.importorskip("deepspeed")
             flags = [*tiny_flags, f"--data={text_file}", f"--out_dir={run}", f"--strategy={form}", "--devices=1"]
-            command = [sys.executable, "train.py", *flags, "--max_steps=1", "--eval_interval=1", "--sample_tokens=0"]
-            done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=600)
+            done = run_python("train.py", *flags, "--max_steps=1", "--eval_interval=1", "--sample_tokens=0")
             assert done.returncode == 0, done.stderr[-3000:]
         made[form] = run
         return run

@@ -2,7 +2,6 @@
 
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,8 +18,8 @@ from lightning_gpt.data.streams import EvalBatches
 from lightning_gpt.data.tasks.sort import Sort
 from lightning_gpt.data.tokens.token_files import write_token_files
 from lightning_gpt.tokenizers import ByteTokenizer, CharTokenizer
+from tests.launching import REPO, run_python
 
-REPO = Path(__file__).parents[2]
 CHARS = CharTokenizer("abc\n ")  # the tokenizer of `saved_model`; BLOCK is its block size
 BLOCK = 12
 
@@ -280,11 +279,11 @@ def test_table_shows_accuracy_of_tasks(saved_model, scored, capsys):
 def test_two_ranks_score_the_same_as_one(two_kinds, letters, scored, tmp_path):
     flags = ["--checkpoint", *two_kinds, "--data", letters, "--batch_size=3", "--stride=5"]
     file = tmp_path / "ranks.json"
-    command = [sys.executable, REPO / "evaluate.py", *flags, "--accelerator=cpu", "--strategy=ddp", "--devices=2"]
-    done = subprocess.run([*map(str, command), f"--json={file}"], capture_output=True, text=True, cwd=tmp_path)
+    flags += ["--accelerator=cpu", "--strategy=ddp", "--devices=2"]
+    done = run_python(REPO / "evaluate.py", *flags, f"--json={file}", ranks=2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 4  # only one rank prints
-    for found, expected in zip(json.loads(file.read_text()), scored(*flags), strict=True):
+    for found, expected in zip(json.loads(file.read_text()), scored(*flags[:-3]), strict=True):
         for name in ("loss", "perplexity", "bits_per_byte"):
             assert found.pop(name) == pytest.approx(expected.pop(name), rel=1e-6)
         assert found == expected

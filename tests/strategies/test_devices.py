@@ -32,7 +32,10 @@ PEAKS = [
 def set_card(monkeypatch):
     """Return a function that sets the name of the GPU."""
     monkeypatch.setattr("lightning.fabric.accelerators.cuda._is_ampere_or_later", lambda: True)
-    return lambda name: monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield lambda name: monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.filterwarnings("error")
@@ -45,10 +48,13 @@ def test_peak_flops_of_known_and_unknown_cards(name, half, single, set_card):
 
 
 @pytest.mark.parametrize(("name", "tf32"), [("NVIDIA A100-SXM4-40GB", 156), ("NVIDIA B200", 1100)])
-def test_peak_flops_with_tf32(name, tf32, set_card, monkeypatch):
+def test_peak_flops_with_tf32(name, tf32, set_card):
     set_card(name)
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    half = peak_flops(torch.device("cuda"), precision="bf16-mixed")
+    torch.set_float32_matmul_precision("high")
     assert peak_flops(torch.device("cuda"), precision="32-true") == pytest.approx(tf32 * 1e12)
+    assert half == peak_flops(torch.device("cuda"), precision="bf16-mixed") > 0
+    assert torch.get_float32_matmul_precision() == "high"
 
 
 def test_peak_flops_without_tensor_cores_is_none(set_card):

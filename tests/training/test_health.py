@@ -10,8 +10,6 @@ import io
 import math
 import os
 import re
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,6 +26,7 @@ import train
 from lightning_gpt.cli import parse_train
 from lightning_gpt.models import GPTModule
 from lightning_gpt.training.health import Health, SkipRule
+from tests.launching import run_python
 
 REPO = Path(__file__).parents[2]
 MODEL = '''
@@ -277,7 +276,7 @@ def test_only_logged_steps_wait_for_the_device(run_flags, flags):
     assert {step for step, count in new.items() if count} == {7, 14, 21}
 
 
-STRATEGIES = ["fsdp", "ddp", *(f"deepspeed_stage_{stage}" for stage in ("1", "2", "3", "2_offload", "3_offload"))]
+STRATEGIES = ["fsdp", "ddp", "deepspeed_stage_2", "deepspeed_stage_3", "deepspeed_stage_3_offload"]
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 MARKS = {"fsdp": [], "ddp": [pytest.mark.slow]}
 FAULTS = "--faults=3:nan,105:spike,109:nan,110:inf,111:nan"
@@ -312,12 +311,11 @@ def one_process(model_folder, text_file, tmp_path_factory):
     "strategy", [pytest.param(name, marks=MARKS.get(name, [pytest.mark.slow, needs_deepspeed])) for name in STRATEGIES]
 )
 def test_bad_numbers_on_one_rank(strategy, one_process, model_folder, text_file, tmp_path):
-    command = [sys.executable, str(REPO / "train.py"), *FLAGS, *RANK_FLAGS, FAULTS, "--faulty_rank=1", "--devices=2"]
+    command = [REPO / "train.py", *FLAGS, *RANK_FLAGS, FAULTS, "--faulty_rank=1", "--devices=2"]
     command += [f"--strategy={strategy}", f"--data={text_file}", "--out_dir=run", "--trainer.enable_progress_bar=false"]
     command.append("--eval_batches=4")
     path = os.pathsep.join([str(model_folder), str(REPO)])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
+    done = run_python(*command, ranks=2, cwd=tmp_path, env={"PYTHONPATH": path}, timeout=600)
     assert done.returncode == 3, done.stdout + done.stderr
     assert "step 3: the loss is not finite on rank 1; skipped\n" in done.stdout
     assert re.search(r"\nstep 105: the gradient norm .* is a spike, above .*; skipped\n", done.stdout), done.stdout
