@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins.environments import LightningEnvironment
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_gpt.models import GPTModule
@@ -220,11 +220,27 @@ def _loss_scale(trainer: Trainer) -> float:
 
 
 def _state(module: GPTModule, trainer: Trainer) -> Iterator[Any]:
-    """Yield the weights and the optimizer state, as this rank holds them."""
-    yield from module.model.parameters()
+    """Yield the weights and the optimizer state, as this rank holds them.
+
+    The last rank of ZeRO-3 holds padding too, in memory that DeepSpeed never initialises.
+    """
+    for parameter in module.model.parameters():
+        if hasattr(parameter, "ds_tensor"):
+            shard: Tensor = parameter.ds_tensor
+            start = distributed.get_rank(parameter.ds_process_group) * shard.numel()
+            yield shard[: max(0, parameter.ds_numel - start)]
+        else:
+            yield parameter
     for optimizer in trainer.optimizers:
-        for state in getattr(optimizer, "optimizer", optimizer).state.values():
-            yield from state.values()
+        shards: Any = getattr(optimizer, "fp16_partitioned_groups", None)  # ZeRO-3
+        for group, state in enumerate(getattr(optimizer, "optimizer", optimizer).state.values()):
+            for value in state.values():
+                if shards is None or not isinstance(value, Tensor) or not value.dim():
+                    yield value
+                    continue
+                paddings = optimizer.groups_padding[group]
+                for part, padding in zip(value.split([s.numel() for s in shards[group]]), paddings, strict=True):
+                    yield part[: part.numel() - padding]
 
 
 def _is_finite(tensors: Iterator[Any]) -> bool:
@@ -233,7 +249,7 @@ def _is_finite(tensors: Iterator[Any]) -> bool:
     for tensor in tensors:
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             continue
-        tensor = getattr(tensor, "ds_tensor", tensor).detach()  # ZeRO-3's partition
+        tensor = tensor.detach()
         tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         if tensor.numel():
             held.append(tensor)

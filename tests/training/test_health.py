@@ -10,6 +10,7 @@ import io
 import math
 import os
 import re
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -30,10 +31,14 @@ from tests.launching import run_python
 
 REPO = Path(__file__).parents[2]
 MODEL = '''
+import ctypes, os
 from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from nanogpt.model import GPT, GPTConfig
+
+if "FILL_WITH_NAN" in os.environ:  # memory that is allocated and not written (M_PERTURB of glibc)
+    ctypes.CDLL(None).mallopt(-6, 256)
 
 class BadGradient(torch.autograd.Function):
     @staticmethod
@@ -327,6 +332,17 @@ def test_bad_numbers_on_one_rank(strategy, one_process, model_folder, text_file,
     # The same steps were skipped, and the others were not: the loss is that of a single process.
     ours, theirs = (re.search(r"\nstep 107: .*val_loss ([\d.]+)\n", out) for out in (done.stdout, one_process))
     assert float(ours[1]) == pytest.approx(float(theirs[1]), abs=2e-3)
+
+
+@pytest.mark.slow
+@needs_deepspeed
+@pytest.mark.skipif(sys.platform != "linux", reason="needs glibc")
+def test_padding_of_shards_may_hold_anything(model_folder, text_file, tmp_path):
+    command = [REPO / "train.py", *FLAGS, "--n_head=1", "--n_embd=17", "--strategy=deepspeed_stage_3", "--devices=2"]
+    command += [f"--data={text_file}", "--out_dir=run", "--max_steps=3"]
+    path = os.pathsep.join([str(model_folder), str(REPO)])
+    done = run_python(*command, ranks=2, cwd=tmp_path, env={"PYTHONPATH": path, "FILL_WITH_NAN": "1"})
+    assert done.returncode == 0, done.stderr
 
 
 def test_schedule_that_cannot_be_meant(run_flags, refused, capsys):
