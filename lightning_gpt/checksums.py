@@ -23,6 +23,7 @@ MANIFEST = "SHA256SUMS"
 
 _LINE = re.compile(r"([0-9a-f]{64})  ([^\n]+)\n")
 _MAX_MANIFEST_BYTES = 2**24
+_MAX_NAME = 255  # characters; longer names are an OSError
 _BLOCK_BYTES = 2**20
 _THREADS = 4
 
@@ -167,7 +168,7 @@ def read_manifest(folder: Path) -> dict[str, str] | None:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged: {error}; use another checkpoint") from error
     digests = {name: digest for digest, name in _LINE.findall(text)}
-    if not digests or text != _manifest(digests):
+    if not digests or text != _manifest(digests) or any(len(name) > _MAX_NAME for name in digests):
         raise UserError(f"{path} is damaged: it is not a list of checksums; use another checkpoint")
     for name in digests:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:

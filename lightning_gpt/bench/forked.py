@@ -163,13 +163,13 @@ def in_child(function: Callable[..., Any], *args: Any, timeout: float = 600) -> 
 def peak_memory() -> Iterator[Callable[[], int]]:
     """Yield a function that returns the bytes by which resident memory has grown at its peak, on Linux."""
     Path("/proc/self/clear_refs").write_text("5")  # reset the peak
-    before = resident_bytes()
+    before = _status_bytes("VmRSS")
     yield lambda: max(0, _status_bytes("VmHWM") - before)
 
 
 def resident_bytes() -> int:
-    """Return the resident memory of this process, on Linux."""
-    return _status_bytes("VmRSS")
+    """Return the resident memory of this process, without the pages of mapped files, on Linux."""
+    return _status_bytes("RssAnon")
 
 
 def _status_bytes(field: str) -> int:

@@ -171,3 +171,11 @@ def test_folder_that_lost_files_is_no_checkpoint(last, refused):
         shutil.rmtree(old)
         file.write_bytes(whole)
     assert find_checkpoint(str(last.parent.parent), which="last") == last
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "../outside", "/etc/hostname"])
+def test_manifest_of_impossible_names_is_damaged(name, tmp_path):
+    digest = "0" * 64
+    (tmp_path / MANIFEST).write_text(f"{digest}  {name}\n# 1 files\n")
+    with pytest.raises(UserError, match="SHA256SUMS is damaged"):
+        verify_checksums(tmp_path)
