@@ -161,16 +161,19 @@ def _validate(job: _Job, options: EvaluateOptions, *, row: StrategyRow, devices:
         eval_batches=options.eval_batches,
         stride=job.stride,
     )
-    trainer = Trainer(
-        **row.arguments(devices),
-        logger=False,
-        callbacks=[_LoadWeights(checkpoint)],
-        use_distributed_sampler=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-    )
-    metrics = trainer.validate(module, source, verbose=False)[0]
+    # In a SLURM job Lightning loads hpc_ckpt_*.ckpt from its root folder, by default the working directory.
+    with tempfile.TemporaryDirectory() as empty:
+        trainer = Trainer(
+            **row.arguments(devices),
+            default_root_dir=empty,
+            logger=False,
+            callbacks=[_LoadWeights(checkpoint)],
+            use_distributed_sampler=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+        )
+        metrics = trainer.validate(module, source, verbose=False)[0]
     return _score(metrics, module.val_tokens, job) if trainer.is_global_zero else None
 
 

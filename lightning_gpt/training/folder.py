@@ -36,6 +36,8 @@ def fresh_folder() -> Path:
 class SameFolder(Callback):
     """Make all ranks use rank 0's run folder, and check that they resume the same checkpoint.
 
+    The folder is remembered as a run of this machine.
+
     Attributes:
         run_dir: The run folder; rank 0's once the ranks are connected.
     """
@@ -48,6 +50,8 @@ class SameFolder(Callback):
         """Compare with rank 0, when the ranks are connected."""
         folder, resume = trainer.strategy.broadcast((str(self.run_dir), self.resume))
         self.run_dir = Path(folder)
+        if trainer.local_rank == 0:  # each machine has a list of its own
+            remember_run(self.run_dir)
         # Machines may mount the file system at different paths.
         same = Path(resume or "").parts[-3:] == Path(self.resume or "").parts[-3:]
         if not trainer.strategy.reduce_boolean_decision(same):
@@ -87,7 +91,6 @@ def open_folder(
                 yaml.safe_dump(record, file, sort_keys=False)
         except OSError as error:
             raise UserError(f"--out_dir {run_dir} cannot be written: {error.strerror}; choose another") from error
-        remember_run(run_dir)
         yield
 
 

@@ -224,15 +224,17 @@ def _state(module: GPTModule, trainer: Trainer) -> Iterator[Any]:
 
     The last rank of ZeRO-3 holds padding too, in memory that DeepSpeed never initialises.
     """
-    for parameter in module.model.parameters():
+    parameters: Iterator[Any] = module.model.parameters()
+    for parameter in parameters:
         if hasattr(parameter, "ds_tensor"):
             shard: Tensor = parameter.ds_tensor
             start = distributed.get_rank(parameter.ds_process_group) * shard.numel()
             yield shard[: max(0, parameter.ds_numel - start)]
         else:
             yield parameter
-    for optimizer in trainer.optimizers:
-        shards: Any = getattr(optimizer, "fp16_partitioned_groups", None)  # ZeRO-3
+    optimizers: list[Any] = trainer.optimizers
+    for optimizer in optimizers:
+        shards = getattr(optimizer, "fp16_partitioned_groups", None)  # ZeRO-3
         for group, state in enumerate(getattr(optimizer, "optimizer", optimizer).state.values()):
             for value in state.values():
                 if shards is None or not isinstance(value, Tensor) or not value.dim():

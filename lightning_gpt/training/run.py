@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Callback, seed_everything
+from lightning import Callback, Trainer, seed_everything
 
 from lightning_gpt.checkpoint import Checkpoint, ExactResume, open_checkpoint
 from lightning_gpt.checkpoint.header import require_plausible
@@ -27,7 +27,7 @@ from lightning_gpt.sampling import encode_prompt
 from lightning_gpt.strategies import StrategyRow, find_devices, get_strategy
 from lightning_gpt.strategies.devices import Devices, set_tf32
 from lightning_gpt.tokenizers import Tokenizer
-from lightning_gpt.training.budget import accumulation, make_budget, module_arguments, resolve
+from lightning_gpt.training.budget import Budget, accumulation, make_budget, module_arguments, resolve
 from lightning_gpt.training.callbacks import FinalSample, RunMetrics, quiet_lightning
 from lightning_gpt.training.determinism import check_determinism, deterministic
 from lightning_gpt.training.folder import SameFolder, fresh_folder, open_folder
@@ -44,7 +44,7 @@ DEFAULT_SAMPLE_TOKENS = 200
 def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Path | None:
     """Train to the end of the budget, or print what the run would need (``--dry_run``).
 
-    SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 stop the run at the end of its step, after a checkpoint is saved.
+    SIGHUP, SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 stop the run at the end of its step, after a checkpoint is saved.
 
     Args:
         config: The run.
@@ -71,17 +71,8 @@ def _train(config: TrainConfig, watch: Watchdog, callbacks: Sequence[Callback]) 
     accumulate = accumulation(config, world_size=where.world_size)
     strategy = _strategy(config, where, accumulate=accumulate)
     _check_optimizer(config, strategy)
-    # The checkpoint to start from, if any: the one to resume, or the one of --init_from.
-    trust, typed = run.trust_checkpoint, [config.model.implementation]
-    checkpoint = None
-    if run.resume:
-        if config.resumed is None:  # otherwise the command line's parser has verified it
-            verify_checksums(Path(run.resume))
-        checkpoint = open_checkpoint(Path(run.resume), trust=trust, typed=typed)
-    weights = None
-    if run.init_from and not checkpoint:
-        n_head = config.model_fields.get("n_head")
-        weights = open_source(run.init_from, trust=trust, n_head=n_head, typed=typed, verify=run.verify)
+    checkpoint = _resumed(config) if run.resume else None
+    weights = _initial(config) if run.init_from and not checkpoint else None
     start = checkpoint or weights
     source = _source(config, start)
     vocab_size, padding = fitted_vocabulary(
@@ -90,15 +81,7 @@ def _train(config: TrainConfig, watch: Watchdog, callbacks: Sequence[Callback]) 
     config = replace(config, model=replace(config.model, pad_vocab=config.model.pad_vocab or padding > 0))
     config = _resolve_tokens(config, source, start)
     sample = _final_sample(config, source)
-    data = TokenData(
-        source,
-        name=config.data.data,
-        block_size=config.model.block_size,
-        batch_size=config.data.batch_size,
-        seed=run.seed,
-        num_workers=config.data.num_workers,
-        eval_batches=config.trainer.eval_batches,
-    )
+    data = _data(config, source)
     budget = make_budget(config, where, data, accumulate=accumulate)
     if checkpoint and config.resumed and config.resumed.automatic and checkpoint.step >= budget.max_steps:
         print_finished(checkpoint, budget)
@@ -107,16 +90,7 @@ def _train(config: TrainConfig, watch: Watchdog, callbacks: Sequence[Callback]) 
     set_tf32(where, allowed=config.trainer.tf32)
     config = resolve(config, budget, precision=where.precision)
     arguments = module_arguments(config, vocab_size=vocab_size, padding=padding)
-    if checkpoint:  # the sizes are those of its config.yaml
-        name, fields = config.model.implementation, arguments["model_config"]
-        require_plausible(checkpoint.stored, implementation=name, fields=fields, path=checkpoint.path)
-    if run.dry_run:
-        module = GPTModule.without_memory(config.model.implementation, **arguments)
-    else:
-        module = FORMS[strategy.form](config.model.implementation, **arguments, **strategy.form_options)
-    reason, fields = refused_by(module.model, device_type=where.device_type, dtype=where.dtype)
-    if reason:
-        raise UserError(f"{reason}; use {' '.join(f'--{name} {value}' for name, value in fields.items())}")
+    module = _module(config, arguments, checkpoint=checkpoint, strategy=strategy, where=where)
     if checkpoint:
         require_resumable(checkpoint, module, max_steps=budget.max_steps)
     loaded, start_up = begin(run, module, weights)
@@ -125,25 +99,7 @@ def _train(config: TrainConfig, watch: Watchdog, callbacks: Sequence[Callback]) 
         print_plan(module, budget, rules=strategy.memory, where=where, recompute=config.trainer.recompute)
         return None
     folder = SameFolder(Path(run.out_dir) if run.out_dir else fresh_folder(), resume=run.resume)
-    run_dir = folder.run_dir
-    metrics = RunMetrics(
-        tokens_per_step=budget.tokens_per_step,
-        flops_per_token=flops_per_token(module.model, block_size=config.model.block_size),
-    )
-    own = [
-        folder,
-        Stopping(watch),
-        ExactResume(checkpoint),
-        *start_up,
-        *make_callbacks(config, run_dir, metrics, accumulate=accumulate),
-        *sample,
-    ]
-    trainer = make_trainer(config, strategy, where, run_dir, callbacks=[*own, *callbacks], budget=budget)
-    if trainer.world_size != where.world_size:
-        raise UserError(
-            f"the launcher started {trainer.world_size} processes, and the flags say {where.world_size}; let --devices"
-            " and --num_nodes agree with it"
-        )
+    own = [folder, Stopping(watch), ExactResume(checkpoint), *start_up]
     record = make_record(
         config,
         given=given,
@@ -152,15 +108,105 @@ def _train(config: TrainConfig, watch: Watchdog, callbacks: Sequence[Callback]) 
         packages=("torch", "lightning", *(("deepspeed",) if strategy.deepspeed_engine else ())),
     )
     if checkpoint:
-        loaded = describe_resumed(checkpoint, run_dir, record=record, resumed=config.resumed)
-    with open_folder(run_dir, run, record=record, sources=[weights.path] if weights else []):
+        loaded = describe_resumed(checkpoint, folder.run_dir, record=record, resumed=config.resumed)
+    trainer = _trainer(
+        config, strategy, where, budget, module, run_dir=folder.run_dir, before=own, after=[*sample, *callbacks]
+    )
+    with open_folder(folder.run_dir, run, record=record, sources=[weights.path] if weights else []):
         print_header(module, source, budget, loaded=loaded, where=where, strategy=type(trainer.strategy).__name__)
-        with deterministic(config.trainer), stopping_safely(trainer, watch, run_dir):
-            with stopping_on_bad_numbers(trainer, run_dir):
+        with deterministic(config.trainer), stopping_safely(trainer, watch, folder.run_dir):
+            with stopping_on_bad_numbers(trainer, folder.run_dir):
                 trainer.fit(module, data)
     if trainer.is_global_zero:
-        print(f"checkpoints: {run_dir}/checkpoints\nnext: python sample.py --checkpoint {run_dir}")
+        print(f"checkpoints: {folder.run_dir}/checkpoints\nnext: python sample.py --checkpoint {folder.run_dir}")
     return folder.run_dir
+
+
+def _resumed(config: TrainConfig) -> Checkpoint:
+    """Open the checkpoint to resume, which the parser of the command line has verified, if there was one."""
+    run = config.run
+    assert run.resume is not None
+    if config.resumed is None:
+        verify_checksums(Path(run.resume))
+    return open_checkpoint(Path(run.resume), trust=run.trust_checkpoint, typed=[config.model.implementation])
+
+
+def _initial(config: TrainConfig) -> Checkpoint:
+    """Open the weights of ``--init_from``."""
+    run = config.run
+    assert run.init_from is not None
+    n_head = config.model_fields.get("n_head")
+    typed = [config.model.implementation]
+    return open_source(run.init_from, trust=run.trust_checkpoint, n_head=n_head, typed=typed, verify=run.verify)
+
+
+def _data(config: TrainConfig, source: Source) -> TokenData:
+    return TokenData(
+        source,
+        name=config.data.data,
+        block_size=config.model.block_size,
+        batch_size=config.data.batch_size,
+        seed=config.run.seed,
+        num_workers=config.data.num_workers,
+        eval_batches=config.trainer.eval_batches,
+    )
+
+
+def _module(
+    config: TrainConfig,
+    arguments: dict[str, Any],
+    *,
+    checkpoint: Checkpoint | None,
+    strategy: StrategyRow,
+    where: Devices,
+) -> GPTModule:
+    """Return the module in the strategy's form; in a dry run, on the meta device.
+
+    Raises:
+        UserError: The model does not fit the checkpoint or the devices.
+    """
+    name = config.model.implementation
+    if checkpoint:  # compare sizes before anything is built
+        fields = arguments["model_config"]
+        require_plausible(checkpoint.stored, implementation=name, fields=fields, path=checkpoint.path)
+    if config.run.dry_run:
+        module = GPTModule.without_memory(name, **arguments)
+    else:
+        module = FORMS[strategy.form](name, **arguments, **strategy.form_options)
+    reason, fields = refused_by(module.model, device_type=where.device_type, dtype=where.dtype)
+    if reason:
+        raise UserError(f"{reason}; use {' '.join(f'--{name} {value}' for name, value in fields.items())}")
+    return module
+
+
+def _trainer(
+    config: TrainConfig,
+    strategy: StrategyRow,
+    where: Devices,
+    budget: Budget,
+    module: GPTModule,
+    *,
+    run_dir: Path,
+    before: list[Callback],
+    after: list[Callback],
+) -> Trainer:
+    """Return the Trainer, whose callbacks are those of the run between `before` and `after`.
+
+    Raises:
+        UserError: The Trainer rejects an option, or the launcher has started another number of processes.
+    """
+    metrics = RunMetrics(
+        tokens_per_step=budget.tokens_per_step,
+        flops_per_token=flops_per_token(module.model, block_size=config.model.block_size),
+    )
+    own = make_callbacks(config, run_dir, metrics, accumulate=budget.accumulate)
+    trainer = make_trainer(config, strategy, where, run_dir, callbacks=[*before, *own, *after], budget=budget)
+    if trainer.world_size != where.world_size:
+        raise UserError(
+            f"the launcher started {trainer.world_size} processes, and the flags say {where.world_size}; let --devices"
+            " and --num_nodes agree with it"
+        )
+    return trainer
 
 
 def _strategy(config: TrainConfig, where: Devices, *, accumulate: int) -> StrategyRow:

@@ -9,6 +9,7 @@ import os
 import select
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -25,7 +26,7 @@ from lightning_gpt.training.ranks import Agreement, Ranks, main_thread_function
 MAX_TIME = "max_time"
 # Exit code for each reason to stop: 128 + the signal, as shells have it; 75 is EX_TEMPFAIL, "try again later".
 REQUEUE = 75
-EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": REQUEUE, "SIGUSR2": REQUEUE, MAX_TIME: 0}
+EXIT_CODES = {"SIGHUP": 129, "SIGINT": 130, "SIGTERM": 143, "SIGUSR1": REQUEUE, "SIGUSR2": REQUEUE, MAX_TIME: 0}
 # Windows lacks some of them.
 SIGNALS = {int(getattr(signal, name)): name for name in EXIT_CODES if hasattr(signal, name)}
 
@@ -207,6 +208,8 @@ class Watchdog:
             _say(f"\nstopped {when}")
 
     def _signalled(self, name: str) -> None:
+        if name == "SIGHUP":
+            _let_go_of_terminal()
         if name == "SIGINT":
             if self._interrupted:
                 self.end(EXIT_CODES[name])
@@ -315,6 +318,15 @@ def _parent() -> int | None:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return os.getppid()
     return int(os.environ[_PARENT]) if _PARENT in os.environ and "LOCAL_RANK" in os.environ else None
+
+
+def _let_go_of_terminal() -> None:
+    """Let output to the terminal, which is closed, go nowhere instead of failing."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+            os.dup2(nowhere, descriptor)
+    os.close(nowhere)
 
 
 def _say(text: str) -> None:

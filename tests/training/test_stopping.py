@@ -316,3 +316,21 @@ def test_signal_to_all_processes_spares_the_data_workers(tmp_path, flags):
             break
     rest = process.stdout.read()
     assert process.wait(timeout=120) == 143 and f"stopped at step {saved(run)['global_step']}; " in rest
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
+def test_closed_terminal_saves(tmp_path, flags):
+    run, (ours, theirs) = tmp_path / "run", os.openpty()
+    command = [sys.executable, str(REPO / "train.py"), *flags, f"--out_dir={run}", "--max_steps=1000000"]
+    child = (
+        "import fcntl, os, sys, termios; fcntl.ioctl(1, termios.TIOCSCTTY, 0); os.execv(sys.executable, sys.argv[1:])"
+    )
+    terminal = {"stdin": theirs, "stdout": theirs, "stderr": theirs, "start_new_session": True}
+    process = subprocess.Popen([sys.executable, "-c", child, *command], cwd=tmp_path, **terminal)
+    os.close(theirs)
+    seen = b""
+    while b"step 10: " not in seen:
+        seen += os.read(ours, 4096)
+    os.close(ours)
+    assert process.wait(timeout=120) == 129 and saved(run)["global_step"] >= 10
