@@ -23,7 +23,7 @@ from lightning_gpt.data.tokens.preparation import prepare, prepare_folder
 
 _BATCH = 25  # mutations per process
 _HANG_SECONDS = 60
-_EXPORTS = ("hf", "nanogpt", "pt", "safetensors")
+_EXPORTS = ("hf", "nanogpt", "safetensors")
 
 
 @dataclass
@@ -83,6 +83,8 @@ def mutate_files(*, count: int, data: Path, folder: Path, seed: int) -> list[Mut
     samples = _samples(data, folder)
     results = []
     for number, (form, (sample, door)) in enumerate(samples.items()):
+        whole = in_child(_outcome, door, sample)
+        assert whole == "loaded", f"{sample}: {whole}"
         result = Mutations(form)
         wanted = count // len(samples) + (number < count % len(samples))
         for start in range(0, wanted, _BATCH):
