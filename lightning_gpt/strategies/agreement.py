@@ -1,10 +1,25 @@
-"""Let all ranks learn that one of them could not write, so that none waits for another."""
+"""Let all ranks decide alike, and learn that one of them could not write, so that none waits for another."""
 
 import contextlib
 import errno
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+
+
+def holds_for_all(mine: bool) -> bool:
+    """Return whether a condition holds on every rank; called on all ranks."""
+    return all(_gathered(mine))
+
+
+def _gathered(mine: Any) -> list[Any]:
+    """Return every rank's object."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return [mine]
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, mine)
+    return found
 
 
 @contextlib.contextmanager
@@ -24,13 +39,11 @@ def agreed() -> Iterator[None]:
         problem = _writing_error(error)
         if problem is None:
             raise
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        found: list[tuple | None] = [None] * torch.distributed.get_world_size()
-        # The context of an exception is lost when it is pickled, so only its three fields are sent.
-        mine = None if problem is None else (problem.errno, problem.strerror or str(problem), problem.filename)
-        torch.distributed.all_gather_object(found, mine)
-        theirs = next((fields for fields in found if fields is not None), None)
-        problem = None if theirs is None else OSError(*theirs)
+    # The context of an exception is lost when it is pickled, so only its three fields are sent.
+    mine = None if problem is None else (problem.errno, problem.strerror or str(problem), problem.filename)
+    theirs = next((fields for fields in _gathered(mine) if fields is not None), None)
+    if theirs is not None:
+        problem = OSError(*theirs)
     if problem is not None:
         raise problem
 

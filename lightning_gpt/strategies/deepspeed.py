@@ -34,7 +34,10 @@ class DeepSpeed(WholeFolders, DeepSpeedStrategy):
         return torch.device("cpu", self.local_rank) if self._on_cpu else super().root_device
 
     def init_deepspeed(self) -> None:
-        """Create the engine, with buckets no larger than the model; the default ones always take gigabytes."""
+        """Create the engine, with buckets no larger than the model; the default ones always take gigabytes.
+
+        DeepSpeed's timer of the throughput is off: it waits for the device twice per step.
+        """
         assert isinstance(self.config, dict) and self.lightning_module is not None
         zero = self.config.get("zero_optimization", {})
         # Under ZeRO-3, numel() counts only this rank's share; ds_numel counts the whole parameter.
@@ -43,6 +46,7 @@ class DeepSpeed(WholeFolders, DeepSpeedStrategy):
         for name in ("reduce_bucket_size", "allgather_bucket_size"):
             if isinstance(zero.get(name), int | float):
                 zero[name] = min(int(zero[name]), total + total % 2)  # DeepSpeed wants an even number
+        self.config.setdefault("timers", {}).setdefault("throughput", {"enabled": False})
         super().init_deepspeed()
 
     def setup_environment(self) -> None:

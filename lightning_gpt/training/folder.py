@@ -17,6 +17,7 @@ from lightning_gpt.checkpoint import RUNS, CanonicalCheckpoint, canonical_folder
 from lightning_gpt.checkpoint.continuing import checkpoints_in
 from lightning_gpt.config import RunOptions, UserError
 from lightning_gpt.launch import restarted
+from lightning_gpt.strategies.agreement import holds_for_all
 from lightning_gpt.trust import remember_run
 
 LOCK = ".lock"
@@ -54,7 +55,7 @@ class SameFolder(Callback):
             remember_run(self.run_dir)
         # Machines may mount the file system at different paths.
         same = Path(resume or "").parts[-3:] == Path(self.resume or "").parts[-3:]
-        if not trainer.strategy.reduce_boolean_decision(same):
+        if not holds_for_all(same):
             raise UserError(
                 f"the ranks found different checkpoints to resume, rank 0 {resume}; give --resume the path of one that"
                 " all machines see"

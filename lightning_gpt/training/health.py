@@ -15,6 +15,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_gpt.models import GPTModule
+from lightning_gpt.strategies.agreement import holds_for_all
 
 EXIT_CODE = 3
 # Steps over which the mean and variance of the gradient norm are taken, and before which no step is a spike.
@@ -156,7 +157,7 @@ class Health(Callback):
         """Review the last steps, and refuse to save weights or optimizer state that are not finite."""
         assert isinstance(pl_module, GPTModule)
         self._review(trainer)
-        if not trainer.strategy.reduce_boolean_decision(_is_finite(_state(pl_module, trainer)), all=True):
+        if not holds_for_all(_is_finite(_state(pl_module, trainer))):
             raise BadNumbers(f"step {trainer.global_step}: weights or optimizer state are not finite and are not saved")
         checkpoint["callbacks"][self.state_key] = self.state_dict()
 

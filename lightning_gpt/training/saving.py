@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_gpt.atomic import remove
 from lightning_gpt.checkpoint import open_checkpoint
 from lightning_gpt.config import UserError
-from lightning_gpt.strategies.agreement import agreed
+from lightning_gpt.strategies.agreement import agreed, holds_for_all
 from lightning_gpt.strategies.saving import copy_checkpoint
 from lightning_gpt.training.callbacks import warn
 
@@ -120,7 +120,7 @@ class Checkpoints(CheckpointCallback):
         step, before = trainer.global_step, self.best_loss
         validated, loss = self._validated
         # Ranks may round the loss differently.
-        improved = trainer.strategy.reduce_boolean_decision(validated == step and loss < before)
+        improved = holds_for_all(validated == step and loss < before)
         if self._saved == step and not improved:
             return
         self._tried = step
