@@ -15,12 +15,13 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_gpt.bench.report import machine_facts, require_positive, require_writable, spread, write_result
-from lightning_gpt.bench.timing import device_time, train_silently
+from lightning_gpt.bench.timing import train_silently
 from lightning_gpt.cli import parse_train
 from lightning_gpt.config import TrainConfig
 from lightning_gpt.data.tokens.token_files import write_token_files
 from lightning_gpt.implementations.registry import get_implementation
 from lightning_gpt.models import GPTModule
+from lightning_gpt.strategies.devices import device_time
 
 WARMUP_STEPS = 10  # a multiple of the log interval, so that the timed steps include their share of logging
 VOCAB_SIZE = 65

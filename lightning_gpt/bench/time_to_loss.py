@@ -11,10 +11,11 @@ from lightning import Callback, LightningModule, Trainer
 
 from lightning_gpt.bench.curves import Curve, TimeToLoss, Trained, read_result, require_matplotlib
 from lightning_gpt.bench.report import machine_facts, require_positive, require_writable, write_result
-from lightning_gpt.bench.timing import device_time, train_silently
+from lightning_gpt.bench.timing import train_silently
 from lightning_gpt.cli import parse_train
 from lightning_gpt.config import RunOptions, UserError
 from lightning_gpt.models import GPTModule
+from lightning_gpt.strategies.devices import device_time
 
 TRIAL_STEPS = 10
 _EVERY_RUN = "--devices=1 --eval_batches=0 --logger=none --sample_tokens=0 --trainer.enable_progress_bar=false"

@@ -2,20 +2,11 @@
 
 import contextlib
 import os
-import time
 
-import torch
 from lightning import Callback
 
 from lightning_gpt.config import TrainConfig
 from lightning_gpt.training.run import train
-
-
-def device_time(device: torch.device) -> float:
-    """Wait until the device is idle, and return the time of a monotonic clock in seconds."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def train_silently(config: TrainConfig, callback: Callback) -> None:

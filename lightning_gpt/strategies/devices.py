@@ -1,6 +1,7 @@
 """Accelerators, device counts and precisions: the requested ones, checked against the machine."""
 
 import os
+import time
 import warnings
 from dataclasses import dataclass
 
@@ -126,6 +127,13 @@ def _precision(given: str, accelerator: str) -> str:
             f"--precision {given}: {torch.cuda.get_device_name()} has no bfloat16; give --precision {instead}"
         )
     return precision
+
+
+def device_time(device: torch.device) -> float:
+    """Wait until the device is idle, and return the time of a monotonic clock in seconds."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def set_tf32(where: Devices, *, allowed: bool) -> None:

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning_gpt.models import GPTModule
 from lightning_gpt.sampling import complete
 from lightning_gpt.strategies import peak_flops
+from lightning_gpt.strategies.devices import device_time
 from lightning_gpt.tokenizers import Tokenizer
 
 
@@ -138,7 +139,8 @@ class Patience(EarlyStopping):
 class RunMetrics(Callback):
     """Log speed, learning rate, gradient norm, memory and MFU, and print a line for each validation.
 
-    Steps that are not logged do not wait for the device.
+    The mean speed that is printed at the end does not count the first step, which compiles and warms up, and
+    validations. Steps that are not logged do not wait for the device, except the first.
 
     Args:
         tokens_per_step: Tokens per optimizer step over all ranks.
@@ -151,13 +153,14 @@ class RunMetrics(Callback):
         self._peak: float | None = None
         self._since = (0, 0.0)  # step and time of the last log entry or validation
         self._first_step = 0
-        self._training_seconds = 0.0
+        self._first_seconds = 0.0
+        self._steady_steps, self._steady_seconds = 0, 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock, and look up the peak FLOP/s over all devices."""
         peak = peak_flops(pl_module.device, precision=str(trainer.precision))
         self._peak = peak * trainer.world_size if peak else None
-        self._since = (trainer.global_step, time.perf_counter())
+        self._since = (trainer.global_step, device_time(pl_module.device))
         self._first_step = trainer.global_step
 
     def on_train_batch_end(
@@ -165,15 +168,29 @@ class RunMetrics(Callback):
     ) -> None:
         """Log the metrics every ``log_every_n_steps`` optimizer steps."""
         step = trainer.global_step
-        if step % trainer.log_every_n_steps or step == self._since[0]:  # type: ignore[attr-defined]
+        if step == self._since[0]:
             return
-        assert isinstance(pl_module, GPTModule)
-        now = time.perf_counter()
-        self._training_seconds += now - self._since[1]
-        seconds = (now - self._since[1]) / (step - self._since[0])
+        is_first = step == self._first_step + 1
+        if is_first:
+            self._first_seconds = device_time(pl_module.device) - self._since[1]
+        is_logged = step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        if is_logged:
+            self._log(trainer, pl_module, seconds=(time.perf_counter() - self._since[1]) / (step - self._since[0]))
+        if is_first or is_logged:
+            self._lap(step, time.perf_counter())
+
+    def _lap(self, step: int, now: float) -> None:
+        """Count the time since the last lap."""
+        if step > self._first_step + 1:
+            self._steady_steps += step - self._since[0]
+            self._steady_seconds += now - self._since[1]
         self._since = (step, now)
+
+    def _log(self, trainer: Trainer, pl_module: LightningModule, *, seconds: float) -> None:
+        """Log the metrics of a step that took so many seconds."""
+        assert isinstance(pl_module, GPTModule)
         metrics = {
-            "step": float(step),
+            "step": float(trainer.global_step),
             "tokens_per_second": self.tokens_per_step / seconds,
             "step_time_ms": seconds * 1e3,
             "learning_rate": float(trainer.optimizers[0].param_groups[0]["lr"]),
@@ -190,14 +207,13 @@ class RunMetrics(Callback):
         """Stop the clock, so that validation does not count as training time."""
         if trainer.sanity_checking:
             return
-        self._training_seconds += time.perf_counter() - self._since[1]
+        self._lap(trainer.global_step, device_time(pl_module.device))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the mean speed of the run."""
-        steps = trainer.global_step - self._first_step
-        if not trainer.is_global_zero or not steps or not self._training_seconds:
+        if not trainer.is_global_zero or trainer.global_step == self._first_step:
             return
-        seconds = self._training_seconds / steps
+        seconds = self._steady_seconds / self._steady_steps if self._steady_steps else self._first_seconds
         mfu = f"{self._flops_per_step / seconds / self._peak:.1%}" if self._peak else "n/a"
         print(
             f"speed     {self.tokens_per_step / seconds:,.0f} tokens/s, {seconds * 1e3:.1f} ms/step, MFU {mfu},"

@@ -10,15 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning import Trainer
+from lightning import Callback, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import evaluate
+import lightning_gpt
 import sample
 import train
 from lightning_gpt import MinGPT, NanoGPT
+from lightning_gpt.cli import parse_train
 from lightning_gpt.optim.schedule import warmup_cosine
 
 REPO = Path(__file__).parents[2]
@@ -204,3 +206,30 @@ def test_compiled_blocks_train_as_eager_ones(tmp_path: Path, text: str, implemen
         for r in ("eager", "compiled")
     ]
     assert keys[0] == keys[1]
+
+
+class FakeClock(Callback):
+    """A clock by which the first step takes 100 s, any other 1 s, and a validation batch 50 s."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def on_train_batch_start(self, trainer: Trainer, *_: object) -> None:
+        self.now += 1 if trainer.global_step else 100
+
+    def on_validation_batch_start(self, *_: object) -> None:
+        self.now += 50
+
+
+@pytest.mark.parametrize(("steps", "accumulate", "shown"), [(7, 1, 1.0), (7, 3, 3.0), (1, 1, 100.0)])
+def test_printed_speed_counts_steady_steps(steps, accumulate, shown, tmp_path, text, monkeypatch, capsys):
+    clock = FakeClock()
+    for module in ("lightning_gpt.training.callbacks.time", "lightning_gpt.strategies.devices.time"):
+        monkeypatch.setattr(module, clock)
+    flags = ["--data", text, *SIZES, "--sample_tokens=0", "--accelerator=cpu", "--logger=csv", "--log_every_n_steps=3"]
+    flags += [f"--max_steps={steps}", "--eval_interval=2", f"--grad_accum={accumulate}", f"--out_dir={tmp_path}/run"]
+    lightning_gpt.train(parse_train(flags), callbacks=[clock])
+    assert f" tokens/s, {shown * 1000:.1f} ms/step" in capsys.readouterr().out
