@@ -132,6 +132,20 @@ class ReliabilityOptions:
 
 
 @dataclass(frozen=True)
+class GpuOptions:
+    """Steps to run, the time that they may take, and the output file."""
+
+    steps: str | None = None
+    """names of steps, separated by commas (default: all)"""
+    minutes: int = 8
+    """time limit of all steps together"""
+    accelerator: str = "gpu"
+    """gpu, or cpu to try the steps with small models"""
+    json: str | None = None
+    """also write the result to this file, after each step"""
+
+
+@dataclass(frozen=True)
 class Benchmark:
     """A row of the registry.
 
@@ -167,6 +181,7 @@ BENCHMARKS = {
     "time_to_loss": Benchmark(
         TimeToLossOptions, "time_to_loss:measure_time_to_loss", "steps and seconds until nanoGPT's loss is reached"
     ),
+    "gpu": Benchmark(GpuOptions, "gpu:measure_gpu", "whether everything works on this GPU, and how fast"),
     "reliability": Benchmark(
         ReliabilityOptions, "reliability:measure_reliability", "outcome of kills, signals, full disks and damaged files"
     ),

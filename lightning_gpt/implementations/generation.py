@@ -108,7 +108,7 @@ def generate_tokens(
         with torch.no_grad(), _swapped_products(linears, rows=len(rows)):
             logits = next_logits.logits(rows)[:, :vocab_size].float()  # (R, V)
             if seen is not None:
-                logits = penalise(logits, seen[rows].to(device), penalty=settings.repetition_penalty)
+                logits = penalise(logits, _sent(seen[rows], device), penalty=settings.repetition_penalty)
             if uniforms is None:
                 chosen = logits.argmax(-1).tolist()
             else:
@@ -152,8 +152,15 @@ def draw(logits: Tensor, numbers: Tensor) -> Tensor:
     if logits.device.type == "mps":  # no float64 there, and float32 sums over a large vocabulary are too coarse
         logits = logits.cpu()
     sums = logits.softmax(-1, dtype=torch.float64).cumsum(-1)
-    at = numbers.to(sums.device)[:, None] * sums[:, -1:]
+    at = _sent(numbers, sums.device)[:, None] * sums[:, -1:]
     return torch.searchsorted(sums, at, right=True)[:, 0].clamp(max=logits.size(-1) - 1)
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the CPU to a device; the host does not wait for a GPU."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def _uniform_numbers(rows: int, settings: GenerationSettings) -> Tensor:
@@ -262,4 +269,4 @@ class NextLogits:
         return self.cache.last(read(idx, cache=self.cache)[0])[:, 0]
 
     def _tensor(self, values: list[Any]) -> Tensor:
-        return torch.tensor(values, dtype=torch.long, device=self.device)
+        return _sent(torch.tensor(values, dtype=torch.long), self.device)
