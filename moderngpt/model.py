@@ -48,8 +48,18 @@ class GPTConfig:
 
 
 def norm(x: torch.Tensor) -> torch.Tensor:
-    """Divide by the root mean square over the last dimension (Zhang and Sennrich, 2019)."""
-    return F.rms_norm(x, x.shape[-1:], eps=1e-6)
+    """Divide by the root mean square over the last dimension (Zhang and Sennrich, 2019), in the dtype of x.
+
+    Autocast would keep a float32 copy of x for the backward pass; the sums are in float32 anyway.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        return F.rms_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def lowered(x: torch.Tensor) -> torch.Tensor:
+    """Return x in autocast's dtype, so that the layers that read it share one copy."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def shift_right(x: torch.Tensor, *, fill: int, cache: Any = None) -> torch.Tensor:
@@ -145,7 +155,8 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (B, T, C) to (B, T, C)."""
-        return self.c_proj(F.relu(self.c_fc(x)).square())
+        x = F.relu(self.c_fc(x))  # (B, T, 4C)
+        return self.c_proj(x * x)  # autocast would compute square() in float32
 
 
 class Block(nn.Module):
@@ -162,7 +173,7 @@ class Block(nn.Module):
         self, x: torch.Tensor, cos_sin: torch.Tensor, mask: torch.Tensor | None = None, cache: Any = None
     ) -> torch.Tensor:
         """Map (B, T, C) to (B, T, C); see CausalSelfAttention."""
-        x = x + self.dropout(self.attn(norm(x), cos_sin, mask, cache))
+        x = x + self.dropout(self.attn(lowered(norm(x)), cos_sin, mask, cache))
         return x + self.dropout(self.mlp(norm(x)))
 
 

@@ -25,7 +25,7 @@ from lightning_gpt.implementations.compilation import CompileArguments, compile_
 
 LOSSES = ("auto", "chunked", "full")
 LARGE_VOCABULARY = 8192  # below it, all logits take less memory than a block's activations
-_CHUNK_BYTES = 128 * 2**20  # of the float32 logits of a chunk
+_CHUNK_BYTES = 96 * 2**20  # of the float32 logits of a chunk
 
 
 def accepts_head_loss(model: nn.Module) -> bool:
