@@ -26,8 +26,19 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("trust", "atomic", "config"),
     },
     "bench": {
-        *("training", "cli", "checkpoint", "models", "data", "optim", "strategies", "tokenizers", "implementations"),
-        *("atomic", "config"),
+        *(
+            "training",
+            "sampling",
+            "cli",
+            "checkpoint",
+            "models",
+            "data",
+            "optim",
+            "strategies",
+            "tokenizers",
+            "implementations",
+        ),
+        *("checksums", "atomic", "config"),
     },
     "training": {
         *("sampling", "planning", "checkpoint", "models", "data", "optim", "strategies", "tokenizers"),

@@ -16,23 +16,28 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning import Callback, Trainer
 from torch import Tensor, nn
 
+from lightning_gpt.bench.gpu_runs import (
+    accelerator_of,
+    device_flags,
+    gibibytes,
+    large_model,
+    median_seconds,
+    printed_by_training,
+    write_text,
+)
 from lightning_gpt.bench.tax import measure_tax
 from lightning_gpt.checkpoint import load, open_checkpoint
 from lightning_gpt.checksums import verify_checksums
-from lightning_gpt.cli import parse_sample, parse_train
-from lightning_gpt.config import UserError
-from lightning_gpt.data.tokens.token_files import write_token_files
+from lightning_gpt.cli import parse_sample
 from lightning_gpt.implementations.generation import GenerationSettings
 from lightning_gpt.implementations.registry import get_implementation, refused_by
 from lightning_gpt.models import GPTModule
 from lightning_gpt.sampling import write_samples
 from lightning_gpt.strategies.devices import device_time
-from lightning_gpt.training.run import train
 
 _TINY = (
     "--n_layer=2 --n_head=2 --n_embd=64 --block_size=32 --batch_size=4 --eval_batches=2 --eval_interval=10"
@@ -40,7 +45,6 @@ _TINY = (
 ).split()
 _UNLOGGED_STEP = 13  # neither logged nor validated nor saved
 _LOSS_AFTER_200_STEPS = 2.7  # of the standard library's text; 4.6 is the loss of a guess
-_TEXT = "".join(f"{n} green bottles hanging on the wall, and if {n} should fall\n" for n in range(400))
 
 
 @dataclass(frozen=True)
@@ -160,16 +164,16 @@ def _loss_and_gradients(
 
 def _optimizers(device: torch.device) -> Found:
     """Compare the losses of five steps from the same weights with those of the CPU, in float32."""
-    text = _write_text()
+    text = write_text()
     start = [*_TINY, f"--data={text}", "--sample_tokens=0", "--precision=32-true", "--tf32=false", "--dropout=0"]
     start += ["--implementation=nanogpt"]
-    _train([*start, "--max_steps=1", "--accelerator=cpu", "--out_dir=start"])
+    printed_by_training([*start, "--max_steps=1", "--accelerator=cpu", "--out_dir=start"])
     for optimizer in ("adamw", "muon"):
         losses: list[float] = []
         for where in (torch.device("cpu"), device):
             flags = [*start, "--init_from=start", f"--optimizer={optimizer}", "--max_steps=5", "--log_every_n_steps=1"]
             out = f"--out_dir={optimizer}-{len(losses)}"
-            printed = _train([*flags, *_on(where), out, "--eval_interval=5", "--overwrite"])
+            printed = printed_by_training([*flags, *device_flags(where), out, "--eval_interval=5", "--overwrite"])
             losses.append(float(re.findall(r"step 5: .*val_loss ([\d.]+|nan)", printed)[-1]))
         off = abs(losses[1] / losses[0] - 1)
         yield f"{optimizer}, loss after 5 steps", f"{losses[1]:.4f}, CPU {losses[0]:.4f}", "1e-2", off <= 1e-2
@@ -203,20 +207,20 @@ def _whole(device: torch.device, *, strategy: str) -> Found:
     if strategy.startswith("deepspeed") and find_spec("deepspeed") is None:
         yield strategy, "DeepSpeed is not installed", "", None
         return
-    text = _write_text()
+    text = write_text()
     for precision in ("32", "bf16", "16") if device.type == "cuda" else ("32", "bf16"):
         if strategy.startswith("deepspeed") and precision == "16" and device.type == "cpu":
             continue
         run, count = f"run-{precision}", SyncCount()
         flags = [*_TINY, f"--data={text}", f"--out_dir={run}", f"--strategy={strategy}", f"--precision={precision}"]
-        flags += ["--implementation=nanogpt", *_on(device)]
+        flags += ["--implementation=nanogpt", *device_flags(device)]
         name = f"{strategy}, {precision}"
         try:
-            printed = _train(flags, callback=count)
-            printed += _train([f"--resume={run}", "--max_steps=24"])
+            printed = printed_by_training(flags, callback=count)
+            printed += printed_by_training([f"--resume={run}", "--max_steps=24"])
             options = [f"--checkpoint={run}", "--prompt=bottles", "--max_new_tokens=8"]
             with contextlib.redirect_stderr(io.StringIO()):
-                write_samples(parse_sample([*options, f"--accelerator={_accelerator(device)}"]), out=io.StringIO())
+                write_samples(parse_sample([*options, f"--accelerator={accelerator_of(device)}"]), out=io.StringIO())
         except (Exception, SystemExit) as error:
             yield name, f"{type(error).__name__}: {error}".replace("\n", " ")[:200], "works", False
             continue
@@ -229,15 +233,21 @@ def _whole(device: torch.device, *, strategy: str) -> Found:
 
 def _speed(device: torch.device, *, implementation: str, compiled: bool) -> Found:
     """Train the 124M size on 16 x 1024 tokens in bf16: speed, MFU, and peak memory beside the plan."""
-    flags = [*_large(device), f"--implementation={implementation}", *_on(device), "--precision=bf16", "--logger=none"]
+    flags = [
+        *large_model(device),
+        f"--implementation={implementation}",
+        *device_flags(device),
+        "--precision=bf16",
+        "--logger=none",
+    ]
     flags += ["--sample_tokens=0", "--max_steps=30", "--eval_interval=30", "--eval_batches=1", "--log_every_n_steps=10"]
     flags += ["--compile"] * compiled
-    planned = _gib(_train([*flags, "--dry_run"]), r"peak +([\d.,]+) (MiB|GiB) per device")
-    printed = _train([*flags, "--out_dir=run"])
+    planned = gibibytes(printed_by_training([*flags, "--dry_run"]), r"peak +([\d.,]+) (MiB|GiB) per device")
+    printed = printed_by_training([*flags, "--out_dir=run"])
     name = f"{implementation}{', compiled' if compiled else ''}"
     yield name, " ".join(re.findall(r"speed +(.*MFU \S+),", printed)), "", None
     if device.type == "cuda":
-        peak = _gib(printed, r"peak memory ([\d.,]+) (MiB|GiB)")
+        peak = gibibytes(printed, r"peak memory ([\d.,]+) (MiB|GiB)")
         value, off = f"{peak:.2f} GiB, planned {planned:.2f}", planned / peak - 1
         yield f"{name}, peak memory", value, "within 5 %", abs(off) <= 0.05
 
@@ -258,7 +268,7 @@ def _kernels(device: torch.device) -> Found:
     times = {}
     for setting in ("highest", "high"):
         torch.set_float32_matmul_precision(setting)
-        times[setting] = _seconds(lambda: a @ a, device)
+        times[setting] = median_seconds(lambda: a @ a, device)
     yield "TF32, speed of a product", f"{times['highest'] / times['high']:.2f} times", "", None
     sizes = {"n_layer": 4, "n_head": 6, "n_embd": 384, "vocab_size": 101}
     sizes |= {"block_size": 1024 if device.type == "cuda" else 32}
@@ -276,7 +286,7 @@ def _kernels(device: torch.device) -> Found:
                 with torch.autocast(device.type, dtype=torch.bfloat16):
                     model(tokens[:, :-1], tokens[:, 1:])[1].backward()
 
-            seconds.append(_seconds(step, device))
+            seconds.append(median_seconds(step, device))
         else:
             yield f"{name}, {fields}", f"{seconds[1] / seconds[0]:.2f} times the plain step", "", None
 
@@ -321,8 +331,14 @@ def _checkpoints(device: torch.device) -> Found:
             trainer.save_checkpoint("again.ckpt")
             seconds.append(time.perf_counter() - start)
 
-    flags = [*_large(device), *_on(device), "--implementation=nanogpt", "--logger=none", "--sample_tokens=0"]
-    _train([*flags, "--max_steps=1", "--eval_batches=1", "--out_dir=run"], callback=Save())
+    flags = [
+        *large_model(device),
+        *device_flags(device),
+        "--implementation=nanogpt",
+        "--logger=none",
+        "--sample_tokens=0",
+    ]
+    printed_by_training([*flags, "--max_steps=1", "--eval_batches=1", "--out_dir=run"], callback=Save())
     file = Path("again.ckpt")
     yield "save", f"{seconds[0]:.2f} s, {file.stat().st_size / 2**30:.2f} GiB", "", None
     start = time.perf_counter()
@@ -339,69 +355,11 @@ def _learning(device: torch.device) -> Found:
     """Train 200 steps on the standard library's text."""
     steps, most = (200, _LOSS_AFTER_200_STEPS) if device.type == "cuda" else (2, 9.0)
     flags = ["--n_layer=4", "--n_head=4", "--n_embd=128", "--block_size=64", "--batch_size=64", "--sample_tokens=0"]
-    printed = _train([*flags, *_on(device), f"--max_steps={steps}", "--eval_batches=20", "--out_dir=run"])
+    printed = printed_by_training(
+        [*flags, *device_flags(device), f"--max_steps={steps}", "--eval_batches=20", "--out_dir=run"]
+    )
     loss = float(re.findall(r"val_loss (\S+)", printed)[-1])
     yield f"loss after {steps} steps", f"{loss:.4f}", f"below {most}", loss < most
-
-
-# Helpers
-
-
-def _on(device: torch.device) -> list[str]:
-    return [f"--accelerator={_accelerator(device)}", "--devices=1"]
-
-
-def _accelerator(device: torch.device) -> str:
-    return "gpu" if device.type == "cuda" else "cpu"
-
-
-def _write_text() -> Path:
-    Path("text.txt").write_text(_TEXT, encoding="ascii")
-    return Path("text.txt")
-
-
-def _large(device: torch.device) -> list[str]:
-    """Return the flags of the 124M size, or of a small one on a CPU, with random tokens."""
-    vocab_size = 50304 if device.type == "cuda" else 101
-    tokens = np.random.default_rng(0).integers(0, vocab_size, 300_000, dtype=np.uint16)
-    train_tokens, val_tokens = np.split(tokens, [200_000])
-    write_token_files(
-        Path("tokens"), train=train_tokens, val=val_tokens, tokenizer=None, vocab_size=vocab_size, source="random"
-    )
-    sizes = ["--n_layer=12", "--n_head=12", "--n_embd=768", "--block_size=1024", "--batch_size=16"]
-    if device.type == "cpu":
-        sizes = ["--n_layer=1", "--n_head=1", "--n_embd=16", "--block_size=32", "--batch_size=2"]
-    return [*sizes, "--data=tokens", "--trainer.enable_progress_bar=false"]
-
-
-def _train(flags: list[str], *, callback: Callback | None = None) -> str:
-    """Train, and return what was printed to stdout.
-
-    Raises:
-        UserError: The run was refused.
-    """
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        train(parse_train(flags), callbacks=[callback] if callback else [])
-    return printed.getvalue()
-
-
-def _gib(printed: str, pattern: str) -> float:
-    found = re.search(pattern, printed)
-    if found is None:
-        raise UserError(f"nothing like {pattern!r} was printed")
-    return float(found[1].replace(",", "")) / (1024 if found[2] == "MiB" else 1)
-
-
-def _seconds(function: Callable[[], object], device: torch.device, *, repeats: int = 10) -> float:
-    """Return the median time of a call, after two calls to warm up."""
-    times = []
-    for number in range(repeats + 2):
-        start = device_time(device)
-        function()
-        if number > 1:
-            times.append(device_time(device) - start)
-    return statistics.median(times)
 
 
 _STRATEGIES = ("auto", "ddp", "fsdp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
