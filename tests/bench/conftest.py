@@ -4,14 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from lightning_gpt.bench import timing
+from lightning_gpt.strategies import devices
 
 
 @pytest.fixture
 def takes(monkeypatch):
     """Stop the clock of timed runs; return a function that makes each call of a method advance it by some seconds."""
     now = SimpleNamespace(seconds=0.0)
-    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
+    monkeypatch.setattr(devices, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
 
     def advance(cls, method, seconds):
         original = getattr(cls, method)
