@@ -22,6 +22,19 @@ ALIASES = {
     "from_file": "--from",
     "gradient_clip_val": "--grad_clip",
 }
+# Flags of nanoGPT and Hugging Face that have another name here.
+_NAMES_ELSEWHERE = {
+    "dataset": "data",
+    "device": "accelerator",
+    "dtype": "precision",
+    "eval_iters": "eval_batches",
+    "gradient_accumulation_steps": "accumulate_grad_batches",
+    "lr": "learning_rate",
+    "lr_decay_iters": "lr_decay_steps",
+    "max_iters": "max_steps",
+    "min_lr": "min_learning_rate",
+    "warmup_iters": "warmup_steps",
+}
 
 _load_value = get_loader("yaml")
 
@@ -79,9 +92,12 @@ class Parser(ArgumentParser):
 
 
 def suggestion(wrong: str, choices: Sequence[str]) -> str:
-    """Return " (did you mean X?)" with the choice nearest to a misspelt one, or an empty string."""
-    near = difflib.get_close_matches(wrong, choices, n=1, cutoff=0.5)
-    return f" (did you mean {near[0]}?)" if near else ""
+    """Return " (did you mean X?)" for a flag that is misspelt or has another name here, or an empty string."""
+    elsewhere = f"--{_NAMES_ELSEWHERE.get(wrong.removeprefix('--'))}"
+    names = {choice.removeprefix("--"): choice for choice in choices}
+    near = difflib.get_close_matches(wrong.removeprefix("--"), names, n=1, cutoff=0.75)
+    meant = elsewhere if elsewhere in choices else names[near[0]] if near else None
+    return f" (did you mean {meant}?)" if meant else ""
 
 
 def load_yaml(path: str) -> dict[str, Any]:

@@ -102,7 +102,7 @@ STRATEGIES: dict[str, StrategyRow] = {
         _zero("deepspeed_stage_2", rules=Zero(stage=2)),
         _zero("deepspeed_stage_3", rules=Zero(stage=3)),
         _zero("deepspeed_stage_2_offload", rules=Zero(stage=2, offload=True)),
-        _zero("deepspeed_stage_3_offload", rules=Zero(stage=3, offload=True)),
+        _zero("deepspeed_stage_3_offload", rules=Zero(stage=3, offload=True, offload_weights=True)),
     )
 }
 ALIASES = {"deepspeed": "deepspeed_stage_2", "fsdp_native": "fsdp"}

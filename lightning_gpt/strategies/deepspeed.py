@@ -224,5 +224,9 @@ def zero_rules(config: dict[str, Any]) -> Zero:
                     f"--deepspeed_config: zero_optimization.{key} is {json.dumps(zero[key])}; give a number"
                 )
             given[field] = int(zero[key])
-    offload = zero.get("offload_optimizer", {}).get("device", "none") != "none"
-    return Zero(stage=stage, offload=offload, buckets=2 if overlaps else 1, **given)
+    offload, weights_too = (
+        zero.get(name, {}).get("device", "none") != "none" for name in ("offload_optimizer", "offload_param")
+    )
+    return Zero(
+        stage=stage, offload=offload, offload_weights=weights_too and stage == 3, buckets=2 if overlaps else 1, **given
+    )

@@ -215,7 +215,8 @@ class Zero(MemoryRules):
 
     Attributes:
         stage: 1 shards the optimizer state, 2 also the gradients, 3 also the weights.
-        offload: Whether optimizer state and master weights, in stage 3 also the weights, are in the host's memory.
+        offload: Whether optimizer state, master weights and gradients are in the host's memory.
+        offload_weights: Whether the shards of the weights are, too; stage 3 only.
         bucket: Gradient elements that are reduced together (``reduce_bucket_size``).
         buckets: Number of such buffers: two under ``overlap_comm`` in stages 1 and 2.
         prefetch: Elements that stage 3 gathers ahead (``stage3_prefetch_bucket_size``).
@@ -225,6 +226,7 @@ class Zero(MemoryRules):
 
     stage: int
     offload: bool = False
+    offload_weights: bool = False
     bucket: int = 200_000_000
     buckets: int = 2
     prefetch: int = 50_000_000
@@ -311,11 +313,13 @@ class Zero(MemoryRules):
         forward = live + ahead + max(m.activations for m in trace.forward)
         again = ahead if divided > self.live else 0  # not all weights stay gathered for the backward pass
         backward = live + again + max(m.activations for m in trace.backward)
-        device, host = bucket + whole, shards + master + moments + gradients
-        device, host = (device, host + float32_gradients) if self.offload else (device + host, 0)
+        state = master + moments + gradients
+        device, host = (0, state + float32_gradients) if self.offload else (state, 0)
+        device, host = (device, host + shards) if self.offload_weights else (device + shards, host)
+        device += bucket + whole
         step = 0 if self.offload else float32_gradients
         return Memory(
-            weights=whole + (0 if self.offload else shards),
+            weights=whole + (0 if self.offload_weights else shards),
             gradients=0 if self.offload else gradients,
             optimizer=0 if self.offload else master + moments,
             activations=trace.activations,

@@ -16,6 +16,7 @@ from lightning_gpt.config import TrainerOptions, UserError
 from lightning_gpt.models import FORMS, GPTModule
 from lightning_gpt.planning import Plan, flops_per_token, plan
 from lightning_gpt.strategies import STRATEGIES, device_arguments
+from lightning_gpt.strategies.deepspeed import zero_rules
 from lightning_gpt.strategies.memory import MemoryRules
 from tests.launching import run_python
 
@@ -169,6 +170,20 @@ def test_offloading_moves_the_optimizer_to_the_host():
     assert here.host == 0 and here.memory.optimizer > 0
     assert offloaded.memory.optimizer == 0 and offloaded.host > 4 * here.memory.optimizer
     assert "host" in offloaded.table() and "host" not in here.table()
+
+
+def test_offloading_the_optimizer_alone_leaves_the_weights_on_the_device():
+    def planned(**zero):
+        config = {"zero_optimization": {"stage": 3} | {name: {"device": "cpu"} for name in zero}}
+        return _plan(Case(strategy="deepspeed_stage_3"), rules=zero_rules(config))
+
+    here, optimizer = planned(), planned(offload_optimizer=True)
+    weights, both = planned(offload_param=True), planned(offload_optimizer=True, offload_param=True)
+    assert optimizer.memory.weights == here.memory.weights > both.memory.weights == weights.memory.weights
+    assert weights.memory.optimizer == here.memory.optimizer > both.memory.optimizer == optimizer.memory.optimizer == 0
+    shards = here.memory.weights - both.memory.weights
+    assert both.host - optimizer.host == weights.host == 2 * shards  # two ranks
+    assert optimizer.memory.peak - both.memory.peak == shards
 
 
 def test_table_lists_all_parts_and_its_source():
