@@ -245,7 +245,7 @@ def _speed(device: torch.device, *, implementation: str, compiled: bool) -> Foun
     planned = gibibytes(printed_by_training([*flags, "--dry_run"]), r"peak +([\d.,]+) (MiB|GiB) per device")
     printed = printed_by_training([*flags, "--out_dir=run"])
     name = f"{implementation}{', compiled' if compiled else ''}"
-    yield name, " ".join(re.findall(r"speed +(.*MFU \S+),", printed)), "", None
+    yield name, " ".join(re.findall(r"speed +(.*), peak memory", printed)), "", None
     if device.type == "cuda":
         peak = gibibytes(printed, r"peak memory ([\d.,]+) (MiB|GiB)")
         value, off = f"{peak:.2f} GiB, planned {planned:.2f}", planned / peak - 1

@@ -214,9 +214,9 @@ class RunMetrics(Callback):
         if not trainer.is_global_zero or trainer.global_step == self._first_step:
             return
         seconds = self._steady_seconds / self._steady_steps if self._steady_steps else self._first_seconds
-        mfu = f"{self._flops_per_step / seconds / self._peak:.1%}" if self._peak else "n/a"
+        mfu = f" MFU {self._flops_per_step / seconds / self._peak:.1%}," if self._peak else ""
         print(
-            f"speed     {self.tokens_per_step / seconds:,.0f} tokens/s, {seconds * 1e3:.1f} ms/step, MFU {mfu},"
+            f"speed     {self.tokens_per_step / seconds:,.0f} tokens/s, {seconds * 1e3:.1f} ms/step,{mfu}"
             f" peak memory {_peak_memory(pl_module.device) / 2**20:,.0f} MiB"
         )
 

@@ -97,7 +97,7 @@ def test_run_learns_logs_saves_evaluates_and_samples(
     train.main([*flags, "--out_dir", str(run), "--prompt", "the", "--sample_tokens", "20"])
     out = capsys.readouterr().out
     assert "model     mingpt 1/2/16, block 8" in out and "--- sample ---\nthe" in out
-    assert "\nspeed     " in out and ("MFU n/a" in out or torch.cuda.is_available())
+    assert "\nspeed     " in out and "MFU" not in out  # the peak of a CPU is unknown
     assert f"python sample.py --checkpoint {run}" in out
     learnt = column(run, "train_loss")
     assert list(learnt) == list(range(5, 61, 5)) and learnt[60] < learnt[5] - 0.5
