@@ -93,11 +93,10 @@ class Parser(ArgumentParser):
 
 def suggestion(wrong: str, choices: Sequence[str]) -> str:
     """Return " (did you mean X?)" for a flag that is misspelt or has another name here, or an empty string."""
-    elsewhere = f"--{_NAMES_ELSEWHERE.get(wrong.removeprefix('--'))}"
-    names = {choice.removeprefix("--"): choice for choice in choices}
-    near = difflib.get_close_matches(wrong.removeprefix("--"), names, n=1, cutoff=0.75)
-    meant = elsewhere if elsewhere in choices else names[near[0]] if near else None
-    return f" (did you mean {meant}?)" if meant else ""
+    name = wrong.removeprefix("--")
+    names = [choice.removeprefix("--") for choice in choices if choice.startswith("--")]
+    near = difflib.get_close_matches(_NAMES_ELSEWHERE.get(name, name), names, n=1, cutoff=0.75)
+    return f" (did you mean --{near[0]}?)" if near else ""
 
 
 def load_yaml(path: str) -> dict[str, Any]:
