@@ -76,7 +76,13 @@ def _deepspeed(devices: Devices, **settings: Any) -> "Strategy":
 def _zero(name: str, *, rules: Zero, config: dict[str, Any] | None = None) -> StrategyRow:
     return StrategyRow(
         name=name,
-        build=partial(_deepspeed, stage=rules.stage, offload=rules.offload, config=config),
+        build=partial(
+            _deepspeed,
+            stage=rules.stage,
+            offload=rules.offload,
+            offload_weights=rules.offload_weights,
+            config=config,
+        ),
         memory=rules,
         form="deepspeed",
         form_options={"offload": rules.offload, "fused_adam": not rules.offload},

@@ -86,14 +86,15 @@ class DeepSpeed(WholeFolders, DeepSpeedStrategy):
 
 
 def build_deepspeed(
-    *, accelerator: str, stage: int = 2, offload: bool = False, config: dict[str, Any] | None = None
+    *, accelerator: str, stage: int, offload: bool, offload_weights: bool, config: dict[str, Any] | None = None
 ) -> DDPStrategy:
     """Return a ZeRO strategy.
 
     Args:
         accelerator: "cpu", or an accelerator of Lightning with GPUs.
         stage: 1 shards the optimizer state, 2 also the gradients, 3 also the parameters.
-        offload: Whether to keep the optimizer state, and in stage 3 the parameters, in the host's memory.
+        offload: Whether to keep the optimizer state in the host's memory.
+        offload_weights: Whether to keep the parameters there, too; stage 3 only.
         config: A complete DeepSpeed configuration, which includes the stage.
 
     Raises:
@@ -107,14 +108,13 @@ def build_deepspeed(
     if config is not None:
         _check_zero(config["zero_optimization"])
         return DeepSpeed(config=config, logging_level=logging.ERROR)
-    parameters_too = offload and stage == 3
     return DeepSpeed(
         stage=stage,
         logging_batch_size_per_gpu=1,  # for DeepSpeed's own timers, which are off
         offload_optimizer=offload,
-        offload_parameters=parameters_too,
+        offload_parameters=offload_weights,
         # Where zero.Init puts the shards.
-        remote_device="cpu" if parameters_too else None,
+        remote_device="cpu" if offload_weights else None,
         logging_level=logging.ERROR,
     )
 
