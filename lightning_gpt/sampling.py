@@ -13,7 +13,8 @@ from typing import TextIO
 import numpy as np
 
 from lightning_gpt.checkpoint import ensure_canonical, find_checkpoint
-from lightning_gpt.config import SampleOptions, TrainerOptions, UserError
+from lightning_gpt.config import TrainerOptions, UserError
+from lightning_gpt.config.commands import SampleOptions
 from lightning_gpt.implementations.generation import GenerationSettings
 from lightning_gpt.models import GPTModule
 from lightning_gpt.strategies import find_devices

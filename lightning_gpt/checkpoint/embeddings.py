@@ -12,7 +12,8 @@ from lightning_gpt.checkpoint import find_checkpoint, open_checkpoint
 from lightning_gpt.checkpoint.base import empty_model
 from lightning_gpt.checkpoint.read.canonical import read_layout, read_tensor
 from lightning_gpt.checkpoint.write.canonical import write_tensors
-from lightning_gpt.config import EmbeddingsOptions, UserError
+from lightning_gpt.config import UserError
+from lightning_gpt.config.commands import EmbeddingsOptions
 from lightning_gpt.implementations.registry import token_embedding_name
 
 # Names of the token embeddings in a file with several tensors.

@@ -24,17 +24,14 @@ from lightning_gpt.cli.start import CAN_NAME_CODE, find_start
 from lightning_gpt.config import (
     SIZES,
     DataOptions,
-    EmbeddingsOptions,
-    EvaluateOptions,
     ModelOptions,
     OptimOptions,
-    PrepareOptions,
     RunOptions,
-    SampleOptions,
     TrainConfig,
     TrainerOptions,
     UserError,
 )
+from lightning_gpt.config.commands import EmbeddingsOptions, EvaluateOptions, PrepareOptions, SampleOptions
 from lightning_gpt.data.tasks import find_task
 from lightning_gpt.implementations.registry import flag_options, get_implementation
 from lightning_gpt.optim.registry import optimizer_options

@@ -25,7 +25,8 @@ from lightning_gpt.checkpoint.initial import fitted_vocabulary
 from lightning_gpt.checkpoint.resume import restore_weights
 from lightning_gpt.checkpoint.write.canonical import one_at_a_time
 from lightning_gpt.checkpoint.write.export import FORMATS, export
-from lightning_gpt.config import EvaluateOptions, TrainerOptions, UserError
+from lightning_gpt.config import TrainerOptions, UserError
+from lightning_gpt.config.commands import EvaluateOptions
 from lightning_gpt.data.loading import Source, TokenData
 from lightning_gpt.data.tasks import find_task, is_own_task
 from lightning_gpt.data.tokens.preparation import prepare

@@ -12,7 +12,8 @@ import yaml
 import train
 from lightning_gpt import NanoGPT
 from lightning_gpt.cli import parse_evaluate, parse_sample, parse_train
-from lightning_gpt.config import EvaluateOptions, SampleOptions, UserError
+from lightning_gpt.config import UserError
+from lightning_gpt.config.commands import EvaluateOptions, SampleOptions
 from lightning_gpt.optim.registry import OPTIMIZERS, OptimizerRow, get_optimizer
 from lightning_gpt.options import PositiveFloat
 from lightning_gpt.strategies import device_arguments

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_gpt.atomic import locked
-from lightning_gpt.config import PrepareOptions, UserError, cache_root
+from lightning_gpt.config import UserError, cache_root
+from lightning_gpt.config.commands import PrepareOptions
 from lightning_gpt.data.text.corpora import Corpus, find_corpus, load_corpus
 from lightning_gpt.data.text.sets import NAMED_SETS, NamedSet
 from lightning_gpt.data.tokens.encoding import LIMIT_BYTES
