@@ -23,7 +23,7 @@ HEAVY |= {"lm_eval", "matplotlib"}
 MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": {
         *("training", "sampling", "checkpoint", "models", "data", "strategies", "tokenizers", "implementations"),
-        *("trust", "atomic", "config"),
+        *("trust", "charts", "atomic", "config"),
     },
     "bench": {
         *(
@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
             "tokenizers",
             "implementations",
         ),
-        *("checksums", "atomic", "config"),
+        *("checksums", "charts", "atomic", "config"),
     },
     "training": {
         *("sampling", "planning", "checkpoint", "models", "data", "optim", "strategies", "tokenizers"),
@@ -62,6 +62,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checksums": {"atomic", "config"},
     "trust": {"atomic", "config"},
     "parsing": {"config"},
+    "charts": {"atomic", "config"},
     "config": {"options"},
     "options": set(),
     "atomic": set(),

@@ -1,11 +1,9 @@
 """Validation curves: when they reach a target loss, as a table, JSON and picture."""
 
-import importlib.util
 import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -150,11 +148,10 @@ class TimeToLoss:
             ]
         )
 
-    def draw(self, file: str) -> None:
-        """Draw validation loss over seconds and over steps, with a band over the seeds, into a PNG file."""
+    def draw(self) -> Any:
+        """Return a matplotlib figure of validation loss over seconds and over steps, with a band over the seeds."""
         from matplotlib.figure import Figure
         from matplotlib.ticker import LogLocator
-        from PIL import Image
 
         figure = Figure(figsize=(10, 4.4), dpi=100, layout="constrained")
         axes = figure.subplots(1, 2, sharey=True)
@@ -173,10 +170,7 @@ class TimeToLoss:
             axis.grid(linewidth=0.4, alpha=0.5)
         axes[0].set_ylabel("validation loss, nats per token")
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-        picture = BytesIO()
-        figure.savefig(picture, format="png")
-        # A palette cuts the file size to a quarter.
-        Image.open(picture).convert("RGB").quantize(128).save(file, format="PNG", optimize=True)
+        return figure
 
 
 def _mean_and_spread(values: Sequence[float]) -> dict[str, float] | None:
@@ -211,13 +205,3 @@ def read_result(file: str) -> TimeToLoss:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"--from {file}: not a result of time_to_loss; give a file that --json wrote") from error
     return TimeToLoss(**head, rows=rows)
-
-
-def require_matplotlib() -> None:
-    """Check that curves can be drawn, before anything is measured.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("--plot: needs matplotlib; pip install -r requirements/bench.txt")

@@ -102,7 +102,7 @@ class TimeToLossOptions:
     json: str | None = None
     """also write the result, with its curves, to this file"""
     plot: str | None = None
-    """also draw the curves into this PNG file"""
+    """also draw the curves into this file, .png or .svg"""
     from_file: str | None = None
     """show an earlier result, written by --json, instead of training (also --from)"""
 

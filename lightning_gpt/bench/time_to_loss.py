@@ -4,14 +4,16 @@ import gc
 import sys
 import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from lightning_gpt.bench.curves import Curve, TimeToLoss, Trained, read_result, require_matplotlib
+from lightning_gpt.bench.curves import Curve, TimeToLoss, Trained, read_result
 from lightning_gpt.bench.report import machine_facts, require_positive, require_writable, write_result
 from lightning_gpt.bench.timing import train_silently
+from lightning_gpt.charts import require_chart, save_chart
 from lightning_gpt.cli import parse_train
 from lightning_gpt.config import RunOptions, UserError
 from lightning_gpt.models import GPTModule
@@ -180,10 +182,9 @@ def measure_time_to_loss(
     if recipe not in RECIPES:
         raise UserError(f"--recipe {recipe}: unknown; choose one of {', '.join(RECIPES)}")
     selected = _select(recipe, rows=rows, steps=steps)
-    for flag, file in (("json", json), ("plot", plot)):
-        require_writable(file, flag=flag)
+    require_writable(json)
     if plot:
-        require_matplotlib()
+        require_chart(plot)
     if from_file:
         result = read_result(from_file)
     else:
@@ -192,7 +193,7 @@ def measure_time_to_loss(
         result = _measure(" ".join(command), recipe, selected, data=data, seeds=seeds, threads=threads, json=json)
     write_result(json, result.to_dict())
     if plot:
-        result.draw(plot)
+        save_chart(result.draw(), Path(plot))
     return result
 
 

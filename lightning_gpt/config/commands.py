@@ -47,6 +47,8 @@ class EvaluateOptions:
     """16, bf16, 32, or a precision of Lightning"""
     json: str | None = None
     """also write the result to this file, as a list for several checkpoints"""
+    plot: str | None = None
+    """also draw the scores into this file, .png or .svg"""
     convert_only: bool | str = False
     """only convert the checkpoint to the canonical form, with its optimizer state; pt also writes model.pt"""
     export: str | None = None

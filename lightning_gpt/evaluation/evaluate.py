@@ -13,6 +13,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
+from lightning_gpt.charts import require_chart, save_chart
 from lightning_gpt.checkpoint import (
     Checkpoint,
     canonical_folder,
@@ -31,6 +32,7 @@ from lightning_gpt.data.loading import Source, TokenData
 from lightning_gpt.data.tasks import find_task, is_own_task
 from lightning_gpt.data.tokens.preparation import prepare
 from lightning_gpt.data.tokens.token_files import TokenFiles, is_token_folder
+from lightning_gpt.evaluation.chart import draw
 from lightning_gpt.evaluation.lm_eval import TokenScorer, adapter, harness
 from lightning_gpt.evaluation.report import HarnessScore, Report, Score
 from lightning_gpt.models import FORMS, GPTModule
@@ -79,6 +81,10 @@ def rewrite(options: EvaluateOptions) -> Path | None:
         raise UserError(f"--export {options.export} is unknown; choose one of {', '.join(FORMATS)}")
     if str(options.convert_only).lower() not in ("false", "true", "pt"):
         raise UserError(f"--convert_only {options.convert_only} is unknown; give it alone, or as --convert_only pt")
+    if options.plot:
+        raise UserError(
+            f"--plot {options.plot} draws scores, which --convert_only and --export do not compute; leave it out"
+        )
     names = _checkpoint_names(options)
     if len(names) > 1:
         raise UserError(f"--convert_only and --export write one checkpoint; give one of {', '.join(names)}")
@@ -105,6 +111,8 @@ def evaluate(options: EvaluateOptions) -> Report | None:
     """
     if options.json:
         _require_writable(Path(options.json))
+    if options.plot:
+        require_chart(options.plot)
     quiet_lightning()
     where = TrainerOptions(
         strategy=options.strategy,
@@ -132,6 +140,8 @@ def evaluate(options: EvaluateOptions) -> Report | None:
         return None
     if options.json:
         report.save(Path(options.json))
+    if options.plot:
+        save_chart(draw(report), Path(options.plot))
     return report
 
 

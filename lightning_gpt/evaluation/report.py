@@ -106,13 +106,17 @@ class Report:
     scores: Sequence[Score | HarnessScore]
     notes: Sequence[str] = ()
 
+    def names(self) -> list[str]:
+        """Return the paths of the checkpoints, without the folder that they share."""
+        return _without_common_folder([score.checkpoint for score in self.scores])
+
     def text(self) -> str:
         """Return a line for each value of a single checkpoint, or a table of several with notes below it."""
         if len(self.scores) == 1:
             values = self.scores[0].lines()
             width = max(13, *map(len, values)) + 1
             return "\n".join(f"{name:{width}}{_format(value)}" for name, value in values.items())
-        names = _without_common_folder([score.checkpoint for score in self.scores])
+        names = self.names()
         rows = [{"checkpoint": names[i]} | row for i, score in enumerate(self.scores) for row in score.rows()]
         columns = [name for name in rows[0] if any(row[name] is not None for row in rows)]
         cells = [columns, *([_format(row[name]) for name in columns] for row in rows)]

@@ -17,6 +17,7 @@ from lightning_gpt.cli import parse_evaluate
 from lightning_gpt.data.streams import EvalBatches
 from lightning_gpt.data.tasks.sort import Sort
 from lightning_gpt.data.tokens.token_files import write_token_files
+from lightning_gpt.evaluation.report import HarnessScore, Report
 from lightning_gpt.tokenizers import ByteTokenizer, CharTokenizer
 from tests.launching import REPO, run_python
 
@@ -287,3 +288,35 @@ def test_two_ranks_score_the_same_as_one(two_kinds, letters, scored, tmp_path):
         for name in ("loss", "perplexity", "bits_per_byte"):
             assert found.pop(name) == pytest.approx(expected.pop(name), rel=1e-6)
         assert found == expected
+
+
+def test_plot_shows_every_checkpoint_and_note(two_kinds, letters, scored, tmp_path):
+    from lightning_gpt.evaluation import chart
+
+    pytest.importorskip("matplotlib")
+    flags = ("--checkpoint", *two_kinds, "--data", letters)
+    found = scored(*flags, f"--plot={tmp_path / 'scores.svg'}")
+    drawn = (tmp_path / "scores.svg").read_text()
+    assert drawn.startswith("<?xml") and "note: loss and perplexity are per token" in drawn
+    for path, score in zip(two_kinds, found, strict=True):
+        for text in (path.name, f"{score['loss']:.4f}", f"{score['bits_per_byte']:.4f}", "loss (nats per token)"):
+            assert text in drawn
+    scored(*flags, f"--plot={tmp_path / 'scores.png'}")
+    assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG")
+
+    tasks = {"quiz": {"acc,none": 0.5, "acc_stderr,none": 0.1}}
+    harness = [HarnessScore(name, "", 0, 8, "0.4", tasks) for name in ("a/x", "a/y")]
+    assert chart.panels(Report(harness)) == [chart.Panel("quiz: acc,none", [0.5, 0.5], [0.1, 0.1])]
+
+
+@pytest.mark.parametrize(
+    ("flags", "mentions"),
+    [
+        (["--plot=chart.gif"], ["--plot chart.gif", ".png or .svg"]),
+        (["--plot=nowhere/chart.svg"], ["--plot nowhere/chart.svg", "writable folder"]),
+        (["--plot=chart.svg", "--convert_only"], ["--plot chart.svg", "--convert_only"]),
+    ],
+)
+def test_plots_that_cannot_be_drawn_are_refused(flags, mentions, evaluation_refused):
+    pytest.importorskip("matplotlib")
+    evaluation_refused("--checkpoint", "any", *flags, mentions=mentions)

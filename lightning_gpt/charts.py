@@ -1,0 +1,67 @@
+"""Write charts as PNG or SVG files; matplotlib is imported when one is drawn."""
+
+import importlib.util
+import os
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from lightning_gpt.atomic import atomic_file
+from lightning_gpt.config import UserError
+
+FORMATS = (".png", ".svg")
+
+
+def require_chart(file: str, *, flag: str = "plot") -> None:
+    """Check that a chart can be drawn into a file, before anything is measured.
+
+    Args:
+        file: Path of the file.
+        flag: Name of the flag that it came from.
+
+    Raises:
+        UserError: matplotlib is not installed, the ending is unknown, or the file cannot be written.
+    """
+    path = Path(file)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError(f"--{flag}: needs matplotlib; pip install -r requirements/bench.txt")
+    if path.suffix.lower() not in FORMATS:
+        raise UserError(f"--{flag} {file}: not a format for charts; give a file that ends in {' or '.join(FORMATS)}")
+    if path.is_dir() or not os.access(path.resolve().parent, os.W_OK):
+        raise UserError(f"--{flag} {file}: cannot be written; give a file in a writable folder")
+
+
+def picture(figure: Any, *, form: str) -> bytes:
+    """Return a matplotlib figure as the content of a file.
+
+    Args:
+        figure: The figure.
+        form: ".png" or ".svg". Text in an SVG stays text, so that it can be searched and the file is small.
+    """
+    import matplotlib
+
+    drawn = BytesIO()
+    if form == ".svg":
+        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lightning-gpt"}):
+            figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})
+        return drawn.getvalue()
+    from PIL import Image
+
+    figure.savefig(drawn, format="png")
+    small = BytesIO()
+    # A palette cuts the file size to a quarter.
+    Image.open(drawn).convert("RGB").quantize(128).save(small, format="PNG", optimize=True)
+    return small.getvalue()
+
+
+def save_chart(figure: Any, file: Path, *, flag: str = "plot") -> None:
+    """Write a matplotlib figure to a PNG or SVG file, as its ending says.
+
+    Raises:
+        UserError: The file cannot be written.
+    """
+    try:
+        with atomic_file(file) as out:
+            out.write(picture(figure, form=file.suffix.lower()))
+    except OSError as error:  # for example, a full disk
+        raise UserError(f"--{flag} {file} cannot be written: {error.strerror}; choose another") from error
