@@ -5,6 +5,8 @@ of Python's handler writes the signal's number into a socket at once, and this t
 """
 
 import contextlib
+import errno
+import io
 import os
 import select
 import signal
@@ -18,6 +20,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from lightning import Trainer
 
@@ -88,6 +91,7 @@ class Watchdog:
             _active = self
             previous = signal.set_wakeup_fd(self._written.fileno(), warn_on_full_buffer=False)
             self._restore.append(lambda: signal.set_wakeup_fd(previous))
+            self._restore += map(_outlive_terminal, ("stdout", "stderr"))
             for number in SIGNALS:
                 handler = signal.getsignal(number)
                 if handler is not signal.SIG_IGN:  # nohup and shells' background jobs ignore some
@@ -318,6 +322,40 @@ def _parent() -> int | None:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return os.getppid()
     return int(os.environ[_PARENT]) if _PARENT in os.environ and "LOCAL_RANK" in os.environ else None
+
+
+class _Terminal(io.FileIO):
+    """A terminal whose end is survived: a write can fail before SIGHUP is handled, or SIGHUP may be ignored."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            _let_go_of_terminal()
+            return len(data)
+
+
+def _outlive_terminal(name: str) -> Callable[[], object]:
+    """Let a stream of ``sys`` survive its terminal, if it is one; return what restores the stream."""
+    stream = getattr(sys, name)
+    try:
+        descriptor = stream.fileno() if stream.isatty() else None
+    except (AttributeError, OSError, ValueError):  # no stream, or one that is closed or not a file
+        descriptor = None
+    if descriptor is None:
+        return lambda: None
+    stream.flush()
+    terminal = io.BufferedWriter(_Terminal(descriptor, "w", closefd=False))
+    lasting = io.TextIOWrapper(terminal, stream.encoding, stream.errors, line_buffering=True)
+    setattr(sys, name, lasting)
+
+    def restore() -> None:
+        lasting.flush()
+        setattr(sys, name, stream)
+
+    return restore
 
 
 def _let_go_of_terminal() -> None:

@@ -320,11 +320,17 @@ def test_signal_to_all_processes_spares_the_data_workers(tmp_path, flags):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
-def test_closed_terminal_saves(tmp_path, flags):
+@pytest.mark.parametrize(
+    ("handler", "max_steps", "code"),
+    [("SIG_DFL", 1000000, 129), ("SIG_IGN", 300, 0)],
+    ids=["saves", "goes on where SIGHUP is ignored"],
+)
+def test_closed_terminal(tmp_path, flags, handler, max_steps, code):
     run, (ours, theirs) = tmp_path / "run", os.openpty()
-    command = [sys.executable, str(REPO / "train.py"), *flags, f"--out_dir={run}", "--max_steps=1000000"]
+    command = [sys.executable, str(REPO / "train.py"), *flags, f"--out_dir={run}", f"--max_steps={max_steps}"]
     child = (
-        "import fcntl, os, sys, termios; fcntl.ioctl(1, termios.TIOCSCTTY, 0); os.execv(sys.executable, sys.argv[1:])"
+        "import fcntl, os, signal, sys, termios; fcntl.ioctl(1, termios.TIOCSCTTY, 0);"
+        f" signal.signal(signal.SIGHUP, signal.{handler}); os.execv(sys.executable, sys.argv[1:])"
     )
     terminal = {"stdin": theirs, "stdout": theirs, "stderr": theirs, "start_new_session": True}
     process = subprocess.Popen([sys.executable, "-c", child, *command], cwd=tmp_path, **terminal)
@@ -333,4 +339,5 @@ def test_closed_terminal_saves(tmp_path, flags):
     while b"step 10: " not in seen:
         seen += os.read(ours, 4096)
     os.close(ours)
-    assert process.wait(timeout=120) == 129 and saved(run)["global_step"] >= 10
+    assert process.wait(timeout=120) == code
+    assert saved(run)["global_step"] == max_steps if code == 0 else saved(run)["global_step"] >= 10
