@@ -20,6 +20,8 @@ class TaxOptions:
     """timed optimizer steps per round, after 10 warm-up steps"""
     threads: int | None = None
     """number of torch threads (default: torch's own choice); use 1 on a busy machine"""
+    compile: bool = False
+    """compile the model of both paths"""
     json: str | None = None
     """also write the result to this file"""
 

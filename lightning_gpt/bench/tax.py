@@ -26,8 +26,9 @@ from lightning_gpt.strategies.devices import device_time
 WARMUP_STEPS = 10  # a multiple of the log interval, so that the timed steps include their share of logging
 VOCAB_SIZE = 65
 TRAIN_TOKENS, VAL_TOKENS = 1_000_000, 10_000
-MODEL = {"n_layer": 4, "n_head": 4, "n_embd": 128, "dropout": 0.0, "bias": False}
-BLOCK_SIZE, BATCH_SIZE = 64, 12
+# nanoGPT's character model for a GPU, and its smaller one for a CPU, without dropout.
+GPU = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 64, "precision": "bf16"}
+CPU = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 12, "precision": 32}
 LOOP, TRAINER = "loop", "trainer"
 
 
@@ -54,12 +55,14 @@ class Tax:
         rounds: Number of measurements of each path.
         steps: Timed optimizer steps per round.
         paths: Timings of the paths "loop" and "trainer".
+        settings: Settings of both paths: sizes, precision, and whether the model is compiled.
         machine: Hardware and versions.
     """
 
     rounds: int
     steps: int
     paths: dict[str, Timing]
+    settings: dict[str, Any]
     machine: dict[str, Any]
 
     @property
@@ -75,8 +78,7 @@ class Tax:
             "rounds": self.rounds,
             "steps": self.steps,
             "warmup_steps": WARMUP_STEPS,
-            "model": MODEL | {"implementation": "nanogpt", "block_size": BLOCK_SIZE, "vocab_size": VOCAB_SIZE},
-            "batch_size": BATCH_SIZE,
+            "settings": {"implementation": "nanogpt", "vocab_size": VOCAB_SIZE} | self.settings,
             "paths": {name: spread(timing.ms_per_step) | asdict(timing) for name, timing in self.paths.items()},
             "ratio": spread(self.ratios) | {"rounds": self.ratios},
             "machine": self.machine,
@@ -96,17 +98,20 @@ class Tax:
         return "\n".join(rows)
 
 
-def measure_tax(*, rounds: int, steps: int, threads: int | None, json: str | None) -> Tax:
+def measure_tax(
+    *, rounds: int, steps: int, threads: int | None = None, compile: bool = False, json: str | None = None
+) -> Tax:
     """Time the training step of train.py and of a loop like nanoGPT's train.py.
 
-    Both train the same model from the same weights on the same synthetic tokens. They take turns, and each goes first
-    in every other round. The timed steps of train.py include the logger, the progress bar and the callbacks of a
-    default run, but no validation and no checkpoint.
+    Both train the same model from the same weights on the same synthetic tokens, on a GPU if there is one. They take
+    turns, and each goes first in every other round. The timed steps of train.py include the logger, the progress bar
+    and the callbacks of a default run, but no validation and no checkpoint.
 
     Args:
         rounds: Number of measurements of each path.
         steps: Timed optimizer steps per round, after the warm-up.
         threads: Number of torch threads for both; None for torch's own choice.
+        compile: Whether to compile the model: train.py by block, the loop as a whole, as nanoGPT does.
         json: File for the result, or None.
 
     Raises:
@@ -117,14 +122,15 @@ def measure_tax(*, rounds: int, steps: int, threads: int | None, json: str | Non
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     default_threads = torch.get_num_threads()
     threads = threads or default_threads
-    tax = Tax(rounds, steps, {LOOP: Timing(), TRAINER: Timing()}, machine_facts(device, threads))
+    settings = (GPU if device.type == "cuda" else CPU) | {"compile": compile}
+    tax = Tax(rounds, steps, {LOOP: Timing(), TRAINER: Timing()}, settings, machine_facts(device, threads))
     paths: list[tuple[str, Run]] = [(LOOP, _run_loop), (TRAINER, _run_trainer)]
     try:
         with tempfile.TemporaryDirectory(prefix="lightning-gpt-bench-") as temporary:
             data = Path(temporary, "tokens")
             _write_tokens(data)
             for number in range(rounds):
-                config = _config(data, Path(temporary, f"run-{number}"), device, WARMUP_STEPS + steps)
+                config = _config(settings, data, Path(temporary, f"run-{number}"), device, WARMUP_STEPS + steps)
                 for name, run in paths if number % 2 == 0 else reversed(paths):
                     torch.set_num_threads(threads)  # train.py may have changed it
                     gc.collect()
@@ -145,13 +151,13 @@ def _write_tokens(folder: Path) -> None:
     )
 
 
-def _config(data: Path, run_dir: Path, device: torch.device, max_steps: int) -> TrainConfig:
+def _config(settings: dict[str, Any], data: Path, run_dir: Path, device: torch.device, max_steps: int) -> TrainConfig:
     return parse_train(
         [
             "--implementation=nanogpt",
-            *(f"--{name}={str(value).lower()}" for name, value in MODEL.items()),
-            f"--block_size={BLOCK_SIZE}",
-            f"--batch_size={BATCH_SIZE}",
+            "--dropout=0",
+            "--bias=false",
+            *(f"--{name}={str(value).lower()}" for name, value in settings.items()),
             f"--data={data}",
             f"--out_dir={run_dir}",
             f"--accelerator={device.type}",
@@ -217,7 +223,9 @@ def _run_loop(config: TrainConfig, clock: _Clock) -> None:
     torch.manual_seed(config.run.seed)
     row = get_implementation(config.model.implementation)
     fields = config.model_fields | {"vocab_size": VOCAB_SIZE, "block_size": config.model.block_size}
-    model = row.build(fields).to(device)
+    model: Any = row.build(fields).to(device)
+    half = config.trainer.precision == "bf16"
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=half)
     matrices, vectors = ([p for p in model.parameters() if (p.dim() >= 2) is wanted] for wanted in (True, False))
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
@@ -225,6 +233,8 @@ def _run_loop(config: TrainConfig, clock: _Clock) -> None:
         betas=(optim.beta1, optim.beta2),
         fused=device.type == "cuda" or None,
     )
+    if config.trainer.compile:
+        model = torch.compile(model)
     batches = _batches(Path(config.data.data, "train.bin"), config, device)
     warmup, floor = min(100, max_steps // 10), optim.learning_rate / 10
     idx, targets = next(batches)
@@ -236,7 +246,8 @@ def _run_loop(config: TrainConfig, clock: _Clock) -> None:
             rate = floor + 0.5 * (1 + math.cos(math.pi * progress)) * (optim.learning_rate - floor)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        _, loss = model(idx, targets)
+        with autocast:
+            _, loss = model(idx, targets)
         idx, targets = next(batches)  # prefetch while a GPU computes
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), optim.gradient_clip_val)

@@ -3,7 +3,9 @@
 import signal
 from typing import Any
 
+import torch
 from lightning import LightningDataModule, Trainer
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_gpt.data.streams import EvalBatches, EvalPass, Stream, TokenStream, TrainBatches
@@ -113,6 +115,13 @@ class TokenData(LightningDataModule):
         return DataLoader(
             batches, batch_size=None, num_workers=self.num_workers, pin_memory=pin, worker_init_fn=_ignore_signals
         )
+
+    def transfer_batch_to_device(
+        self, batch: tuple[Tensor, Tensor], device: torch.device, dataloader_idx: int
+    ) -> tuple[Tensor, Tensor]:
+        """Copy idx and targets to the device; from pinned memory, without waiting."""
+        idx, targets = batch
+        return idx.to(device, non_blocking=True), targets.to(device, non_blocking=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the stream and the data's description, the same on every rank."""

@@ -97,6 +97,7 @@ class GPTModule(LightningModule):
             self.hidden_matrices = self.implementation.hidden_matrices(self.model, vocab_size=vocab_size)
         # Device tensors, read only when they are logged, so that other steps do not wait for the device.
         self.step_loss: Tensor | None = None
+        self.step_metrics: dict[str, float] = {}  # what callbacks add to the log entry of a step
         self._gradient_norm: Tensor | None = None
         self._skip_rule: Callable[[Tensor], Tensor] | None = None
         self._val_sums: ScoreSums | None = None
@@ -273,12 +274,21 @@ class GPTModule(LightningModule):
         return loss * (1 + 0 * loss.detach())
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log the training loss every ``log_every_n_steps`` optimizer steps."""
+        """Log the training loss and ``step_metrics`` every ``log_every_n_steps`` optimizer steps.
+
+        Loggers get one entry from here, since each call of ``self.log`` takes as long as the launch of many kernels.
+        """
         trainer = self.trainer
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-                assert self.step_loss is not None
-                self.log("train_loss", self.step_loss, sync_dist=True)
+        step = trainer.global_step
+        if (batch_idx + 1) % trainer.accumulate_grad_batches or step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return
+        loss = trainer.strategy.reduce(self.step_loss, reduce_op="mean")
+        self.log("train_loss", loss, logger=False)
+        if trainer.loggers:
+            metrics = {"train_loss": float(loss), **self.step_metrics}
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=step)
+                logger.save()
 
     def configure_gradient_clipping(
         self,
@@ -290,7 +300,7 @@ class GPTModule(LightningModule):
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             scaler.unscale_(optimizer)  # Lightning leaves this to the fused optimizer's step, which is after clipping
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
             nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)

@@ -190,7 +190,6 @@ class RunMetrics(Callback):
         """Log the metrics of a step that took so many seconds."""
         assert isinstance(pl_module, GPTModule)
         metrics = {
-            "step": float(trainer.global_step),
             "tokens_per_second": self.tokens_per_step / seconds,
             "step_time_ms": seconds * 1e3,
             "learning_rate": float(trainer.optimizers[0].param_groups[0]["lr"]),
@@ -201,7 +200,7 @@ class RunMetrics(Callback):
         norm = pl_module.gradient_norm()
         if norm is not None:
             metrics["grad_norm"] = float(norm)
-        pl_module.log_dict(metrics)
+        pl_module.step_metrics |= metrics
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock, so that validation does not count as training time."""

@@ -146,7 +146,7 @@ class Health(Callback):
         if is_logged or step - self._reviewed == width:
             self._review(trainer)
         if is_logged:
-            pl_module.log("skipped_steps", float(self.skipped_steps))
+            pl_module.step_metrics["skipped_steps"] = float(self.skipped_steps)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Review the last steps before the model is validated."""

@@ -40,7 +40,7 @@ def test_tax_times_the_steps_of_both_paths(tmp_path, monkeypatch, capsys, takes)
 
 
 def test_tax_ratios_are_computed_per_round():
-    tax = Tax(3, 100, {LOOP: Timing([10, 20, 40]), TRAINER: Timing([12, 18, 44])}, MACHINE)
+    tax = Tax(3, 100, {LOOP: Timing([10, 20, 40]), TRAINER: Timing([12, 18, 44])}, {}, MACHINE)
     assert tax.ratios == pytest.approx([1.2, 0.9, 1.1])
     [line] = [line for line in tax.table().splitlines() if line.startswith("ratio")]
     assert line.split() == ["ratio", "1.100", "0.900", "1.200"]
