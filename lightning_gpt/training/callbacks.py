@@ -179,6 +179,10 @@ class RunMetrics(Callback):
         if is_first or is_logged:
             self._lap(step, time.perf_counter())
 
+    def seconds_per_step(self) -> float | None:
+        """Return the mean seconds of the steps so far; None before the first step has ended."""
+        return self._steady_seconds / self._steady_steps if self._steady_steps else self._first_seconds or None
+
     def _lap(self, step: int, now: float) -> None:
         """Count the time since the last lap."""
         if step > self._first_step + 1:
@@ -193,7 +197,7 @@ class RunMetrics(Callback):
             "tokens_per_second": self.tokens_per_step / seconds,
             "step_time_ms": seconds * 1e3,
             "learning_rate": float(trainer.optimizers[0].param_groups[0]["lr"]),
-            "peak_memory_mib": _peak_memory(pl_module.device) / 2**20,
+            "peak_memory_mib": peak_memory(pl_module.device) / 2**20,
         }
         if self._peak:
             metrics["mfu"] = self._flops_per_step / seconds / self._peak
@@ -212,11 +216,12 @@ class RunMetrics(Callback):
         """Print the mean speed of the run."""
         if not trainer.is_global_zero or trainer.global_step == self._first_step:
             return
-        seconds = self._steady_seconds / self._steady_steps if self._steady_steps else self._first_seconds
+        seconds = self.seconds_per_step()
+        assert seconds is not None
         mfu = f" MFU {self._flops_per_step / seconds / self._peak:.1%}," if self._peak else ""
         print(
             f"speed     {self.tokens_per_step / seconds:,.0f} tokens/s, {seconds * 1e3:.1f} ms/step,{mfu}"
-            f" peak memory {_peak_memory(pl_module.device) / 2**20:,.0f} MiB"
+            f" peak memory {peak_memory(pl_module.device) / 2**20:,.0f} MiB"
         )
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -236,7 +241,7 @@ class RunMetrics(Callback):
         self._since = (trainer.global_step, time.perf_counter())
 
 
-def _peak_memory(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
     """Return the peak bytes of the GPU's allocator, or on a CPU the peak resident memory of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

@@ -14,6 +14,9 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 import lightning_gpt
 from lightning_gpt.config import PROVENANCE, TrainConfig
 from lightning_gpt.launch import launches
+from lightning_gpt.models import GPTModule
+from lightning_gpt.strategies.devices import Devices
+from lightning_gpt.training.budget import Budget
 
 # Options that say how one call runs, not what is trained; they are recorded as not given.
 ONE_OFF: dict[str, Any] = {
@@ -59,6 +62,42 @@ def make_record(
         "sessions": [*earlier, session],
     }
     return options | {PROVENANCE: provenance}
+
+
+def summary_facts(
+    config: TrainConfig, module: GPTModule, budget: Budget, where: Devices, *, run_dir: Path, record: dict[str, Any]
+) -> dict[str, Any]:
+    """Return what ``run.json`` says about a run before it has begun.
+
+    Args:
+        config: The run, with every default resolved.
+        module: The module to train, whole or on the meta device.
+        budget: Length and batch size of the run.
+        where: The devices.
+        run_dir: The run folder.
+        record: Content of ``config.yaml``.
+    """
+    made = record[PROVENANCE]
+    return {
+        "name": run_dir.name,
+        "implementation": module.implementation.name,
+        "parameters": sum(p.numel() for p in module.parameters()),
+        "model": module.model_config,
+        "data": made["data"],
+        "tokenizer": made["tokenizer"],
+        "strategy": config.trainer.strategy,
+        "devices": made["devices"],
+        "world_size": where.world_size,
+        "precision": where.precision,
+        "optimizer": config.optim.optimizer,
+        "learning_rate": config.optim.learning_rate,
+        "tokens_per_step": budget.tokens_per_step,
+        "seed": config.run.seed,
+        "versions": made["versions"],
+        "git": made["git"],
+        "command": config.command,
+        "sessions": len(made["sessions"]),
+    }
 
 
 def changed_options(record: dict[str, Any], saved: dict[str, Any]) -> list[str]:

@@ -33,8 +33,9 @@ from lightning_gpt.training.determinism import check_determinism, deterministic
 from lightning_gpt.training.folder import SameFolder, fresh_folder, open_folder
 from lightning_gpt.training.header import describe_resumed, print_finished, print_header, print_plan
 from lightning_gpt.training.health import stopping_on_bad_numbers
-from lightning_gpt.training.record import make_record
+from lightning_gpt.training.record import make_record, summary_facts
 from lightning_gpt.training.stopping import Stopping, duration, stopping_safely
+from lightning_gpt.training.summary import Summary
 from lightning_gpt.training.trainer import check_trainer_options, make_callbacks, make_trainer
 from lightning_gpt.training.watchdog import Watchdog
 
@@ -109,9 +110,20 @@ def _train(config: TrainConfig, watch: Watchdog, callbacks: Sequence[Callback]) 
     )
     if checkpoint:
         loaded = describe_resumed(checkpoint, folder.run_dir, record=record, resumed=config.resumed)
-    trainer = _trainer(
-        config, strategy, where, budget, module, run_dir=folder.run_dir, before=own, after=[*sample, *callbacks]
+    metrics = RunMetrics(
+        tokens_per_step=budget.tokens_per_step,
+        flops_per_token=flops_per_token(module.model, block_size=config.model.block_size),
     )
+    summary = Summary(
+        folder.run_dir,
+        facts=summary_facts(config, module, budget, where, run_dir=folder.run_dir, record=record),
+        metrics=metrics,
+        source=checkpoint.path if checkpoint else None,
+        step=checkpoint.step if checkpoint else 0,
+    )
+    run_callbacks = make_callbacks(config, folder.run_dir, metrics, summary, accumulate=budget.accumulate)
+    every = [*own, *run_callbacks, *sample, *callbacks]
+    trainer = _trainer(config, strategy, where, budget, run_dir=folder.run_dir, callbacks=every)
     with open_folder(folder.run_dir, run, record=record, sources=[weights.path] if weights else []):
         print_header(module, source, budget, loaded=loaded, where=where, strategy=type(trainer.strategy).__name__)
         with deterministic(config.trainer), stopping_safely(trainer, watch, folder.run_dir):
@@ -184,23 +196,16 @@ def _trainer(
     strategy: StrategyRow,
     where: Devices,
     budget: Budget,
-    module: GPTModule,
     *,
     run_dir: Path,
-    before: list[Callback],
-    after: list[Callback],
+    callbacks: list[Callback],
 ) -> Trainer:
-    """Return the Trainer, whose callbacks are those of the run between `before` and `after`.
+    """Return the Trainer.
 
     Raises:
         UserError: The Trainer rejects an option, or the launcher has started another number of processes.
     """
-    metrics = RunMetrics(
-        tokens_per_step=budget.tokens_per_step,
-        flops_per_token=flops_per_token(module.model, block_size=config.model.block_size),
-    )
-    own = make_callbacks(config, run_dir, metrics, accumulate=budget.accumulate)
-    trainer = make_trainer(config, strategy, where, run_dir, callbacks=[*before, *own, *after], budget=budget)
+    trainer = make_trainer(config, strategy, where, run_dir, callbacks=callbacks, budget=budget)
     if trainer.world_size != where.world_size:
         raise UserError(
             f"the launcher started {trainer.world_size} processes, and the flags say {where.world_size}; let --devices"

@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning import Callback, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loggers import Logger
 
 from lightning_gpt.checkpoint.initial import InitialWeights
 from lightning_gpt.config import TrainConfig, TrainerOptions, UserError
@@ -18,6 +19,7 @@ from lightning_gpt.training.callbacks import DropoutSeed, Patience, ProgressBar,
 from lightning_gpt.training.health import Health
 from lightning_gpt.training.loggers import make_logger
 from lightning_gpt.training.saving import Checkpoints
+from lightning_gpt.training.summary import Summary
 
 # The Trainer's options that lightning_gpt sets; --trainer.NAME sets the others.
 _DECIDED = (
@@ -40,7 +42,9 @@ def check_trainer_options(options: TrainerOptions) -> None:
             raise UserError(f"--trainer.{name}: lightning.Trainer has no such option{hint}")
 
 
-def make_callbacks(config: TrainConfig, run_dir: Path, metrics: RunMetrics, *, accumulate: int) -> list[Callback]:
+def make_callbacks(
+    config: TrainConfig, run_dir: Path, metrics: RunMetrics, summary: Summary, *, accumulate: int
+) -> list[Callback]:
     """Return the callbacks of every run."""
     wanted = config.trainer.trainer.get("enable_progress_bar", True)
     bar = [ProgressBar(refresh_rate=10 * accumulate)] if wanted else []
@@ -61,6 +65,7 @@ def make_callbacks(config: TrainConfig, run_dir: Path, metrics: RunMetrics, *, a
         *bar,
         *patience,
         metrics,  # after the bar, which must close before the last line is printed
+        summary,
     ]
 
 
@@ -76,10 +81,11 @@ def make_trainer(
     """Return the Trainer; raise a UserError if it rejects an option or the logger is unknown."""
     options = config.trainer
     logger = make_logger(config.run.logger, run_dir)
+    summaries = [callback.logger for callback in callbacks if isinstance(callback, Summary)]
     ours: dict[str, Any] = {
         **strategy.arguments(where),
         "plugins": [WholeFiles()],
-        "logger": logger,
+        "logger": [*([logger] if isinstance(logger, Logger) else []), *summaries],
         "callbacks": callbacks,
         "max_epochs": -1,
         "max_steps": budget.max_steps,
