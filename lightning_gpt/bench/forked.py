@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from mmap import mmap
 from multiprocessing import get_context
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,18 @@ class ForkedRun:
         flags: Command line of train.py.
         ranks: Number of processes.
         output: File to which stdout and stderr of all ranks are appended.
+        make_callback: Makes a further callback, in each child process before it builds anything.
     """
 
-    def __init__(self, flags: Sequence[str], *, ranks: int, output: Path) -> None:
+    def __init__(
+        self,
+        flags: Sequence[str],
+        *,
+        ranks: int,
+        output: Path,
+        make_callback: Callable[[], Callback] | None = None,
+    ) -> None:
+        self._make_callback = make_callback
         self._shared = mmap(-1, ranks * _SLOT)
         launch = _launch_variables(ranks)
         context = get_context("fork")
@@ -78,11 +88,13 @@ class ForkedRun:
         if launch:
             os.environ.update(launch, RANK=str(rank), LOCAL_RANK=str(rank))
         _redirect(output)
-        heartbeat = Heartbeat(self._shared)
+        callbacks: list[Callback] = [Heartbeat(self._shared)]
+        if self._make_callback is not None:
+            callbacks.append(self._make_callback())
 
         @reporting_errors
         def main(argv: Sequence[str] | None = None) -> None:
-            train(parse_train(argv), callbacks=[heartbeat])
+            train(parse_train(argv), callbacks=callbacks)
 
         main(flags)
 
@@ -109,6 +121,19 @@ class ForkedRun:
                 return False
             time.sleep(_POLL_SECONDS)
         return True
+
+    def wait(self, *, timeout: float, grace: float = 10) -> bool:
+        """Wait for the end without using the processor; return False if the time was over. Kills what is left.
+
+        Args:
+            timeout: Limit in seconds.
+            grace: Seconds that the other ranks have after the first one ends.
+        """
+        ended = bool(wait([process.sentinel for process in self.processes], timeout))
+        if ended and any(process.exitcode for process in self.processes):
+            grace = 0  # the others wait for the one that failed
+        self.join(timeout=grace if ended else 0)
+        return ended
 
     def send(self, number: int, *, rank: int | None = None) -> None:
         """Send a signal to one rank, or to all."""
@@ -162,14 +187,24 @@ def in_child(function: Callable[..., Any], *args: Any, timeout: float = 600) -> 
 @contextlib.contextmanager
 def peak_memory() -> Iterator[Callable[[], int]]:
     """Yield a function that returns the bytes by which resident memory has grown at its peak, on Linux."""
-    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
+    reset_peak()
     before = _status_bytes("VmRSS")
     yield lambda: max(0, _status_bytes("VmHWM") - before)
+
+
+def reset_peak() -> None:
+    """Let the peak of this process's resident memory start again from now, on Linux."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def resident_bytes() -> int:
     """Return the resident memory of this process, without the pages of mapped files, on Linux."""
     return _status_bytes("RssAnon")
+
+
+def peak_resident_bytes() -> int:
+    """Return the peak of ``resident_bytes``, if the mapped files have not changed since, on Linux."""
+    return _status_bytes("VmHWM") - _status_bytes("RssFile")
 
 
 def _status_bytes(field: str) -> int:

@@ -148,6 +148,41 @@ class GpuOptions:
 
 
 @dataclass(frozen=True)
+class StrategiesOptions:
+    """Combinations to train, and the output file."""
+
+    sizes: str = "10m,50m,124m"
+    """model sizes, separated by commas: 10m, 50m, 124m, 350m, 774m, 1558m, or LAYERS/HEADS/WIDTH"""
+    strategies: str = "all"
+    """strategy names, separated by commas"""
+    recompute: str = "both"
+    """off, on or both: without activation checkpointing, with it, or each in turn"""
+    implementation: str = "nanogpt"
+    """mingpt, nanogpt or moderngpt"""
+    batch_size: int = 8
+    """sequences per device whose steps are measured; the search for the largest batch starts there"""
+    block_size: int = 128
+    """tokens per sequence"""
+    devices: int | None = None
+    """number of ranks (default: all GPUs, or 2 on a CPU)"""
+    accelerator: str = "auto"
+    """auto, cpu or gpu"""
+    precision: str = "auto"
+    """as for train.py"""
+    steps: int = 5
+    """timed optimizer steps of each combination, after 2 warm-up steps"""
+    minutes: float = 5
+    """time limit of each group of processes; one that takes longer is a row that says so"""
+    memory_gib: float | None = None
+    """memory that a device may use (default: all of a GPU); on a CPU, the largest batch is searched for only with
+    this"""
+    threads: int | None = None
+    """number of torch threads of each rank (default: 1 on a CPU)"""
+    csv: str | None = None
+    """also write the rows to this file, after each one"""
+
+
+@dataclass(frozen=True)
 class Benchmark:
     """A row of the registry.
 
@@ -182,6 +217,9 @@ BENCHMARKS = {
     ),
     "time_to_loss": Benchmark(
         TimeToLossOptions, "time_to_loss:measure_time_to_loss", "steps and seconds until nanoGPT's loss is reached"
+    ),
+    "strategies": Benchmark(
+        StrategiesOptions, "strategies:measure_strategies", "memory, speed and largest batch of every strategy"
     ),
     "gpu": Benchmark(GpuOptions, "gpu:measure_gpu", "whether everything works on this GPU, and how fast"),
     "reliability": Benchmark(
