@@ -80,7 +80,7 @@ def test_conversion_memory_is_below_1_3_times_the_weights(tmp_path, stage):
         return done.stdout
 
     python(BIG_FOLDER, tmp_path / "big.ckpt", stage)
-    for extras, limit in (([], 0.5), (["optimizer"], 0.5), (["pt"], 1.3)):
+    for extras, limit in ((["optimizer"], 0.5), (["pt"], 1.3)):
         rise, size = map(int, python(CONVERT, tmp_path / "big.ckpt", tmp_path / "out", *extras).split()[-2:])
         assert size > 1e9 and rise < limit * size, f"{rise / size:.2f} times the weights with {extras}"
         shutil.rmtree(tmp_path / "out")

@@ -430,10 +430,10 @@ def test_deepspeed_config_is_used(records, reference, file):
 @pytest.mark.slow
 @every_row
 def test_compiled_blocks_train_as_eager_ones(launch_runs, records, strategy):
-    """Compare losses and checkpoint keys of every implementation, and of one with recomputation."""
-    # All models where hooks gather the weights of compiled blocks; elsewhere blocks compute as in a single process.
-    names = [name for name in MODELS if name != "applied"] if strategy in FAST else ["nanogpt"]
-    names.append("nanogpt recompute")
+    """Compare losses and checkpoint keys of models, and of one with recomputation."""
+    # More models where hooks gather the weights of compiled blocks; elsewhere blocks compute as in a single process.
+    more = {"fsdp": ["mingpt", "nanogpt", "moderngpt", "mine"], "deepspeed_stage_3": ["nanogpt", "moderngpt"]}
+    names = [*more.get(strategy, []), "nanogpt recompute"]
     compiled = launch_runs({name: [*RUNS[name], f"--strategy={strategy}", "--compile"] for name in names})
     for name in names:
         eager, fast = records(strategy)[name], compiled[name]
