@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if name not in BENCHMARKS:
         raise UserError(f"unknown benchmark {name!r}; choose one of {', '.join(BENCHMARKS)}")
     row = BENCHMARKS[name]
-    print(row.run(parse_options(row.options, flags, description=f"Measure the {row.description}.")))
+    print(row.run(parse_options(row.options, flags, description=f"{row.description[0].upper()}{row.description[1:]}.")))
 
 
 if __name__ == "__main__":

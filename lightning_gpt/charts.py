@@ -12,6 +12,12 @@ from lightning_gpt.config import UserError
 FORMATS = (".png", ".svg")
 
 
+def require_matplotlib(*, flag: str) -> None:
+    """Raise a UserError that names the flag if matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError(f"--{flag}: needs matplotlib; pip install -r requirements/bench.txt")
+
+
 def require_chart(file: str, *, flag: str = "plot") -> None:
     """Check that a chart can be drawn into a file, before anything is measured.
 
@@ -23,8 +29,7 @@ def require_chart(file: str, *, flag: str = "plot") -> None:
         UserError: matplotlib is not installed, the ending is unknown, or the file cannot be written.
     """
     path = Path(file)
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError(f"--{flag}: needs matplotlib; pip install -r requirements/bench.txt")
+    require_matplotlib(flag=flag)
     if path.suffix.lower() not in FORMATS:
         raise UserError(f"--{flag} {file}: not a format for charts; give a file that ends in {' or '.join(FORMATS)}")
     if path.is_dir() or not os.access(path.resolve().parent, os.W_OK):

@@ -183,6 +183,16 @@ class StrategiesOptions:
 
 
 @dataclass(frozen=True)
+class ReportOptions:
+    """Which results are shown, and the output file."""
+
+    results: str = "results"
+    """folder of results: .json and .csv files that the benchmarks write"""
+    out: str = "report.html"
+    """HTML file to write; it needs no other file and no network"""
+
+
+@dataclass(frozen=True)
 class Benchmark:
     """A row of the registry.
 
@@ -221,6 +231,7 @@ BENCHMARKS = {
     "strategies": Benchmark(
         StrategiesOptions, "strategies:measure_strategies", "memory, speed and largest batch of every strategy"
     ),
+    "report": Benchmark(ReportOptions, "page:write_report", "one HTML page with all recorded results"),
     "gpu": Benchmark(GpuOptions, "gpu:measure_gpu", "whether everything works on this GPU, and how fast"),
     "reliability": Benchmark(
         ReliabilityOptions, "reliability:measure_reliability", "outcome of kills, signals, full disks and damaged files"
