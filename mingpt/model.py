@@ -1,12 +1,15 @@
 """The minGPT language model: untied output head, tanh GELU, logits at all positions."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+from mingpt.trainer import configure_optimizers
+from mingpt.utils import CfgNode
 
 ATTENTION_CHOICES = ("sdpa", "manual")
 # GPT-2 settings that this model hard-codes.
@@ -61,8 +64,11 @@ class GPTConfig:
     """Number of tokens at the end of the vocabulary that are padding and never sampled."""
 
 
-def _resolve(config: GPTConfig) -> GPTConfig:
+def _resolve(config: GPTConfig | CfgNode) -> GPTConfig:
     """Return a copy of `config` with all sizes set, or raise ValueError."""
+    if not isinstance(config, GPTConfig):
+        known = vars(config)
+        config = GPTConfig(**{f.name: known[f.name] for f in fields(GPTConfig) if f.name in known})
     sizes: dict[str, int] = {}
     if config.model_type is not None:
         if config.model_type not in PRESETS:
@@ -184,11 +190,12 @@ class GPT(nn.Module):
 
     # `apply(_init_weights)` sets every parameter, so the model can be built on the meta device and initialised later.
     initialises_by_apply = True
+    configure_optimizers = configure_optimizers
 
     @staticmethod
-    def get_default_config() -> GPTConfig:
+    def get_default_config() -> CfgNode:
         """Return a config without sizes: set vocab_size, block_size, and either model_type or the sizes."""
-        return GPTConfig()
+        return CfgNode(**vars(GPTConfig()))
 
     @classmethod
     def from_pretrained(cls, name_or_path: str, **overrides: Any) -> "GPT":
@@ -231,7 +238,8 @@ class GPT(nn.Module):
         """Build and initialise the model, without changing `config`.
 
         Args:
-            config: Sizes, dropout rates and the attention implementation.
+            config: Sizes, dropout rates and the attention implementation; a GPTConfig, or a CfgNode that has some of
+                its fields, and others that are ignored.
 
         Raises:
             ValueError: The preset or `attention` is unknown, or a size is missing or invalid.

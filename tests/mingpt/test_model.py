@@ -9,6 +9,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mingpt.model import GPT, PRESETS, Block, GPTConfig
+from mingpt.utils import CfgNode
 
 L, H, C, V, S = 2, 4, 32, 61, 16
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -210,7 +211,8 @@ def test_preset_sizes_can_be_replaced_and_config_is_not_mutated():
 
 def test_default_config():
     config = GPT.get_default_config()
-    assert isinstance(config, GPTConfig)
+    assert isinstance(config, CfgNode)
+    assert config.to_dict() == dataclasses.asdict(GPTConfig())
     assert (config.embd_pdrop, config.resid_pdrop, config.attn_pdrop) == (0.1, 0.1, 0.1)
     assert all(getattr(config, n) is None for n in ("model_type", "n_layer", "n_head", "n_embd", "vocab_size"))
     config.n_layer = 7

@@ -3,6 +3,7 @@
 ``TOKENIZER_JSON`` has a row for each kind of tokenizer, keyed as in ``tokenizers.TOKENIZERS``.
 """
 
+import functools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -41,6 +42,21 @@ def tokenizer_config(tokenizer: Tokenizer, text: str, *, block_size: int) -> dic
     return config
 
 
+def spelled(token: bytes) -> str:
+    """Return a token in GPT-2's printable spelling, in which a space is U+0120."""
+    characters = _byte_characters()
+    return "".join(characters[byte] for byte in token)
+
+
+def vocabulary(ranks: dict[bytes, int], *, specials: dict[str, int]) -> dict[str, int]:
+    """Return the ids of all tokens by their spelling, special tokens last."""
+    by_rank = sorted(ranks, key=ranks.__getitem__)
+    return {spelled(token): ranks[token] for token in by_rank} | dict(
+        sorted(specials.items(), key=lambda item: item[1])
+    )
+
+
+@functools.cache
 def _byte_characters() -> dict[int, str]:
     """Return GPT-2's printable character for each byte: its Latin-1 character, or the next one from U+0100 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
@@ -71,11 +87,6 @@ def _split(pattern: str) -> dict[str, Any]:
 
 def _from_ranks(ranks: dict[bytes, int], *, pattern: str, specials: dict[str, int]) -> str:
     """Express tiktoken's byte-pair encoding, in which the rank of a merge is the id of the merged token."""
-    characters = _byte_characters()
-
-    def text(token: bytes) -> str:
-        return "".join(characters[byte] for byte in token)
-
     by_rank = sorted(ranks, key=ranks.__getitem__)
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
     in_order = sorted(specials.items(), key=lambda item: item[1])
@@ -86,8 +97,8 @@ def _from_ranks(ranks: dict[bytes, int], *, pattern: str, specials: dict[str, in
         decoder=byte_level,
         model={
             "type": "BPE",
-            "vocab": {text(token): ranks[token] for token in by_rank} | dict(in_order),
-            "merges": [[text(part) for part in _parts(token, ranks)] for token in by_rank if len(token) > 1],
+            "vocab": vocabulary(ranks, specials=specials),
+            "merges": [[spelled(part) for part in _parts(token, ranks)] for token in by_rank if len(token) > 1],
         },
     )
 
