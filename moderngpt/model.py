@@ -12,6 +12,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from moderngpt.window import local_mask
+
 ROTARY_BASE = 10000.0
 FULL_EVERY = 4  # every fourth layer and the last one attend to all tokens despite `window`
 GATE_SIZE = 12  # number of embedding entries that the smear gate reads
@@ -56,10 +58,15 @@ def norm(x: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, x.shape[-1:], eps=1e-6)
 
 
+def autocast_dtype(x: torch.Tensor) -> torch.dtype:
+    """Return the dtype in which layers compute with x."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def lowered(x: torch.Tensor) -> torch.Tensor:
     """Return x in autocast's dtype, so that the layers that read it share one copy."""
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    return x.to(autocast_dtype(x))
 
 
 def shift_right(x: torch.Tensor, *, fill: int, cache: Any = None) -> torch.Tensor:
@@ -87,17 +94,6 @@ def apply_rotary(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1).type_as(x)
 
 
-def window_mask(positions: torch.Tensor, S: int, window: int) -> torch.Tensor:
-    """Return a mask of the S keys that the queries at positions (T,) or (B, 1) attend to: the last `window`.
-
-    Returns:
-        Bool (T, S) or (B, 1, 1, S).
-    """
-    distance = positions[..., None] - torch.arange(S, device=positions.device)
-    mask = (distance >= 0) & (distance < window)
-    return mask if positions.dim() == 1 else mask[:, None]
-
-
 class CausalSelfAttention(nn.Module):
     """Causal self-attention with rotary positions and normed queries and keys; heads may share keys and values."""
 
@@ -113,15 +109,14 @@ class CausalSelfAttention(nn.Module):
         self.c_proj.is_output = True  # type: ignore[assignment]
         self.dropout = config.dropout
 
-    def forward(
-        self, x: torch.Tensor, cos_sin: torch.Tensor, mask: torch.Tensor | None = None, cache: Any = None
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cos_sin: torch.Tensor, mask: Any = None, cache: Any = None) -> torch.Tensor:
         """Map (B, T, C) to (B, T, C).
 
         Args:
             x: Input (B, T, C).
             cos_sin: See `rotary`.
-            mask: Keys to attend to, bool, broadcast to (B, nh, T, S); None for causal attention.
+            mask: Keys to attend to, bool, broadcast to (B, nh, T, S); or a function that computes the attention; None
+                for causal attention.
             cache: Keys and values of earlier tokens.
         """
         B, T, C = x.shape
@@ -131,15 +126,14 @@ class CausalSelfAttention(nn.Module):
         q, k = norm(apply_rotary(q, cos_sin)), norm(apply_rotary(k, cos_sin))
         if cache is not None:
             k, v = cache.append(k, v)  # (B, n_kv_head, S, hs) of all S tokens so far
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and T > 1,
-            enable_gqa=k.size(1) < q.size(1),
-        )  # (B, nh, T, hs)
+        shares = k.size(1) < q.size(1)
+        if callable(mask):
+            y = mask(q, k, v, enable_gqa=shares)
+        else:
+            p = self.dropout if self.training else 0.0
+            causal = mask is None and T > 1
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p, is_causal=causal, enable_gqa=shares)
+        # y is (B, nh, T, hs)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # concatenate the heads
 
 
@@ -169,9 +163,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(
-        self, x: torch.Tensor, cos_sin: torch.Tensor, mask: torch.Tensor | None = None, cache: Any = None
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cos_sin: torch.Tensor, mask: Any = None, cache: Any = None) -> torch.Tensor:
         """Map (B, T, C) to (B, T, C); see CausalSelfAttention."""
         x = x + self.dropout(self.attn(lowered(norm(x)), cos_sin, mask, cache))
         return x + self.dropout(self.mlp(norm(x)))
@@ -276,12 +268,14 @@ class GPT(nn.Module):
         x = self.transformer.drop(self._embed(idx, cache))  # (B, T, C)
         cos_sin = rotary(positions, config.n_embd // config.n_head)
         full_mask = None if cache is None else cache.mask  # None: causal
-        local_mask = full_mask
+        windowed = full_mask
         if config.window:
-            local_mask = window_mask(positions, T if cache is None else cache.length, config.window)
+            fused = cache is None and not (self.training and config.dropout)
+            S = T if cache is None else cache.length
+            windowed = local_mask(config, positions, S, autocast_dtype(x), fused=fused)
         for layer, block in enumerate(self.transformer.h, start=1):
             is_full = layer % FULL_EVERY == 0 or layer == config.n_layer
-            x = block(x, cos_sin, full_mask if is_full else local_mask, cache)
+            x = block(x, cos_sin, full_mask if is_full else windowed, cache)
         if targets is None:  # the head reads only each row's last position
             x = x[:, -1:] if cache is None else cache.last(x)  # (B, 1, C)
         x = norm(x)

@@ -23,12 +23,11 @@ def alibi_mask(config: Any, pos: torch.Tensor, S: int, dtype: torch.dtype, *, fu
     Returns:
         A causal bias (1 or B, n_head, T, S) in `dtype`; or a function (q, k, v) -> attention output.
     """
-    slopes = alibi_slopes(config.n_head, pos.device)
     # FlexAttention has no float64, needs heads of at least 16, and is slow unless S fills its blocks of 128 keys.
     fits = pos.is_cuda and dtype.itemsize < 8 and config.n_embd // config.n_head >= 16 and S % 128 == 0
-    if fused and fits and pos.shape == (S,):
-        return flex_alibi(slopes, S)
-    return alibi_bias(slopes, pos, S).to(dtype)
+    if fused and fits:
+        return flex_alibi(config.n_head, S, pos.device)
+    return alibi_bias(alibi_slopes(config.n_head, pos.device), pos, S).to(dtype)
 
 
 def alibi_slopes(n_head: int, device: torch.device | None = None) -> torch.Tensor:
@@ -45,11 +44,14 @@ def alibi_bias(slopes: torch.Tensor, pos: torch.Tensor, S: int) -> torch.Tensor:
     return (-slopes[:, None, None] * distance).masked_fill(distance < 0, -math.inf)
 
 
-def flex_alibi(slopes: torch.Tensor, T: int) -> functools.partial:
+@functools.lru_cache(maxsize=8)
+def flex_alibi(n_head: int, T: int, device: torch.device) -> functools.partial:
     """Return causal ALiBi attention of q, k and v (B, n_head, T, head_size), as a kernel that stores no bias."""
 
     def add_bias(score: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
         return score + slopes[h] * (j - i)
 
-    blocks = create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T, device=slopes.device)
+    with torch.inference_mode(False):  # training uses what a validation may have cached
+        slopes = alibi_slopes(n_head, device)
+        blocks = create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T, device=device)
     return functools.partial(compiled(flex_attention), score_mod=add_bias, block_mask=blocks)

@@ -294,7 +294,7 @@ class GPT(nn.Module):
             raise ValueError(refusal[0])
         mask = None if cache is None else cache.mask  # (B, 1, 1, S) if rows differ in length
         if self.extends_context:  # in the attention's dtype, so that layers share one tensor
-            fused = config.attention == "sdpa" and not (self.training and config.dropout)
+            fused = config.attention == "sdpa" and cache is None and not (self.training and config.dropout)
             mask = alibi_mask(config, pos, T if cache is None else cache.length, dtype, fused=fused)
         else:
             x = x + self.transformer.wpe(pos)

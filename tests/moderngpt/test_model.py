@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import NanoChatConfig, NanoChatForCausalLM
 
 import train
 from moderngpt.model import GPT, GPTConfig
+from moderngpt.window import flex_window, window_mask
 
 L, H, C, V, S = 3, 4, 32, 61, 16
 
@@ -111,6 +113,19 @@ def test_window_limits_attention(window):
     changed = [(before[layer] != seen[layer]).any(-1)[0].nonzero()[:, 0].tolist() for layer in range(5)]
     reach = [min(S, 3 + window + layer * (window - 1)) for layer in range(3)]
     assert changed == [*(list(range(3, end)) for end in reach), list(range(3, S)), list(range(3, S))]
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("window", [1, 100, 300])
+def test_flex_attention_equals_masked_sdpa(window):
+    """Run the attention that a GPU would compile, here eagerly, on a sequence of more than one block."""
+    T, draw = 256, torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, T, 16, generator=draw) for heads in (4, 2, 2))
+    with torch.compiler.set_stance("force_eager"):
+        found = flex_window(window, T, q.device)(q, k, v, enable_gqa=True)
+    mask = window_mask(torch.arange(T), T, window)
+    expected = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("padding", [0, 7])
