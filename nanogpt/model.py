@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanogpt.alibi import alibi_mask
+from nanogpt.training import configure_optimizers, estimate_mfu
 
 # Our name -> nn.GELU's `approximate`. nanoGPT uses exact; GPT-2's weights were trained with tanh.
 GELU_CHOICES = {"exact": "none", "tanh": "tanh"}
@@ -159,6 +160,8 @@ class GPT(nn.Module):
 
     # `apply(_init_weights)` sets every parameter, so the model can be built on the meta device and initialised later.
     initialises_by_apply = True
+    configure_optimizers = configure_optimizers
+    estimate_mfu = estimate_mfu
 
     def __init__(self, config: GPTConfig) -> None:
         """Build and initialise the model, which keeps a copy of `config`; ValueError on invalid options."""
@@ -214,11 +217,12 @@ class GPT(nn.Module):
         return f"attention=flash is not available: the kernel needs {need} on {device_type}", {"attention": "sdpa"}
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str, **overrides: Any) -> "GPT":
+    def from_pretrained(cls, name_or_path: str, override_args: dict[str, Any] | None = None, **overrides: Any) -> "GPT":
         """Return a model with the weights of a Hugging Face GPT-2, read by the package transformers.
 
         Args:
             name_or_path: A model name on the hub, such as gpt2-xl, or a folder.
+            override_args: Overrides as a dictionary.
             overrides: dropout, attention, or a smaller block_size.
 
         Raises:
@@ -229,6 +233,7 @@ class GPT(nn.Module):
             from transformers import GPT2LMHeadModel
         except ImportError as error:
             raise ImportError("GPT.from_pretrained needs transformers: pip install transformers") from error
+        overrides = (override_args or {}) | overrides
         if wrong := overrides.keys() - {"dropout", "attention", "block_size"}:
             raise ValueError(f"{', '.join(sorted(wrong))} cannot be overridden, since the weights depend on it")
         pretrained = GPT2LMHeadModel.from_pretrained(name_or_path)

@@ -193,9 +193,7 @@ def test_code_does_not_compare_implementation_or_strategy_names(path):
 
 
 def _max_lines(path: Path) -> int:
-    if path.is_relative_to(REPO / "tests"):
-        return 450
-    return 360 if path.relative_to(REPO).parts[0] in MODELS else 400
+    return 450 if path.is_relative_to(REPO / "tests") else 400
 
 
 @pytest.mark.parametrize("path", [*CODE, *sorted((REPO / "tests").rglob("*.py"))], ids=_name)
