@@ -136,7 +136,8 @@ def complete(
     prompt: str,
     max_new_tokens: int,
     seed: int,
-    top_k: int | None = None,
+    temperature: float,
+    top_k: int,
 ) -> str:
     """Return the prompt with its continuation, without changing the global random state.
 
@@ -146,7 +147,7 @@ def complete(
     ids = encode_prompt(tokenizer, prompt)
     was_training = module.training
     module.eval()
-    settings = GenerationSettings(max_new_tokens=max_new_tokens, seed=seed, top_k=top_k)
+    settings = GenerationSettings(max_new_tokens=max_new_tokens, seed=seed, temperature=temperature, top_k=top_k)
     pieces = [piece for _, piece, _ in stream_text(module, tokenizer, [ids.tolist()], settings)]
     module.train(was_training)
     return tokenizer.decode(ids) + "".join(pieces)

@@ -26,7 +26,7 @@ LINEAGE = {"mingpt/bpe.py", "mingpt/trainer.py", "mingpt/utils.py", "nanogpt/tra
 MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": {
         *("training", "sampling", "checkpoint", "models", "data", "strategies", "tokenizers", "implementations"),
-        *("trust", "charts", "atomic", "config"),
+        *("trust", "charts", "atomic", "config", "progress"),
     },
     "bench": {
         *(
@@ -45,7 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "training": {
         *("sampling", "planning", "checkpoint", "models", "data", "optim", "strategies", "tokenizers"),
-        *("implementations", "trust", "checksums", "config", "atomic", "launch"),
+        *("implementations", "trust", "checksums", "config", "atomic", "launch", "progress"),
     },
     "sampling": {"checkpoint", "models", "strategies", "tokenizers", "implementations", "config"},
     "cli": {
@@ -55,6 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "planning": {"models", "strategies", "implementations", "config"},
     "checkpoint": {
         *("models", "data", "tokenizers", "implementations", "checksums", "trust", "parsing", "atomic", "config"),
+        "progress",
     },
     "models": {"optim", "implementations", "trust"},
     "data": {"tokenizers", "trust", "parsing", "atomic", "config"},
@@ -70,6 +71,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "options": set(),
     "atomic": set(),
     "launch": set(),
+    "progress": set(),
 }
 
 

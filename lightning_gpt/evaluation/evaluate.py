@@ -36,6 +36,7 @@ from lightning_gpt.evaluation.chart import draw
 from lightning_gpt.evaluation.lm_eval import TokenScorer, adapter, harness
 from lightning_gpt.evaluation.report import HarnessScore, Report, Score
 from lightning_gpt.models import FORMS, GPTModule
+from lightning_gpt.progress import PATIENCE, Progress
 from lightning_gpt.strategies import StrategyRow, find_devices, get_strategy
 from lightning_gpt.strategies.devices import Devices
 from lightning_gpt.training.callbacks import quiet_lightning
@@ -134,7 +135,10 @@ def evaluate(options: EvaluateOptions) -> Report | None:
         report = Report([_harness_score(checkpoint, options, devices) for checkpoint in checkpoints])
     else:
         jobs = [_job(checkpoint, options) for checkpoint in checkpoints]  # report errors before scoring the first one
-        scores = [_validate(job, options, row=row, devices=devices) for job in jobs]
+        names = ["score" if len(jobs) == 1 else f"score {n} of {len(jobs)}" for n in range(1, len(jobs) + 1)]
+        scores = [
+            _validate(job, options, row=row, devices=devices, what=what) for job, what in zip(jobs, names, strict=True)
+        ]
         report = Report([score for score in scores if score], _notes(jobs, scores))
     if not report.scores:
         return None
@@ -159,8 +163,8 @@ def _open(name: str, options: EvaluateOptions) -> Checkpoint:
     return checkpoint
 
 
-def _validate(job: _Job, options: EvaluateOptions, *, row: StrategyRow, devices: Devices) -> Score | None:
-    """Score one checkpoint; return None on ranks other than the first."""
+def _validate(job: _Job, options: EvaluateOptions, *, row: StrategyRow, devices: Devices, what: str) -> Score | None:
+    """Score one checkpoint, and show the progress as `what`; return None on ranks other than the first."""
     checkpoint = job.checkpoint
     checkpoint.require_fit(GPTModule.without_memory(checkpoint.implementation, model_config=checkpoint.model_config))
     module = FORMS[row.form](checkpoint.implementation, model_config=checkpoint.model_config, **row.form_options)
@@ -178,7 +182,7 @@ def _validate(job: _Job, options: EvaluateOptions, *, row: StrategyRow, devices:
             **row.arguments(devices),
             default_root_dir=empty,
             logger=False,
-            callbacks=[_LoadWeights(checkpoint)],
+            callbacks=[_LoadWeights(checkpoint), _ShowProgress(what)],
             use_distributed_sampler=False,
             enable_model_summary=False,
             enable_checkpointing=False,
@@ -241,6 +245,31 @@ class _LoadWeights(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, GPTModule)
         restore_weights(pl_module.model, self.checkpoint)
+
+
+class _ShowProgress(Callback):
+    """Show how many batches are scored, on the first rank."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self._progress: Progress | None = None
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            total = int(sum(trainer.num_val_batches))
+            self._progress = Progress(self.what, total=total, unit="batches", delay=PATIENCE)
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if self._progress is not None:
+            self._progress.update(self._progress.done + 1)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._progress is not None:
+            self._progress.close()
+
+    def on_exception(self, *_: Any) -> None:
+        if self._progress is not None:
+            self._progress.close()
 
 
 def _require_writable(file: Path) -> None:

@@ -27,6 +27,7 @@ class StrategyRow:
         form_options: Further arguments of that form.
         precisions: Lightning's names of the precisions that it supports.
         clip_algorithms: Values of Lightning's ``gradient_clip_algorithm`` that it supports.
+        chooses: What the strategy comes to on one device, and on several; None if its name says it.
         deepspeed_engine: Whether DeepSpeed's engine runs the optimizer, which must then have ``build_deepspeed``.
     """
 
@@ -37,7 +38,12 @@ class StrategyRow:
     form_options: dict[str, Any] = field(default_factory=dict)
     precisions: tuple[str, ...] = LIGHTNING_PRECISIONS
     clip_algorithms: tuple[str, ...] = ("norm", "value")
+    chooses: tuple[str, str] | None = None
     deepspeed_engine: bool = False
+
+    def describe(self, *, world_size: int) -> str:
+        """Return the name, with what it comes to on this number of devices."""
+        return f"{self.name} ({self.chooses[world_size > 1]})" if self.chooses else self.name
 
     def arguments(self, where: Devices) -> dict[str, Any]:
         """Return the Trainer arguments that say where to run.
@@ -95,7 +101,7 @@ def _zero(name: str, *, rules: Zero, config: dict[str, Any] | None = None) -> St
 STRATEGIES: dict[str, StrategyRow] = {
     row.name: row
     for row in (
-        StrategyRow(name="auto", build=lambda devices: "auto", memory=Replicated()),
+        StrategyRow(name="auto", build=lambda devices: "auto", memory=Replicated(), chooses=("one process", "ddp")),
         StrategyRow(name="ddp", build=_ddp, memory=Replicated(bucketed=True)),
         StrategyRow(
             name="fsdp",

@@ -9,14 +9,17 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, TQDMProgressBar
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
+from tqdm import tqdm
 
 from lightning_gpt.models import GPTModule
+from lightning_gpt.progress import Progress
 from lightning_gpt.sampling import complete
 from lightning_gpt.strategies import peak_flops
 from lightning_gpt.strategies.devices import device_time
 from lightning_gpt.tokenizers import Tokenizer
+from lightning_gpt.training.curves import CurveLogger
 
 
 def quiet_lightning() -> None:
@@ -37,56 +40,64 @@ def quiet_lightning() -> None:
 
 def warn(message: str) -> None:
     """Print one line on stderr, above the progress bar."""
-    Tqdm.write(f"warning: {message}", file=sys.stderr)
+    tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
-class ProgressBar(TQDMProgressBar):
-    """Lightning's progress bar over the whole budget, because an epoch is endless here.
+class ProgressBar(LightningProgressBar):
+    """Show the steps of the budget, with the loss and speed that were logged last and the time left.
 
-    It shows the losses that were logged last. Lightning would read those marked ``prog_bar`` from the device after each
-    micro-batch; this bar reads them at logged steps.
+    Args:
+        curves: The logger that knows them. Lightning would read metrics from the device after each micro-batch.
     """
 
-    def __init__(self, refresh_rate: int) -> None:
-        super().__init__(refresh_rate=refresh_rate)
-        self._losses: dict[str, float] = {}
+    def __init__(self, curves: CurveLogger) -> None:
+        super().__init__()
+        self.curves = curves
+        self.is_enabled = True
+        self._progress: Progress | None = None
 
-    @property
-    def total_train_batches(self) -> int | float:
-        """Micro-batches of the whole budget."""
-        return self.trainer.max_steps * self.trainer.accumulate_grad_batches
+    def disable(self) -> None:
+        """Show nothing, on ranks other than the first."""
+        self.is_enabled = False
 
-    def init_validation_tqdm(self) -> Tqdm:
-        """Disable the validation bar, because a line with the result is printed instead."""
-        return Tqdm(disable=True)
+    def enable(self) -> None:
+        """Show the progress."""
+        self.is_enabled = True
 
-    init_sanity_tqdm = init_validation_tqdm
-
-    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Return the losses."""
-        return self._losses
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start at the current step, which is not 0 in a resumed run."""
+        if self.is_enabled:
+            self._progress = Progress(
+                "train", total=trainer.max_steps, done=trainer.global_step, unit="steps", keep=True
+            )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Read the losses at logged steps, and advance the bar; Lightning counts batches from this process's start."""
-        ends_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if self.is_enabled and ends_step and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            known = trainer.callback_metrics
-            self._losses = {name: float(known[name]) for name in ("train_loss", "val_loss") if name in known}
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, self._first_batch + batch_idx)
+        """Advance at the end of an optimizer step."""
+        if self._progress is not None and trainer.global_step > self._progress.done:
+            self._progress.update(trainer.global_step, self._note())
+
+    def _note(self) -> str:
+        known = self.curves.latest
+        loss = [f"loss {known['train_loss']:.4f}"] if "train_loss" in known else []
+        speed = [f"{known['tokens_per_second']:,.0f} tokens/s"] if "tokens_per_second" in known else []
+        return ", ".join(loss + speed)
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print above the bar."""
+        (print if self._progress is None else self._progress.write)(*args, **kwargs)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the last step, and close the bar."""
+        if self._progress is not None:
+            self._progress.update(trainer.global_step, self._note(), last=True)
+            self._progress.close()
 
     def on_exception(self, *_: Any) -> None:
         """Close the bar, so that messages begin on a line of their own."""
-        if self._train_progress_bar is not None:
-            self._train_progress_bar.close()
-
-    def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
-        """Start the bar at the current step, which is not 0 in a resumed run and does not count for its speed."""
-        super().on_train_epoch_start(trainer)
-        bar = self.train_progress_bar
-        bar.initial = bar.n = self._first_batch = trainer.global_step * trainer.accumulate_grad_batches
-        bar.set_description("train")
+        if self._progress is not None:
+            self._progress.close()
 
 
 class DropoutSeed(Callback):
@@ -253,12 +264,13 @@ class FinalSample(Callback):
     """Print a sample of the trained model at the end of the run."""
 
     def __init__(
-        self, tokenizer: Tokenizer, *, prompt: str, max_new_tokens: int, seed: int, top_k: int | None = None
+        self, tokenizer: Tokenizer, *, prompt: str, max_new_tokens: int, seed: int, temperature: float, top_k: int
     ) -> None:
         self.tokenizer = tokenizer
         self.prompt = prompt
         self.max_new_tokens = max_new_tokens
         self.seed = seed
+        self.temperature = temperature
         self.top_k = top_k
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -271,6 +283,7 @@ class FinalSample(Callback):
                 prompt=self.prompt,
                 max_new_tokens=self.max_new_tokens,
                 seed=self.seed,
+                temperature=self.temperature,
                 top_k=self.top_k,
             )
         if trainer.is_global_zero:

@@ -1,5 +1,8 @@
 """Print what is about to run: model, data, budget and devices; for a dry run also the plan."""
 
+import shutil
+import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,8 @@ from lightning_gpt.strategies.memory import MemoryRules
 from lightning_gpt.training.budget import Budget
 from lightning_gpt.training.record import changed_options
 
+_INDENT = 10
+
 
 @rank_zero_only
 def print_header(
@@ -29,21 +34,33 @@ def print_header(
         budget: Length and batch size of the run.
         loaded: Lines that describe the initial weights.
         where: The devices.
-        strategy: Name of the strategy.
+        strategy: Description of the strategy.
     """
     parameters = sum(p.numel() for p in module.parameters())
     fields = module.model_config
     named = f"{module.implementation.name} {'/'.join(str(fields[s]) for s in SIZES if s in fields)}".strip()
     derived = ", from --global_batch_tokens" if budget.global_batch_tokens is not None else ""
-    print(
-        *(f"{line}\n" for line in loaded),
-        f"model     {named}, block {budget.block_size}, {parameters:,} parameters\n"
-        f"data      {source.describe()}, vocabulary {source.vocab_size:,}\n"
+    lines = [
+        *loaded,
+        f"model     {named}, block {budget.block_size}, {parameters:,} parameters",
+        f"data      {source.describe()}, vocabulary {source.vocab_size:,}",
         f"steps     {budget.max_steps:,} of {budget.tokens_per_step:,} tokens ({budget.batch_size} x"
-        f" {budget.block_size} x {budget.accumulate} micro-batches x {budget.world_size} devices{derived})\n"
+        f" {budget.block_size} x {budget.accumulate} micro-batches x {budget.world_size} devices{derived})",
         f"strategy  {strategy}, {where.precision}, {where.accelerator}",
-        sep="",
-    )
+    ]
+    print("\n".join(map(_wrapped, lines)))
+
+
+def _wrapped(line: str) -> str:
+    """Break a line between words where it would leave the terminal; elsewhere return it whole."""
+    if not sys.stdout.isatty():
+        return line
+    width = shutil.get_terminal_size().columns
+    options: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+    # Whole words only, and the gap after the first word as it is.
+    name, value = line[:_INDENT], line[_INDENT:]
+    first, *rest = textwrap.wrap(value, width - _INDENT, **options) or [""]
+    return "\n".join([name + first, *(" " * _INDENT + part for part in rest)])
 
 
 def describe_resumed(

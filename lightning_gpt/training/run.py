@@ -40,6 +40,7 @@ from lightning_gpt.training.trainer import check_trainer_options, make_callbacks
 from lightning_gpt.training.watchdog import Watchdog
 
 DEFAULT_SAMPLE_TOKENS = 200
+SAMPLE_TEMPERATURE, SAMPLE_TOP_K = 0.8, 200  # nanoGPT's, which make an early model's text readable
 
 
 def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Path | None:
@@ -95,8 +96,9 @@ def _train(config: TrainConfig, watch: Watchdog, callbacks: Sequence[Callback]) 
     if checkpoint:
         require_resumable(checkpoint, module, max_steps=budget.max_steps)
     loaded, start_up = begin(run, module, weights)
+    described = strategy.describe(world_size=where.world_size)
     if run.dry_run:
-        print_header(module, source, budget, loaded=loaded, where=where, strategy=strategy.name)
+        print_header(module, source, budget, loaded=loaded, where=where, strategy=described)
         print_plan(module, budget, rules=strategy.memory, where=where, recompute=config.trainer.recompute)
         return None
     folder = SameFolder(Path(run.out_dir) if run.out_dir else fresh_folder(), resume=run.resume)
@@ -121,11 +123,11 @@ def _train(config: TrainConfig, watch: Watchdog, callbacks: Sequence[Callback]) 
         source=checkpoint.path if checkpoint else None,
         step=checkpoint.step if checkpoint else 0,
     )
-    run_callbacks = make_callbacks(config, folder.run_dir, metrics, summary, accumulate=budget.accumulate)
+    run_callbacks = make_callbacks(config, folder.run_dir, metrics, summary)
     every = [*own, *run_callbacks, *sample, *callbacks]
     trainer = _trainer(config, strategy, where, budget, run_dir=folder.run_dir, callbacks=every)
     with open_folder(folder.run_dir, run, record=record, sources=[weights.path] if weights else []):
-        print_header(module, source, budget, loaded=loaded, where=where, strategy=type(trainer.strategy).__name__)
+        print_header(module, source, budget, loaded=loaded, where=where, strategy=described)
         with deterministic(config.trainer), stopping_safely(trainer, watch, folder.run_dir):
             with stopping_on_bad_numbers(trainer, folder.run_dir):
                 trainer.fit(module, data)
@@ -285,9 +287,15 @@ def _final_sample(config: TrainConfig, source: Source) -> list[Callback]:
     if source.tokenizer is None or not run.sample_tokens:
         return []
     encode_prompt(source.tokenizer, run.prompt)
-    top_k = 1 if isinstance(source, Task) else None
     return [
-        FinalSample(source.tokenizer, prompt=run.prompt, max_new_tokens=run.sample_tokens, seed=run.seed, top_k=top_k)
+        FinalSample(
+            source.tokenizer,
+            prompt=run.prompt,
+            max_new_tokens=run.sample_tokens,
+            seed=run.seed,
+            temperature=SAMPLE_TEMPERATURE,
+            top_k=1 if isinstance(source, Task) else SAMPLE_TOP_K,
+        )
     ]
 
 

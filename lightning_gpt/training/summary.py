@@ -1,90 +1,22 @@
 """Write run.json: what a run is, how far it has come, and its loss curves."""
 
 import json
-import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import Logger
 
 from lightning_gpt.atomic import atomic_file
 from lightning_gpt.data.loading import TokenData
 from lightning_gpt.training.callbacks import RunMetrics, peak_memory, warn
+from lightning_gpt.training.curves import LOSSES, CurveLogger, columns, curves_until, thinned
 from lightning_gpt.training.stopping import Stopped
 
 SUMMARY = "run.json"
 _FORMAT = 1
-_MOST_POINTS = 2000  # of a curve in the file
 _LIVE_SECONDS = 10  # between two writes in training
-_LOSSES = {"train": "train_loss", "validation": "val_loss"}
-
-
-@dataclass(frozen=True)
-class Point:
-    """One point of a loss curve.
-
-    Attributes:
-        step: Optimizer step.
-        loss: Mean loss; None if it is not finite.
-        seconds: Seconds of training so far, over all sessions of the run.
-    """
-
-    step: int
-    loss: float | None
-    seconds: float
-
-
-Curves = dict[str, list[Point]]
-
-
-class CurveLogger(Logger):
-    """A logger that keeps the loss curves in memory. Lightning reads the values from the device for all loggers alike.
-
-    Args:
-        curves: The curves of earlier sessions.
-        seconds: Seconds of training in earlier sessions.
-    """
-
-    def __init__(self, curves: Curves, *, seconds: float) -> None:
-        super().__init__()
-        self.curves = curves
-        self._earlier = seconds
-        self._started = time.monotonic()
-
-    @property
-    def name(self) -> str:
-        """Name of the logger, which names no folder."""
-        return "summary"
-
-    @property
-    def version(self) -> str:
-        """Version of the log, of which there is one."""
-        return "0"
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of training so far, over all sessions."""
-        return self._earlier + time.monotonic() - self._started
-
-    def start(self) -> None:
-        """Start the clock."""
-        self._started = time.monotonic()
-
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: run.json lies beside config.yaml."""
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Append the losses among the metrics of a step to the curves."""
-        for name, metric in _LOSSES.items():
-            if metric in metrics and step is not None:
-                loss = float(metrics[metric])
-                value = round(loss, 6) if math.isfinite(loss) else None
-                self.curves[name].append(Point(step, value, round(self.seconds, 3)))
 
 
 class Summary(Callback):
@@ -108,7 +40,7 @@ class Summary(Callback):
         self.facts = facts
         self.metrics = metrics
         earlier = read_summary(source.parent.parent / SUMMARY) if source else {}
-        curves, seconds = _until(step, earlier)
+        curves, seconds = curves_until(step, earlier)
         self.logger = CurveLogger(curves, seconds=seconds)
         self.started = earlier.get("started")
         self._peak = float(earlier.get("peak_memory_mib") or 0)
@@ -168,7 +100,7 @@ class Summary(Callback):
         now = datetime.now(UTC).isoformat(timespec="seconds")
         self.started = self.started or now
         self._peak = max(self._peak, peak_memory(module.device) / 2**20)
-        train, validation = (self.logger.curves[name] for name in _LOSSES)
+        train, validation = (self.logger.curves[name] for name in LOSSES)
         scored = [point for point in validation if point.loss is not None]
         best = min(scored, key=lambda point: point.loss or 0.0, default=None)
         speed = self.metrics.seconds_per_step()
@@ -189,7 +121,7 @@ class Summary(Callback):
             "val_loss": validation[-1].loss if validation else None,
             "best_val_loss": best and best.loss,
             "best_step": best and best.step,
-            "curves": {name: _columns(_thinned(points)) for name, points in self.logger.curves.items()},
+            "curves": {name: columns(thinned(points)) for name, points in self.logger.curves.items()},
         }
 
 
@@ -200,32 +132,3 @@ def read_summary(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) and content.get("format") == _FORMAT else {}
-
-
-def _until(step: int, earlier: dict[str, Any]) -> tuple[Curves, float]:
-    """Return the curves in a run.json up to a step, and the seconds until then; empty ones if they are damaged."""
-    curves: Curves = {name: [] for name in _LOSSES}
-    try:
-        for name in _LOSSES:
-            columns = earlier["curves"][name]
-            points = zip(columns["step"], columns["loss"], columns["seconds"], strict=True)
-            known = (Point(int(s), None if loss is None else float(loss), float(t)) for s, loss, t in points)
-            curves[name] = [point for point in known if point.step <= step]
-        last = max((point.seconds for points in curves.values() for point in points), default=0.0)
-        return curves, float(earlier["seconds"]) if earlier["step"] == step else last
-    except (LookupError, TypeError, ValueError):
-        return {name: [] for name in _LOSSES}, 0.0
-
-
-def _thinned(points: Sequence[Point]) -> list[Point]:
-    """Return at most 2,000 points, evenly spread over the steps; the last one is among them."""
-    width = max(1.0, points[-1].step / (_MOST_POINTS - 1)) if points else 1.0
-    return list({int(point.step / width): point for point in points}.values())
-
-
-def _columns(points: Sequence[Point]) -> dict[str, list[Any]]:
-    return {
-        "step": [point.step for point in points],
-        "loss": [point.loss for point in points],
-        "seconds": [point.seconds for point in points],
-    }

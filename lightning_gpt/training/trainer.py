@@ -42,12 +42,10 @@ def check_trainer_options(options: TrainerOptions) -> None:
             raise UserError(f"--trainer.{name}: lightning.Trainer has no such option{hint}")
 
 
-def make_callbacks(
-    config: TrainConfig, run_dir: Path, metrics: RunMetrics, summary: Summary, *, accumulate: int
-) -> list[Callback]:
+def make_callbacks(config: TrainConfig, run_dir: Path, metrics: RunMetrics, summary: Summary) -> list[Callback]:
     """Return the callbacks of every run."""
     wanted = config.trainer.trainer.get("enable_progress_bar", True)
-    bar = [ProgressBar(refresh_rate=10 * accumulate)] if wanted else []
+    bar = [ProgressBar(summary.logger)] if wanted else []
     patience = [Patience(config.trainer.patience)] if config.trainer.patience else []
     run = config.run
     checkpoints = Checkpoints(

@@ -20,7 +20,7 @@ NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
 FOUND = {
     "demo": r"^201012 -> 001122\n[\s\S]*^1[78]\d of 182 sorted$",
     "generate": r"^Training a small model instead\.\n[\s\S]*^def main\(",
-    "plug_in_a_model": r"^strategy  FSDP[\s\S]*below 0\.001: True$[\s\S]*^bits_per_byte [ \d.]+$",
+    "plug_in_a_model": r"^strategy  fsdp[\s\S]*below 0\.001: True$[\s\S]*^bits_per_byte [ \d.]+$",
 }
 
 

@@ -1,7 +1,6 @@
 """Run folders: resuming by itself after a restart, refusing to replace a run, and what config.yaml records."""
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -234,9 +233,6 @@ def test_resume_says_where_it_starts_and_what_differs(copied_run, flags, capsys)
         "sample_tokens 8 -> 0",
         "attn_pdrop 0.1 -> 0.0",
     }
-    shown = re.findall(r"train: +\d+%\|[^|]*\| (\d+)/8 \[[\d:]+<[^,]*, +([^,\]]+)", out)
-    assert shown[0][0] == "4" and shown[-1][0] == "8", out  # the bar counts from the resumed step
-    assert not any(speed.startswith("-") for _, speed in shown), shown
     bare = shutil.copy(last(copied_run), copied_run.parent / "bare.ckpt")
     capsys.readouterr()
     others = [flag for flag in flags if not flag.startswith(("--n_", "--block_size"))]  # the checkpoint has its sizes

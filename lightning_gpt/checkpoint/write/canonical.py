@@ -28,6 +28,7 @@ from lightning_gpt.checkpoint.read.canonical import (
 )
 from lightning_gpt.checksums import files_in, folder_digests, write_manifest
 from lightning_gpt.config import UserError
+from lightning_gpt.progress import PATIENCE, Progress
 
 
 def convert(checkpoint: Checkpoint, folder: Path, *, optimizer: bool = False, pt: bool = False) -> Path:
@@ -111,10 +112,11 @@ def write_tensors(file: IO[bytes], layout: dict[str, Tensor], *, read: Callable[
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
-    for name, expected in layout.items():
-        tensor = read(name)
-        assert tensor.dtype == expected.dtype and tensor.shape == expected.shape, name
-        file.write(raw_bytes(tensor))
+    with Progress("write", total=end, unit="bytes", delay=PATIENCE) as progress:
+        for name, expected in layout.items():
+            tensor = read(name)
+            assert tensor.dtype == expected.dtype and tensor.shape == expected.shape, name
+            progress.update(progress.done + file.write(raw_bytes(tensor)))
 
 
 @contextlib.contextmanager
