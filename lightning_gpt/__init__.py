@@ -24,11 +24,14 @@ _HOMES = {
     "prepare": "lightning_gpt.data.tokens.preparation",
     "train": "lightning_gpt.training.run",
 }
+_ROOMS = ("bench", "callbacks", "data", "models")
 __all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name on first use, so that importing the package does not import torch."""
+    """Import a public name or room on first use, so that importing the package does not import torch."""
+    if name in _ROOMS:
+        return import_module(f"{__name__}.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__} has no attribute {name}")
     return getattr(import_module(_HOMES[name]), name)

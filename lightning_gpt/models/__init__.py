@@ -3,6 +3,7 @@
 from lightning_gpt.models.forms import FORMS, DeepSpeedGPTModule, FSDPGPTModule
 from lightning_gpt.models.module import GPTModule
 from lightning_gpt.models.named import (
+    MINGPT_PRESETS,
     DeepSpeedMinGPT,
     DeepSpeedModernGPT,
     DeepSpeedNanoGPT,
@@ -16,6 +17,7 @@ from lightning_gpt.models.named import (
 
 __all__ = [
     "FORMS",
+    "MINGPT_PRESETS",
     "DeepSpeedGPTModule",
     "DeepSpeedMinGPT",
     "DeepSpeedModernGPT",

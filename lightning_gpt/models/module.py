@@ -181,10 +181,10 @@ class GPTModule(LightningModule):
         self,
         idx: Tensor,
         max_new_tokens: int,
-        *,
         temperature: float = 1.0,
         do_sample: bool | None = None,
         top_k: int | None = None,
+        *,
         top_p: float = 1.0,
         repetition_penalty: float = 1.0,
         seed: int | None = None,
@@ -208,6 +208,8 @@ class GPTModule(LightningModule):
         Raises:
             ValueError: A setting is out of range.
         """
+        if not isinstance(do_sample, bool | None):  # nanoGPT's own `generate` has top_k in this place
+            raise ValueError(f"do_sample is True or False, not {do_sample!r}; give top_k by its name")
         if do_sample is None:
             own = signature(getattr(self.model, "generate", self.generate)).parameters.get("do_sample")
             do_sample = own is None or own.default is not False

@@ -6,9 +6,17 @@ Each class lists its model's arguments and passes training arguments on to ``GPT
 
 from typing import Any
 
-from lightning_gpt.implementations.registry import get_implementation
+from torch import nn
+
+from lightning_gpt.config import SIZES
+from lightning_gpt.implementations.registry import IMPLEMENTATIONS, get_implementation
 from lightning_gpt.models.forms import DeepSpeedGPTModule, FSDPGPTModule
 from lightning_gpt.models.module import GPTModule
+
+_PRESETS = IMPLEMENTATIONS["mingpt"].presets
+assert _PRESETS is not None
+MINGPT_PRESETS: dict[str, dict[str, int]] = IMPLEMENTATIONS["mingpt"].load(_PRESETS)
+"""The sizes of each preset, named as in ``transformers.GPT2Config``; all models have these presets."""
 
 
 def _arguments(implementation: str, *, training: dict[str, Any], **fields: Any) -> dict[str, Any]:
@@ -17,8 +25,18 @@ def _arguments(implementation: str, *, training: dict[str, Any], **fields: Any) 
     Args:
         implementation: A name in the registry.
         training: Training arguments. ``implementation`` and ``model_config``, which a checkpoint adds, are ignored.
-        fields: Fields of the model's config; None leaves a size to the preset.
+        fields: Fields of the model's config; None leaves a size to the preset. Without any size and without a preset,
+            it is GPT-2's.
+
+    Raises:
+        ValueError: Some sizes are given, but neither all nor a preset.
     """
+    given = [name for name in SIZES if fields[name] is not None]
+    if fields["model_type"] is None and not given:
+        fields["model_type"] = "gpt2"
+    if fields["model_type"] is None and len(given) < len(SIZES):
+        values = ", ".join(f"{name}={fields[name]}" for name in SIZES)
+        raise ValueError(f"got {values}; give all three sizes, or model_type for those that are None")
     training = {name: v for name, v in training.items() if name not in ("implementation", "model_config")}
     model_config = get_implementation(implementation).resolve(**fields)
     return {"implementation": implementation, "model_config": model_config, **training}
@@ -30,7 +48,7 @@ class MinGPT(GPTModule):
     Args:
         vocab_size: Number of tokens in the vocabulary.
         block_size: Context length in tokens.
-        model_type: A preset of sizes.
+        model_type: A preset of sizes (default: gpt2 if no size is given).
         n_layer: Number of layers; overrides the preset.
         n_head: Number of attention heads; overrides the preset.
         n_embd: Width of the residual stream; overrides the preset.
@@ -46,7 +64,7 @@ class MinGPT(GPTModule):
         self,
         vocab_size: int,
         block_size: int,
-        model_type: str | None = "gpt2",
+        model_type: str | None = None,
         n_layer: int | None = None,
         n_head: int | None = None,
         n_embd: int | None = None,
@@ -75,6 +93,11 @@ class MinGPT(GPTModule):
             )
         )
 
+    @property
+    def mingpt(self) -> nn.Module:
+        """The model, ``mingpt.model.GPT``."""
+        return self.model
+
 
 class NanoGPT(GPTModule):
     """nanoGPT: tied head, optional biases, exact GELU.
@@ -82,7 +105,7 @@ class NanoGPT(GPTModule):
     Args:
         vocab_size: Number of tokens in the vocabulary.
         block_size: Context length in tokens.
-        model_type: A preset of sizes.
+        model_type: A preset of sizes (default: gpt2 if no size is given).
         n_layer: Number of layers; overrides the preset.
         n_head: Number of attention heads; overrides the preset.
         n_embd: Width of the residual stream; overrides the preset.
@@ -99,7 +122,7 @@ class NanoGPT(GPTModule):
         self,
         vocab_size: int,
         block_size: int,
-        model_type: str | None = "gpt2",
+        model_type: str | None = None,
         n_layer: int | None = None,
         n_head: int | None = None,
         n_embd: int | None = None,
@@ -130,6 +153,11 @@ class NanoGPT(GPTModule):
             )
         )
 
+    @property
+    def nanogpt(self) -> nn.Module:
+        """The model, ``nanogpt.model.GPT``."""
+        return self.model
+
 
 class ModernGPT(GPTModule):
     """moderngpt: rotary positions, RMSNorm, normed queries and keys, squared ReLU, no biases, a soft-capped head.
@@ -137,7 +165,7 @@ class ModernGPT(GPTModule):
     Args:
         vocab_size: Number of tokens in the vocabulary.
         block_size: Context length in tokens.
-        model_type: A preset of sizes.
+        model_type: A preset of sizes (default: gpt2 if no size is given).
         n_layer: Number of layers; overrides the preset.
         n_head: Number of attention heads; overrides the preset.
         n_embd: Width of the residual stream, an even multiple of ``n_head``; overrides the preset.
@@ -155,7 +183,7 @@ class ModernGPT(GPTModule):
         self,
         vocab_size: int,
         block_size: int,
-        model_type: str | None = "gpt2",
+        model_type: str | None = None,
         n_layer: int | None = None,
         n_head: int | None = None,
         n_embd: int | None = None,
