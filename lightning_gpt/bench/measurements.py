@@ -31,6 +31,7 @@ class Measurement:
         largest_batch: Largest batch per GPU or rank; None if unknown.
         tokens_per_second: Tokens per second over all ranks; None if unknown.
         status: "ok", or why there is no measurement.
+        planned_gib: Peak memory that the planner predicts, in GiB; None if unknown.
     """
 
     source: str
@@ -43,6 +44,7 @@ class Measurement:
     largest_batch: float | None = None
     tokens_per_second: float | None = None
     status: str = "ok"
+    planned_gib: float | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def _measurement(row: dict[str, Any], *, source: str) -> Measurement:
         return float(row[name]) if row.get(name) else None
 
     parameters = _count(row.get("parameters", ""))
-    mib, seconds = number("peak_mib_per_gpu"), number("seconds_per_iteration")
+    mib, planned, seconds = map(number, ("peak_mib_per_gpu", "planned_mib_per_gpu", "seconds_per_iteration"))
     tokens = math.prod(number(name) or default for name, default in _SETTINGS_2021.items())
     return Measurement(
         source=source,
@@ -104,6 +106,7 @@ def _measurement(row: dict[str, Any], *, source: str) -> Measurement:
         largest_batch=number("largest_batch_per_gpu"),
         tokens_per_second=tokens / seconds if seconds else None,
         status=row.get("status") or "ok",
+        planned_gib=None if planned is None else planned / 1024,
     )
 
 

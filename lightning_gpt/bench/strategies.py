@@ -201,7 +201,7 @@ def measure_strategies(
                 import_module(module)
         facts = in_child(_facts, settings)
         for size, shape in shapes.items():
-            data = _write_tokens(settings.folder, vocab_size=shape[3], block_size=block_size)
+            data = write_tokens(settings.folder, vocab_size=shape[3], block_size=block_size)
             for name in names:
                 for again in _RECOMPUTE[recompute]:
                     row = _row(settings, shape, data=data, strategy=name, recompute=again)
@@ -246,8 +246,8 @@ def _strategies(names: str, devices: int) -> list[str]:
     return [name for name in chosen if name != ("auto" if devices > 1 else "ddp")]
 
 
-def _write_tokens(folder: Path, *, vocab_size: int, block_size: int) -> Path:
-    """Write random tokens, and return their folder."""
+def write_tokens(folder: Path, *, vocab_size: int, block_size: int) -> Path:
+    """Write random tokens of a vocabulary into a folder of their own, unless it is there, and return it."""
     tokens = np.random.default_rng(0).integers(0, vocab_size, 100 * (block_size + 1), dtype=np.uint32)
     data = folder / f"tokens-{vocab_size}"
     if not data.exists():

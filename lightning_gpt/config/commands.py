@@ -122,6 +122,20 @@ class EmbeddingsOptions:
 
 
 @dataclass(frozen=True)
+class AppOptions:
+    """Which results and runs are shown, and where."""
+
+    results: str = "results"
+    """folder of results: .csv files that bench.py strategies writes"""
+    runs: str = "runs"
+    """folder of run folders"""
+    port: PositiveInt = 8501
+    """port to serve on"""
+    address: str = "localhost"
+    """address to serve on; 0.0.0.0 lets other machines see the pages and load the checkpoints of this one"""
+
+
+@dataclass(frozen=True)
 class PrepareOptions:
     """Which text is turned into token files, and how."""
 

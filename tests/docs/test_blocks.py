@@ -86,6 +86,7 @@ RULES = (
     Rule(r"bench\.py tax", " --rounds=1 --steps=1 --threads=1", slow=True),
     Rule(r"bench\.py time_to_loss", " --seeds=1 --steps=8 --rows=nanogpt-published --threads=1", slow=True),
     Rule(r"bench\.py prepare", " --rounds=1 --megabytes=1", slow=True),
+    Rule(r"^python app\.py", how="parse"),
     Rule(r"bench\.py (parity|generate|reliability|report|strategies)", how="parse"),
 )
 PROMPTS = "0123456789 O God, O God! def The answer is once upon"  # char tokenizers must know these characters

@@ -1,0 +1,1 @@
+"""The pages of app.py, drawn by Streamlit. Nothing else imports this room."""
