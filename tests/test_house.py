@@ -54,7 +54,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "callbacks": {"training", "strategies"},
     "training": {
         *("sampling", "planning", "checkpoint", "models", "data", "optim", "strategies", "tokenizers"),
-        *("implementations", "trust", "checksums", "config", "atomic", "launch", "progress"),
+        *("implementations", "trust", "checksums", "config", "atomic", "launch", "progress", "charts"),
     },
     "sampling": {"checkpoint", "models", "strategies", "tokenizers", "implementations", "config"},
     "cli": {

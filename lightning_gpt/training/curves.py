@@ -108,3 +108,22 @@ def columns(points: Sequence[Point]) -> dict[str, list[Any]]:
         "loss": [point.loss for point in points],
         "seconds": [point.seconds for point in points],
     }
+
+
+def draw_curves(curves: Curves, *, title: str) -> Any:
+    """Return a matplotlib figure of the loss curves over the steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axis = figure.subplots()
+    for name, marker, width in (("train", "", 0.8), ("validation", "o", 1.5)):
+        known = [(point.step, point.loss) for point in thinned(curves[name]) if point.loss is not None]
+        if known:
+            steps, losses = zip(*known, strict=True)
+            axis.plot(steps, losses, marker=marker, markersize=4, linewidth=width, label=f"{name} {losses[-1]:.4f}")
+    axis.set(title=title, xlabel="optimizer steps", ylabel="loss (nats per token)")
+    axis.title.set_fontsize("medium")
+    axis.grid(linewidth=0.4, alpha=0.5)
+    if axis.lines:
+        axis.legend()
+    return figure

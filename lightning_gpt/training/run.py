@@ -122,6 +122,7 @@ def _train(config: TrainConfig, watch: Watchdog, callbacks: Sequence[Callback]) 
         metrics=metrics,
         source=checkpoint.path if checkpoint else None,
         step=checkpoint.step if checkpoint else 0,
+        draws=run.logger != "none",
     )
     run_callbacks = make_callbacks(config, folder.run_dir, metrics, summary)
     every = [*own, *run_callbacks, *sample, *callbacks]

@@ -1,5 +1,7 @@
-"""Write run.json: what a run is, how far it has come, and its loss curves."""
+"""Write run.json: what a run is, how far it has come, and its loss curves; and draw them into loss.png."""
 
+import contextlib
+import importlib.util
 import json
 import time
 from datetime import UTC, datetime
@@ -9,12 +11,15 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 
 from lightning_gpt.atomic import atomic_file
+from lightning_gpt.charts import save_chart
+from lightning_gpt.config import UserError
 from lightning_gpt.data.loading import TokenData
 from lightning_gpt.training.callbacks import RunMetrics, peak_memory, warn
-from lightning_gpt.training.curves import LOSSES, CurveLogger, columns, curves_until, thinned
+from lightning_gpt.training.curves import LOSSES, CurveLogger, columns, curves_until, draw_curves, thinned
 from lightning_gpt.training.stopping import Stopped
 
 SUMMARY = "run.json"
+CHART = "loss.png"
 _FORMAT = 1
 _LIVE_SECONDS = 10  # between two writes in training
 
@@ -31,10 +36,18 @@ class Summary(Callback):
         metrics: The callback that measures the speed.
         source: A checkpoint that is resumed; the run.json of its folder begins the curves.
         step: Step of that checkpoint.
+        draws: Whether to draw loss.png at validations, at most every 10 seconds, and at the end.
     """
 
     def __init__(
-        self, run_dir: Path, *, facts: dict[str, Any], metrics: RunMetrics, source: Path | None = None, step: int = 0
+        self,
+        run_dir: Path,
+        *,
+        facts: dict[str, Any],
+        metrics: RunMetrics,
+        source: Path | None = None,
+        step: int = 0,
+        draws: bool = True,
     ) -> None:
         self.file = run_dir / SUMMARY
         self.facts = facts
@@ -44,6 +57,8 @@ class Summary(Callback):
         self.logger = CurveLogger(curves, seconds=seconds)
         self.started = earlier.get("started")
         self._peak = float(earlier.get("peak_memory_mib") or 0)
+        self.draws = draws
+        self._drawn = 0.0  # time of the last chart
         self._written = (-1, 0.0)  # step and time of the last write
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -62,6 +77,8 @@ class Summary(Callback):
         """Write after a validation."""
         if not trainer.sanity_checking:
             self._write(trainer, pl_module, status="running")
+            if time.monotonic() - self._drawn >= _LIVE_SECONDS:
+                self._draw(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Write before a checkpoint, so that the curves of a run that resumes from it have no gap."""
@@ -70,14 +87,31 @@ class Summary(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the final state, and warn if it cannot be written."""
+        self._draw(trainer)
         error = self._write(trainer, pl_module, status="stopped")
         if error:
             warn(f"{self.file} cannot be written: {error.strerror or error}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write the state in which a signal or an error has ended the run."""
+        if self._written[0] >= 0:
+            self._draw(trainer)
         has_failed = isinstance(exception, Exception) and not isinstance(exception, Stopped)
         self._write(trainer, pl_module, status="failed" if has_failed else "stopped")
+
+    def _draw(self, trainer: Trainer) -> None:
+        """Draw loss.png; an error leaves the last one, because run.json and the log report a disk that is full."""
+        if not self.draws or not trainer.is_global_zero:
+            return
+        if importlib.util.find_spec("matplotlib") is None:
+            self.draws = False
+            warn(f"{CHART} is not drawn: pip install matplotlib")
+            return
+        name, size = self.facts["implementation"], self.facts["parameters"]
+        figure = draw_curves(self.logger.curves, title=f"{self.facts['name']}: {name}, {size:,} parameters")
+        with contextlib.suppress(UserError):
+            save_chart(figure, self.file.with_name(CHART))
+        self._drawn = time.monotonic()
 
     def _write(self, trainer: Trainer, module: LightningModule, *, status: str) -> OSError | None:
         # An exception may come before the first write, when the trainer has no data yet.

@@ -80,3 +80,15 @@ def test_unwritable_file_costs_a_warning(flags, tmp_path, capsys):
     train.main([*flags, f"--out_dir={run}"])
     assert capsys.readouterr().err.count("run.json cannot be written") == 1
     assert (run / "checkpoints" / "last.ckpt").exists()
+
+
+def test_chart_is_drawn_of_runs_that_log(flags, tmp_path):
+    pytest.importorskip("matplotlib")
+    run = tmp_path / "run"
+    train.main([*flags, f"--out_dir={run}", "--max_steps=2"])
+    assert not (run / "loss.png").exists()  # --logger none
+    train.main([f"--resume={run}", "--max_steps=4", "--logger=csv"])
+    first = (run / "loss.png").read_bytes()
+    assert first.startswith(b"\x89PNG")
+    train.main([f"--resume={run}", "--max_steps=6", "--logger=csv"])
+    assert (run / "loss.png").read_bytes() != first
