@@ -29,6 +29,7 @@ NonNegativeFloat = Annotated[float, Limit(lambda value: value >= 0, "0 or more")
 Probability = Annotated[float, Limit(lambda value: 0 < value <= 1, "a number above 0, at most 1")]
 Fraction = Annotated[float, Limit(lambda value: 0 < value < 1, "above 0 and below 1")]
 Beta = Annotated[float, Limit(lambda value: 0 <= value < 1, "at least 0 and below 1")]
+Share = Annotated[float, Limit(lambda value: 0 <= value <= 1, "from 0 to 1")]
 Seed = Annotated[int, Limit(lambda value: 0 <= value < 2**32, "from 0 to 4294967295")]
 
 

@@ -17,6 +17,7 @@ from lightning_gpt.options import (
     PositiveFloat,
     PositiveInt,
     Seed,
+    Share,
 )
 
 
@@ -69,18 +70,23 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class OptimOptions:
-    """The optimizer, and its schedule: linear warm-up, then a cosine down to min_learning_rate."""
+    """The optimizer, and its schedule: linear warm-up, then a decay down to min_learning_rate."""
 
     optimizer: str = "adamw"
     """adamw, or muon: orthogonalised momentum for the matrices inside blocks, and AdamW for all else"""
     learning_rate: PositiveFloat = 1e-3
     """peak learning rate"""
+    schedule: str = "cosine"
+    """after the warm-up: cosine, linear, constant, or wsd, which stays at the peak and then falls linearly in a
+    cool-down"""
+    decay_fraction: Share | None = None
+    """wsd: last fraction of the schedule that is the cool-down (default: 0.2)"""
     min_learning_rate: NonNegativeFloat | None = None
     """learning rate at the end of the schedule (default: a tenth of learning_rate)"""
     warmup_steps: NonNegativeInt | None = None
     """optimizer steps of linear warm-up (default: a tenth of the schedule, at most 100)"""
     lr_decay_steps: PositiveInt | None = None
-    """optimizer step at which the cosine ends (default: the last step of the budget)"""
+    """optimizer step at which the decay ends (default: the last step of the budget)"""
     weight_decay: NonNegativeFloat = 0.1
     """decoupled weight decay: a step multiplies a decayed parameter by 1 - learning rate x this"""
     beta1: Beta = 0.9

@@ -21,7 +21,7 @@ from lightning_gpt.implementations.sharding import give_memory
 from lightning_gpt.models.scoring import ScoreSums
 from lightning_gpt.optim.groups import parameter_groups
 from lightning_gpt.optim.registry import get_optimizer
-from lightning_gpt.optim.schedule import warmup_cosine
+from lightning_gpt.optim.schedule import scheduled
 from lightning_gpt.trust import reading_from
 
 # Arguments that only subclasses have, besides the fields of the model's config. Checkpoints store them, and Lightning
@@ -40,7 +40,9 @@ class GPTModule(LightningModule):
         betas: AdamW's betas.
         optimizer: "adamw", or "muon" for the matrices inside blocks and AdamW for all else.
         warmup_steps: Optimizer steps of linear warm-up.
-        decay_steps: Optimizer step at which the cosine ends; None keeps the learning rate constant after the warm-up.
+        schedule: "cosine", "linear", "constant" or "wsd": the learning rate after the warm-up.
+        decay_steps: Optimizer step at which the decay ends; None keeps the learning rate constant after the warm-up.
+        cooldown_steps: Length of wsd's decay in steps; None starts the decay after the warm-up.
         final_lr_ratio: Final learning rate divided by the peak.
         compile: Whether, or with which backend or mode, to compile blocks in place.
         recompute: Whether blocks recompute their activations in the backward pass instead of storing them.
@@ -63,7 +65,9 @@ class GPTModule(LightningModule):
         betas: tuple[float, float] = (0.9, 0.95),
         optimizer: str = "adamw",
         warmup_steps: int = 0,
+        schedule: str = "cosine",
         decay_steps: int | None = None,
+        cooldown_steps: int | None = None,
         final_lr_ratio: float = 0.1,
         compile: bool | str = False,
         recompute: bool = False,
@@ -83,7 +87,14 @@ class GPTModule(LightningModule):
         self.learning_rate = learning_rate
         self.betas = betas
         self.optimizer_options = optimizer_options
-        self.schedule = partial(warmup_cosine, warmup_steps=warmup_steps, decay_steps=decay_steps, final=final_lr_ratio)
+        self.schedule = partial(
+            scheduled,
+            shape=schedule,
+            warmup_steps=warmup_steps,
+            decay_steps=decay_steps,
+            cooldown_steps=cooldown_steps,
+            final=final_lr_ratio,
+        )
         self.compile_setting = compile
         self.recompute = recompute
         self.freeze_embeddings = freeze_embeddings

@@ -11,9 +11,11 @@ from lightning_gpt.config import SIZES, OptimOptions, TrainConfig, UserError
 from lightning_gpt.data.loading import TokenData
 from lightning_gpt.implementations.registry import get_implementation
 from lightning_gpt.optim.registry import get_optimizer
+from lightning_gpt.optim.schedule import SHAPES
 from lightning_gpt.strategies.devices import Devices
 
 DEFAULT_STEPS = 1000
+DEFAULT_DECAY_FRACTION = 0.2
 DEFAULT_PRESET = "gpt-micro"
 
 
@@ -89,18 +91,22 @@ def resolve(config: TrainConfig, budget: Budget, *, precision: str) -> TrainConf
     if row.presets and not all(config.model_fields.get(size) for size in SIZES):
         model_type = model_type or DEFAULT_PRESET
     sizes = row.resolve(model_type=model_type, **config.model_fields)
-    optim = config.optim
+    optim = _resolve_schedule(config.optim, resumes=config.resumed is not None)
     _check_schedule(optim, max_steps=budget.max_steps)
+    constant = optim.schedule == "constant"
     decay_steps = optim.lr_decay_steps or budget.max_steps
+    floor = optim.min_learning_rate
+    if floor is None and not constant:
+        floor = optim.learning_rate / 10
     return replace(
         config,
         model=replace(config.model, model_type=model_type),
         model_fields={name: sizes.get(name) for name in config.model_fields},
         optim=replace(
             optim,
-            lr_decay_steps=decay_steps,
+            lr_decay_steps=None if constant else decay_steps,
             warmup_steps=min(100, decay_steps // 10) if optim.warmup_steps is None else optim.warmup_steps,
-            min_learning_rate=optim.learning_rate / 10 if optim.min_learning_rate is None else optim.min_learning_rate,
+            min_learning_rate=floor,
             accumulate_grad_batches=None if optim.global_batch_tokens else budget.accumulate,
         ),
         optimizer_fields=config.optimizer_fields | get_optimizer(optim.optimizer).complete(config.optimizer_fields),
@@ -125,7 +131,8 @@ def module_arguments(config: TrainConfig, *, vocab_size: int, padding: int) -> d
         block_size=config.model.block_size,
     )
     optim = config.optim
-    assert optim.min_learning_rate is not None
+    decay_steps, fraction = optim.lr_decay_steps, optim.decay_fraction
+    floor = optim.learning_rate if optim.min_learning_rate is None else optim.min_learning_rate
     return {
         "model_config": fields,
         "weight_decay": optim.weight_decay,
@@ -134,13 +141,45 @@ def module_arguments(config: TrainConfig, *, vocab_size: int, padding: int) -> d
         "optimizer": optim.optimizer,
         **get_optimizer(optim.optimizer).complete(config.optimizer_fields),
         "warmup_steps": optim.warmup_steps,
-        "decay_steps": optim.lr_decay_steps,
-        "final_lr_ratio": optim.min_learning_rate / optim.learning_rate,
+        "schedule": optim.schedule,
+        "decay_steps": decay_steps,
+        "cooldown_steps": None if fraction is None or decay_steps is None else round(fraction * decay_steps),
+        "final_lr_ratio": floor / optim.learning_rate,
         "compile": config.trainer.compile,
         "recompute": config.trainer.recompute,
         "loss": config.trainer.loss,
         "freeze_embeddings": config.run.freeze_embeddings,
     }
+
+
+def describe_schedule(optim: OptimOptions, *, cooldown_steps: int | None) -> str:
+    """Return one line that says what the learning rate does after the warm-up; empty for the default schedule."""
+    peak, floor, end = optim.learning_rate, optim.min_learning_rate, optim.lr_decay_steps
+    if optim.schedule == OptimOptions.schedule:
+        return ""
+    if end is None:
+        return f"{optim.schedule}: {peak:g} after {optim.warmup_steps} steps of warm-up"
+    start = optim.warmup_steps if cooldown_steps is None else end - cooldown_steps
+    return f"{optim.schedule}: {peak:g} until step {start:,}, then down to {floor:g} at step {end:,}"
+
+
+def _resolve_schedule(optim: OptimOptions, *, resumes: bool) -> OptimOptions:
+    """Fill in wsd's cool-down, and reset options that the schedule does not use; a UserError if those were given.
+
+    A resumed run may change its schedule: its saved options then need no mention.
+    """
+    name = optim.schedule
+    if name not in SHAPES:
+        raise UserError(f"--schedule {name} is unknown; choose one of {', '.join(SHAPES)}")
+    if name == "wsd":
+        fraction = DEFAULT_DECAY_FRACTION if optim.decay_fraction is None else optim.decay_fraction
+        return replace(optim, decay_fraction=fraction)
+    unused = ["decay_fraction", *(["lr_decay_steps", "min_learning_rate"] if name == "constant" else [])]
+    for option in unused:
+        if getattr(optim, option) is not None and not resumes:
+            raise UserError(f"--{option} has no effect under --schedule {name}; leave it out, or give another schedule")
+    reset: dict[str, Any] = dict.fromkeys(unused)
+    return replace(optim, **reset)
 
 
 def _check_schedule(optim: OptimOptions, *, max_steps: int) -> None:

@@ -24,7 +24,14 @@ _INDENT = 10
 
 @rank_zero_only
 def print_header(
-    module: GPTModule, source: Source, budget: Budget, *, loaded: Sequence[str], where: Devices, strategy: str
+    module: GPTModule,
+    source: Source,
+    budget: Budget,
+    *,
+    loaded: Sequence[str],
+    where: Devices,
+    strategy: str,
+    schedule: str,
 ) -> None:
     """Print what is about to run.
 
@@ -35,6 +42,7 @@ def print_header(
         loaded: Lines that describe the initial weights.
         where: The devices.
         strategy: Description of the strategy.
+        schedule: Description of the learning-rate schedule; empty for the default one.
     """
     parameters = sum(p.numel() for p in module.parameters())
     fields = module.model_config
@@ -46,6 +54,7 @@ def print_header(
         f"data      {source.describe()}, vocabulary {source.vocab_size:,}",
         f"steps     {budget.max_steps:,} of {budget.tokens_per_step:,} tokens ({budget.batch_size} x"
         f" {budget.block_size} x {budget.accumulate} micro-batches x {budget.world_size} devices{derived})",
+        *([f"schedule  {schedule}"] if schedule else []),
         f"strategy  {strategy}, {where.precision}, {where.accelerator}",
     ]
     print("\n".join(map(_wrapped, lines)))

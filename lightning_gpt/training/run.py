@@ -27,7 +27,14 @@ from lightning_gpt.sampling import encode_prompt
 from lightning_gpt.strategies import StrategyRow, find_devices, get_strategy
 from lightning_gpt.strategies.devices import Devices, set_tf32
 from lightning_gpt.tokenizers import Tokenizer
-from lightning_gpt.training.budget import Budget, accumulation, make_budget, module_arguments, resolve
+from lightning_gpt.training.budget import (
+    Budget,
+    accumulation,
+    describe_schedule,
+    make_budget,
+    module_arguments,
+    resolve,
+)
 from lightning_gpt.training.callbacks import FinalSample, RunMetrics, quiet_lightning
 from lightning_gpt.training.determinism import check_determinism, deterministic
 from lightning_gpt.training.folder import SameFolder, fresh_folder, open_folder
@@ -96,9 +103,12 @@ def _train(config: TrainConfig, watch: Watchdog, callbacks: Sequence[Callback]) 
     if checkpoint:
         require_resumable(checkpoint, module, max_steps=budget.max_steps)
     loaded, start_up = begin(run, module, weights)
-    described = strategy.describe(world_size=where.world_size)
+    described = {
+        "strategy": strategy.describe(world_size=where.world_size),
+        "schedule": describe_schedule(config.optim, cooldown_steps=arguments["cooldown_steps"]),
+    }
     if run.dry_run:
-        print_header(module, source, budget, loaded=loaded, where=where, strategy=described)
+        print_header(module, source, budget, loaded=loaded, where=where, **described)
         print_plan(module, budget, rules=strategy.memory, where=where, recompute=config.trainer.recompute)
         return None
     folder = SameFolder(Path(run.out_dir) if run.out_dir else fresh_folder(), resume=run.resume)
@@ -128,7 +138,7 @@ def _train(config: TrainConfig, watch: Watchdog, callbacks: Sequence[Callback]) 
     every = [*own, *run_callbacks, *sample, *callbacks]
     trainer = _trainer(config, strategy, where, budget, run_dir=folder.run_dir, callbacks=every)
     with open_folder(folder.run_dir, run, record=record, sources=[weights.path] if weights else []):
-        print_header(module, source, budget, loaded=loaded, where=where, strategy=described)
+        print_header(module, source, budget, loaded=loaded, where=where, **described)
         with deterministic(config.trainer), stopping_safely(trainer, watch, folder.run_dir):
             with stopping_on_bad_numbers(trainer, folder.run_dir):
                 trainer.fit(module, data)
