@@ -21,7 +21,6 @@ import sample
 import train
 from lightning_gpt import MinGPT, NanoGPT
 from lightning_gpt.cli import parse_train
-from lightning_gpt.optim.schedule import warmup_cosine
 
 REPO = Path(__file__).parents[2]
 SIZES = ["--n_layer", "1", "--n_head", "2", "--n_embd", "16", "--block_size", "8", "--batch_size", "4"]
@@ -76,16 +75,6 @@ def test_decay_groups_match_the_originals(cls: type) -> None:
         assert "lm_head.weight" in expected and "transformer.wte.weight" not in expected
     assert {id(p) for p in decayed["params"]} == {id(named[name]) for name in expected}
     assert {id(p) for p in rest["params"]} == {id(named[name]) for name in named.keys() - expected}
-
-
-def test_schedule_matches_the_closed_form() -> None:
-    factor = [warmup_cosine(s, warmup_steps=10, decay_steps=110, final=0.1) for s in range(120)]
-    assert factor[0] == pytest.approx(1 / 11)
-    assert factor[10] == pytest.approx(1.0)
-    assert factor[60] == pytest.approx(0.55)
-    assert factor[110:] == [0.1] * 10
-    assert all(b > a for a, b in zip(factor[:10], factor[1:11], strict=True))
-    assert all(b < a for a, b in zip(factor[10:110], factor[11:111], strict=True))
 
 
 def test_run_learns_logs_saves_evaluates_and_samples(
