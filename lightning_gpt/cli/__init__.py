@@ -6,11 +6,12 @@ import shlex
 import sys
 import typing
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, cast
 
 from jsonargparse import Namespace
 
 from lightning_gpt.cli.argv import complete_flags, configs_first, gather_values, scout
+from lightning_gpt.cli.nanogpt_flags import print_note, translate
 from lightning_gpt.cli.parser import (
     ALIASES,
     Parser,
@@ -75,7 +76,8 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
     groups = {title: options_of(cls) for title, cls in GROUPS.items()}
     own_options = optimizer_options()
     options = [*(o for group in groups.values() for o in group), *own_options]
-    argv = complete_flags(sys.argv[1:] if argv is None else argv, options)
+    argv, note = translate(sys.argv[1:] if argv is None else argv, "train")
+    argv = complete_flags(argv, options)
     known = scout(argv)
     from_files = load_configs(known.config)
     command = f"train.py {shlex.join(argv)}".strip()
@@ -129,6 +131,7 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
     task_fields = {o.name: values[o.name] for o in task_options}
     if task:
         _fit_task(task, task_fields, values)
+    print_note(note)
     return TrainConfig(
         model=fill(ModelOptions, values),
         data=fill(DataOptions, values),
@@ -199,12 +202,18 @@ def parse_options(cls: type, argv: Sequence[str] | None = None, *, description: 
 
 def parse_evaluate(argv: Sequence[str] | None = None) -> EvaluateOptions:
     """Return the options of ``evaluate.py``."""
-    return parse_options(EvaluateOptions, argv, description="Score a checkpoint on its validation text.")
+    argv, note = translate(sys.argv[1:] if argv is None else argv, "evaluate")
+    options = parse_options(EvaluateOptions, argv, description="Score a checkpoint on its validation text.")
+    print_note(note)
+    return cast(EvaluateOptions, options)
 
 
 def parse_sample(argv: Sequence[str] | None = None) -> SampleOptions:
     """Return the options of ``sample.py``."""
-    return parse_options(SampleOptions, argv, description="Write text with a trained model.")
+    argv, note = translate(sys.argv[1:] if argv is None else argv, "sample")
+    options = parse_options(SampleOptions, argv, description="Write text with a trained model.")
+    print_note(note)
+    return cast(SampleOptions, options)
 
 
 def parse_embeddings(argv: Sequence[str] | None = None) -> EmbeddingsOptions:

@@ -11,8 +11,10 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 
+from lightning_gpt.cli.nanogpt_flags import NAMES_ELSEWHERE
 from lightning_gpt.cli.numbers import optional_whole_number, whole_number
 from lightning_gpt.config import EXCLUSIVE, PROVENANCE, SIZES, UserError
+from lightning_gpt.config.elsewhere import PASSED_ON
 from lightning_gpt.options import ABOVE_ZERO, Option
 from lightning_gpt.parsing import read_yaml
 
@@ -22,20 +24,6 @@ ALIASES = {
     "from_file": "--from",
     "gradient_clip_val": "--grad_clip",
 }
-# Flags of nanoGPT and Hugging Face that have another name here.
-_NAMES_ELSEWHERE = {
-    "dataset": "data",
-    "device": "accelerator",
-    "dtype": "precision",
-    "eval_iters": "eval_batches",
-    "gradient_accumulation_steps": "accumulate_grad_batches",
-    "lr": "learning_rate",
-    "lr_decay_iters": "lr_decay_steps",
-    "max_iters": "max_steps",
-    "min_lr": "min_learning_rate",
-    "warmup_iters": "warmup_steps",
-}
-
 _load_value = get_loader("yaml")
 
 
@@ -94,9 +82,11 @@ class Parser(ArgumentParser):
 def suggestion(wrong: str, choices: Sequence[str]) -> str:
     """Return " (did you mean X?)" for a flag that is misspelt or has another name here, or an empty string."""
     name = wrong.removeprefix("--")
-    names = [choice.removeprefix("--") for choice in choices if choice.startswith("--")]
-    near = difflib.get_close_matches(_NAMES_ELSEWHERE.get(name, name), names, n=1, cutoff=0.75)
-    return f" (did you mean --{near[0]}?)" if near else ""
+    meant = f"--trainer.{name}" if name in PASSED_ON and "--trainer" in choices else NAMES_ELSEWHERE.get(name, "")
+    if meant.split(" ")[0].partition(".")[0] not in choices:
+        near = difflib.get_close_matches(name, [choice.removeprefix("--") for choice in choices], n=1, cutoff=0.75)
+        meant = f"--{near[0]}" if near else ""
+    return f" (did you mean {meant}?)" if meant else ""
 
 
 def load_yaml(path: str) -> dict[str, Any]:

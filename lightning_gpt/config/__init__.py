@@ -193,6 +193,10 @@ class RunOptions:
     """seed of the initial weights, the order of samples, and dropout"""
     logger: str = "tensorboard"
     """tensorboard, csv, wandb or none"""
+    wandb_project: str | None = None
+    """project of --logger wandb (default: WANDB_PROJECT, else lightning_logs)"""
+    wandb_run_name: str | None = None
+    """name of the run for --logger wandb (default: the name of the run folder)"""
     prompt: str = "\n"
     """prompt of the final sample (default: a newline; for a task, a question of its validation split)"""
     sample_tokens: NonNegativeInt | None = None

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
-from lightning_gpt.config import UserError
+from lightning_gpt.config import RunOptions, UserError
 from lightning_gpt.training.callbacks import warn
 
 _Base: Any = object  # typed so, because the methods of a mixin call those of the class that follows it
@@ -89,28 +89,31 @@ def _without_writers(args: Any) -> None:
         _default_hook(args)
 
 
-def _tensorboard(run: Path) -> Logger:
+def _tensorboard(run: Path, options: RunOptions) -> Logger:
     threading.excepthook = _without_writers
     return _TensorBoard(run, name="logs")
 
 
-LOGGERS: dict[str, Callable[[Path], Logger | bool]] = {
+LOGGERS: dict[str, Callable[[Path, RunOptions], Logger | bool]] = {
     "tensorboard": _tensorboard,
-    "csv": lambda run: _Csv(run, name="logs"),
-    "wandb": lambda run: WandbLogger(save_dir=run, name=run.name),
-    "none": lambda run: False,
+    "csv": lambda run, options: _Csv(run, name="logs"),
+    "wandb": lambda run, options: WandbLogger(
+        save_dir=run, name=options.wandb_run_name or run.name, project=options.wandb_project
+    ),
+    "none": lambda run, options: False,
 }
 
 
-def make_logger(name: str, run_dir: Path) -> Logger | bool:
+def make_logger(options: RunOptions, run_dir: Path) -> Logger | bool:
     """Return the logger of a run, False for none; it creates its files when it is first used.
 
     Raises:
         UserError: The name is unknown, or a package is missing.
     """
+    name = options.logger
     if name not in LOGGERS:
         raise UserError(f"--logger {name} is unknown; choose one of {', '.join(LOGGERS)}")
     try:
-        return LOGGERS[name](run_dir)
+        return LOGGERS[name](run_dir, options)
     except ModuleNotFoundError as error:
         raise UserError(f"--logger {name} needs a package: {error}; pip install it or choose another") from error

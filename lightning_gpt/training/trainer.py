@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import Logger
 
 from lightning_gpt.checkpoint.initial import InitialWeights
 from lightning_gpt.config import TrainConfig, TrainerOptions, UserError
+from lightning_gpt.config.elsewhere import TRAINER as DECIDED
 from lightning_gpt.strategies import StrategyRow
 from lightning_gpt.strategies.devices import Devices
 from lightning_gpt.strategies.saving import WholeFiles
@@ -21,21 +22,16 @@ from lightning_gpt.training.loggers import make_logger
 from lightning_gpt.training.saving import Checkpoints
 from lightning_gpt.training.summary import Summary
 
-# The Trainer's options that lightning_gpt sets; --trainer.NAME sets the others.
-_DECIDED = (
-    "accelerator devices num_nodes strategy precision plugins logger callbacks max_epochs max_steps max_time"
-    " accumulate_grad_batches gradient_clip_val val_check_interval check_val_every_n_epoch num_sanity_val_steps"
-    " log_every_n_steps use_distributed_sampler enable_model_summary limit_train_batches limit_val_batches"
-    " overfit_batches fast_dev_run default_root_dir deterministic"
-).split()
-
 
 def check_trainer_options(options: TrainerOptions) -> None:
     """Raise a UserError for --trainer options that Lightning does not have, or that other flags set."""
     known = set(signature(Trainer.__init__).parameters) - {"self"}
     for name in options.trainer:
-        if name in _DECIDED:
-            raise UserError(f"--trainer.{name} is set by lightning-gpt itself; see --help for the flag to use instead")
+        if name in DECIDED:
+            flag = DECIDED[name]
+            raise UserError(
+                f"--trainer.{name} is set by lightning-gpt itself; {f'give {flag}' if flag else 'leave it out'}"
+            )
         if name not in known:
             near = get_close_matches(name, known, n=1)
             hint = f" (did you mean {near[0]}?)" if near else ""
@@ -78,7 +74,7 @@ def make_trainer(
 ) -> Trainer:
     """Return the Trainer; raise a UserError if it rejects an option or the logger is unknown."""
     options = config.trainer
-    logger = make_logger(config.run.logger, run_dir)
+    logger = make_logger(config.run, run_dir)
     summaries = [callback.logger for callback in callbacks if isinstance(callback, Summary)]
     ours: dict[str, Any] = {
         **strategy.arguments(where),
@@ -99,7 +95,7 @@ def make_trainer(
         "use_distributed_sampler": False,
         "enable_model_summary": False,
     }
-    assert ours.keys() <= set(_DECIDED)
+    assert ours.keys() <= set(DECIDED)
     try:
         return Trainer(**ours, **options.trainer)
     except (MisconfigurationException, TypeError, ValueError) as error:
