@@ -168,11 +168,7 @@ def _evaluation_only(value: str, given: Given) -> list[str]:
 
 def _decay(value: str, given: Given) -> list[str]:
     """Return the flags of nanoGPT's constant learning rate, which has no warm-up either."""
-    if _is_true("decay_lr", value):
-        return []
-    if "learning_rate" not in given:
-        raise UserError("--decay_lr=False keeps the learning rate constant; also give --learning_rate")
-    return ["--warmup_steps=0", f"--min_learning_rate={given['learning_rate']}"]
+    return [] if _is_true("decay_lr", value) else ["--schedule=constant", "--warmup_steps=0"]
 
 
 def _unless_constant(ours: str) -> Callable[[str, Given], list[str]]:
@@ -187,7 +183,7 @@ TRAIN = {
     "lr_decay_iters": Setting("lr_decay_steps", _unless_constant("lr_decay_steps")),
     "warmup_iters": Setting("warmup_steps", _unless_constant("warmup_steps")),
     "min_lr": Setting("min_learning_rate", _unless_constant("min_learning_rate")),
-    "decay_lr": Setting("min_learning_rate", _decay, switch=True),
+    "decay_lr": Setting("schedule", _decay, switch=True),
     "dataset": Setting("data", _dataset),
     "device": Setting("accelerator", _device),
     "dtype": Setting("precision", _dtype),
