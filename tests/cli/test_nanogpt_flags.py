@@ -85,7 +85,7 @@ def test_later_settings_override_earlier_ones(tmp_path, monkeypatch):
         ("--wandb_log --wandb_project=p", "--logger=wandb --wandb_project=p"),
         (
             "--decay_lr=False --warmup_iters=9 --learning_rate=2",
-            "--warmup_steps=0 --min_learning_rate=2 --learning_rate=2",
+            "--schedule=constant --warmup_steps=0 --learning_rate=2",
         ),
         ("--init_from=scratch --always_save_checkpoint=True", ""),
     ],
