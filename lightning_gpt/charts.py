@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning_gpt.atomic import atomic_file
 from lightning_gpt.config import UserError
+from lightning_gpt.invocation import install_line
 
 FORMATS = (".png", ".svg")
 
@@ -15,7 +16,7 @@ FORMATS = (".png", ".svg")
 def require_matplotlib(*, flag: str) -> None:
     """Raise a UserError that names the flag if matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise UserError(f"--{flag}: needs matplotlib; pip install -r requirements/bench.txt")
+        raise UserError(f"--{flag}: needs matplotlib; {install_line('bench')}")
 
 
 def require_chart(file: str, *, flag: str = "plot") -> None:

@@ -1,4 +1,4 @@
-"""Start Streamlit with app.py as its script."""
+"""Start Streamlit with commands/app.py as its script."""
 
 import os
 import sys
@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from lightning_gpt.config import UserError
 from lightning_gpt.config.commands import AppOptions
+from lightning_gpt.invocation import ROOT, install_line, usage
 
 # No usage statistics, no question for an e-mail address, and no button that deploys to a cloud.
 _SETTINGS = {
@@ -31,7 +32,7 @@ def serve(script: str, argv: Sequence[str], options: AppOptions) -> NoReturn:
     """Become the process that serves the pages.
 
     Args:
-        script: Path of app.py.
+        script: File that draws the pages.
         argv: Its flags, which each page reads again.
         options: The same flags, parsed.
 
@@ -39,7 +40,8 @@ def serve(script: str, argv: Sequence[str], options: AppOptions) -> NoReturn:
         UserError: Streamlit is not installed.
     """
     if find_spec("streamlit") is None:
-        raise UserError("app.py needs Streamlit; pip install -r requirements/app.txt")
+        raise UserError(f"{usage('app')} needs Streamlit; {install_line('app')}")
     settings = _SETTINGS | {"server.port": str(options.port), "server.address": options.address}
     command = ["-m", "streamlit", "run", script, *(f"--{k}={v}" for k, v in settings.items())]
-    os.execv(sys.executable, [sys.executable, *command, "--", *argv])
+    path = os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]).rstrip(os.pathsep)
+    os.execve(sys.executable, [sys.executable, *command, "--", *argv], os.environ | {"PYTHONPATH": path})

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from lightning_gpt.cli.numbers import whole_number
 from lightning_gpt.config import UserError
+from lightning_gpt.invocation import find_config
 from lightning_gpt.options import Option
 
 # Values of flags that are given without one. Flags of type bool become true.
@@ -15,7 +16,15 @@ VALUES_WHEN_ALONE = {"compile": "true", "resume": "latest", "convert_only": "tru
 
 
 def complete_flags(argv: Sequence[str], options: Sequence[Option]) -> list[str]:
-    """Add the value to flags that are given without one, and make repeated flags of list options append."""
+    """Add values to flags without one, make repeated list flags append, and find the ``--config`` files."""
+    argv = [
+        f"--config={find_config(token.removeprefix('--config='))}"
+        if token.startswith("--config=")
+        else find_config(token)
+        if before == "--config"
+        else token
+        for before, token in zip(["", *argv], argv, strict=False)
+    ]
     alone = VALUES_WHEN_ALONE | {o.name: "true" for o in options if o.type is bool}
     lists = [f"--{o.name}" for o in options if o.type == list[str]]
     argv = [re.sub(f"^({'|'.join(lists)})(?==|$)", r"\1+", token) if lists else token for token in argv]

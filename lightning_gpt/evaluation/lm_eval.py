@@ -17,13 +17,12 @@ from torch import Tensor, nn
 
 from lightning_gpt.config import UserError
 from lightning_gpt.implementations.generation import GenerationSettings, generate_tokens
+from lightning_gpt.invocation import install_line
 from lightning_gpt.sampling import GrowingText
 from lightning_gpt.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
-
-INSTALL = "pip install -r requirements/lm_eval.txt"
 
 
 class TokenScorer:
@@ -206,7 +205,9 @@ def harness(lm: Callable[[], "LM"], *, tasks: str, include: str | None) -> tuple
         import lm_eval
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise UserError(f"--lm_eval needs lm-eval, which is not installed ({error}); {INSTALL}") from error
+        raise UserError(
+            f"--lm_eval needs lm-eval, which is not installed ({error}); {install_line('lm_eval')}"
+        ) from error
     if include is not None and not Path(include).is_dir():
         raise UserError(f"--lm_eval_include {include} is not a folder")
     names = [name.strip() for name in tasks.split(",") if name.strip()]

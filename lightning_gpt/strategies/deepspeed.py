@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 
 from lightning_gpt.config import UserError
+from lightning_gpt.invocation import install_line
 from lightning_gpt.parsing import read_json
 from lightning_gpt.strategies.memory import Zero
 from lightning_gpt.strategies.saving import WholeFolders
@@ -135,7 +136,7 @@ def _check_zero(section: dict[str, Any]) -> None:
 def require_deepspeed() -> None:
     """Raise a UserError if DeepSpeed is not installed."""
     if find_spec("deepspeed") is None:
-        raise UserError("this --strategy needs DeepSpeed: pip install -r requirements/deepspeed.txt")
+        raise UserError(f"this --strategy needs DeepSpeed: {install_line('deepspeed')}")
 
 
 def require_cpu_adam() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from lightning_gpt.config import UserError
+from lightning_gpt.invocation import install_line
 from lightning_gpt.parsing import brief, parse_json
 from lightning_gpt.tokenizers.base import MAX_VOCAB, Tokenizer, around_gaps, as_text, saved_sizes, without_surrogates
 from lightning_gpt.tokenizers.bpe import CUT_BEFORE_NEWLINE, cut_where
@@ -136,7 +137,7 @@ def _load(text: str) -> Any:
         import tokenizers
     except ImportError:
         raise UserError(
-            "a Hugging Face tokenizer needs the package tokenizers: pip install -r requirements/huggingface.txt"
+            f"a Hugging Face tokenizer needs the package tokenizers: {install_line('huggingface')}"
         ) from None
     try:
         tokenizer = tokenizers.Tokenizer.from_str(text)

@@ -19,6 +19,7 @@ from typing import Any
 
 from lightning_gpt.atomic import atomic_file
 from lightning_gpt.config import UserError, cache_root
+from lightning_gpt.invocation import install_line
 
 _LOCK = threading.RLock()
 _TIMEOUT = (5, 60)  # seconds to connect, and to wait for the next bytes
@@ -117,9 +118,7 @@ def _construct(name: str, read: Callable[[str, str | None], bytes | None]) -> tu
         import tiktoken.load
         import tiktoken.registry
     except ImportError:
-        raise UserError(
-            f"--tokenizer {name} needs the package tiktoken: pip install -r requirements/nanogpt.txt"
-        ) from None
+        raise UserError(f"--tokenizer {name} needs the package tiktoken: {install_line('nanogpt')}") from None
     if name not in tiktoken.list_encoding_names():
         raise UserError(f"this tiktoken ({tiktoken.__version__}) has no encoding {name}; install a newer one")
     missing: list[str] = []

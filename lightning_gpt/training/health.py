@@ -14,6 +14,7 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 
+from lightning_gpt.invocation import command_line
 from lightning_gpt.models import GPTModule
 from lightning_gpt.strategies.agreement import holds_for_all
 
@@ -35,7 +36,7 @@ def stopping_on_bad_numbers(trainer: Trainer, run_dir: Path) -> Iterator[None]:
     except BadNumbers as error:
         if trainer.is_global_zero:
             last = run_dir / "checkpoints" / "last.ckpt"
-            advice = f"the last good checkpoint is {last}; to continue: python train.py --resume {run_dir}"
+            advice = f"the last good checkpoint is {last}; to continue: {command_line('train', f'--resume {run_dir}')}"
             print(f"error: {error}; {advice if last.exists() else 'no checkpoint was saved'}", file=sys.stderr)
         # Lightning kills rank 0 if it sees a rank that it started exit with another code than 0.
         environment = getattr(trainer.strategy, "cluster_environment", None)

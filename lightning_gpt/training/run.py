@@ -20,6 +20,7 @@ from lightning_gpt.data.tasks.base import Task
 from lightning_gpt.data.tokens.preparation import prepare
 from lightning_gpt.data.tokens.token_files import is_token_folder
 from lightning_gpt.implementations.registry import refused_by
+from lightning_gpt.invocation import command_line
 from lightning_gpt.models import FORMS, GPTModule
 from lightning_gpt.optim.registry import check_options, get_optimizer
 from lightning_gpt.planning import flops_per_token
@@ -143,7 +144,8 @@ def _train(config: TrainConfig, watch: Watchdog, callbacks: Sequence[Callback]) 
             with stopping_on_bad_numbers(trainer, folder.run_dir):
                 trainer.fit(module, data)
     if trainer.is_global_zero:
-        print(f"checkpoints: {folder.run_dir}/checkpoints\nnext: python sample.py --checkpoint {folder.run_dir}")
+        print(f"checkpoints: {folder.run_dir}/checkpoints")
+        print(f"next: {command_line('sample', f'--checkpoint {folder.run_dir}')}")
     return folder.run_dir
 
 

@@ -12,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_gpt.atomic import remove
 from lightning_gpt.checkpoint import open_checkpoint
 from lightning_gpt.config import UserError
+from lightning_gpt.invocation import command_line
 from lightning_gpt.strategies.agreement import agreed, holds_for_all
 from lightning_gpt.strategies.saving import copy_checkpoint
 from lightning_gpt.training.callbacks import warn
@@ -171,7 +172,7 @@ class Checkpoints(CheckpointCallback):
         what = f"saving step {trainer.global_step} failed: {reason}"
         if not self.goes_on:
             kept = [path for path in map(self.path, ("last", "best")) if path.exists()]
-            advice = f"to continue from an earlier step: python train.py --resume {self.folder.parent}"
+            advice = f"to continue from an earlier step: {command_line('train', f'--resume {self.folder.parent}')}"
             raise UserError(f"{what}; {advice if kept else 'no earlier checkpoint is left'}") from error
         if trainer.is_global_zero:
             warn(f"{what}; training goes on, and the next save tries again")

@@ -24,6 +24,7 @@ from typing import Any
 
 from lightning import Trainer
 
+from lightning_gpt.invocation import command_line
 from lightning_gpt.training.ranks import Agreement, Ranks, main_thread_function
 
 MAX_TIME = "max_time"
@@ -178,7 +179,7 @@ class Watchdog:
         """Return the command that continues the run, or that nothing is saved."""
         if self.run_dir is None or not any((self.run_dir / "checkpoints").glob("*.ckpt")):
             return "it had saved nothing yet"
-        return f"to continue: python train.py --resume {self.run_dir}"
+        return f"to continue: {command_line('train', f'--resume {self.run_dir}')}"
 
     def end(self, code: int) -> None:
         """End this process and the ranks that it has launched, now."""

@@ -20,6 +20,7 @@ from lightning_gpt.checkpoint.read.canonical import (
 from lightning_gpt.checkpoint.read.foreign import ForeignCheckpoint
 from lightning_gpt.checkpoint.read.mapped import MappedFile, unreadable
 from lightning_gpt.config import UserError
+from lightning_gpt.invocation import install_line
 from lightning_gpt.parsing import read_json
 from lightning_gpt.tokenizers import GPT2Tokenizer, HuggingFaceTokenizer, Tokenizer
 
@@ -152,8 +153,7 @@ def hub_folder(name: str) -> Path:
         from huggingface_hub.errors import LocalEntryNotFoundError
     except ImportError:
         raise UserError(
-            f"{name} is not a local path, and the Hugging Face hub needs a package: pip install -r"
-            " requirements/huggingface.txt"
+            f"{name} is not a local path, and the Hugging Face hub needs a package: {install_line('huggingface')}"
         ) from None
     fetch = functools.partial(hf_hub_download, name)
     try:

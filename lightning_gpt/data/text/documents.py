@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from lightning_gpt.config import UserError
 from lightning_gpt.data.text.parquet_pages import page_sizes
+from lightning_gpt.invocation import install_line
 from lightning_gpt.parsing import parse_json
 
 BLOCK_BYTES = 1 << 20
@@ -171,7 +172,7 @@ def require(package: str, what: str) -> Any:
     try:
         return __import__(package)
     except ImportError:
-        raise UserError(f"{what} needs the package {package}: pip install -r requirements/data.txt") from None
+        raise UserError(f"{what} needs the package {package}: {install_line('data')}") from None
 
 
 def _text(path: Path, before: int, offset: int) -> Iterator[Block]:
