@@ -193,6 +193,18 @@ class ReportOptions:
 
 
 @dataclass(frozen=True)
+class PlanOptions:
+    """The measurements, and how they were made."""
+
+    against: str | None = None
+    """CSV file with the columns of results/strategies_8xa100_2021.csv; also n_head, n_embd, vocab_size, block_size,
+    batch_size, devices and precision where rows differ in them"""
+    settings: str | None = None
+    """YAML file that says how the runs were made (default: the one beside the CSV file, or else
+    results/strategies_8xa100_2021.yaml)"""
+
+
+@dataclass(frozen=True)
 class Benchmark:
     """A row of the registry.
 
@@ -232,6 +244,7 @@ BENCHMARKS = {
         StrategiesOptions, "strategies:measure_strategies", "memory, speed and largest batch of every strategy"
     ),
     "report": Benchmark(ReportOptions, "page:write_report", "one HTML page with all recorded results"),
+    "plan": Benchmark(PlanOptions, "plan:compare_plans", "planned memory and largest batch, against measured ones"),
     "gpu": Benchmark(GpuOptions, "gpu:measure_gpu", "whether everything works on this GPU, and how fast"),
     "reliability": Benchmark(
         ReliabilityOptions, "reliability:measure_reliability", "outcome of kills, signals, full disks and damaged files"

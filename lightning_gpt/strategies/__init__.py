@@ -12,7 +12,8 @@ from lightning_gpt.strategies.memory import MemoryRules, Replicated, ShardedUnit
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
 
-__all__ = ["STRATEGIES", "StrategyRow", "device_arguments", "find_devices", "get_strategy", "peak_flops"]
+__all__ = ["LIGHTNING_PRECISIONS", "STRATEGIES", "StrategyRow", "device_arguments", "find_devices", "get_strategy"]
+__all__ += ["peak_flops"]
 
 
 @dataclass(frozen=True, kw_only=True)

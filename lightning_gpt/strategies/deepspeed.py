@@ -215,9 +215,10 @@ def zero_rules(config: dict[str, Any]) -> Zero:
         "bucket": "reduce_bucket_size",
         "prefetch": "stage3_prefetch_bucket_size",
         "live": "stage3_max_live_parameters",
+        "reuse": "stage3_max_reuse_distance",
         "persistent": "stage3_param_persistence_threshold",
     }
-    given = {}
+    given: dict[str, Any] = {}
     for field, key in named.items():
         if zero.get(key, "auto") != "auto":
             if not isinstance(zero[key], int | float):

@@ -123,7 +123,14 @@ def _share(elements: int, ranks: int) -> int:
 
 
 def _with_optimizer(
-    trace: StepTrace, *, weights: int, optimizer: int, buffers: int, passes: int, step: int | None = None
+    trace: StepTrace,
+    *,
+    weights: int,
+    optimizer: int,
+    buffers: int,
+    passes: int,
+    step: int | None = None,
+    kept: int = 0,
 ) -> Memory:
     """Return the memory of a rank whose gradients are as large as its weights.
 
@@ -131,11 +138,12 @@ def _with_optimizer(
         trace: The step.
         weights: Bytes of the rank's weights.
         optimizer: Bytes of the rank's optimizer state.
-        buffers: Bytes of gathered weights.
+        buffers: Bytes of gathered weights and buckets.
         passes: Peak bytes in forward and backward pass, including gradients.
         step: Peak bytes of temporaries in an optimizer step; None for those of all parameters.
+        kept: Bytes of buffers that persist between steps.
     """
-    resident = weights + weights + optimizer
+    resident = weights + weights + optimizer + kept
     step = trace.step if step is None else step
     return Memory(
         weights=weights,
@@ -144,7 +152,7 @@ def _with_optimizer(
         activations=trace.activations,
         buffers=buffers,
         resident=resident,
-        peak=max(resident + step, weights + optimizer + passes),
+        peak=max(resident + step, weights + optimizer + kept + passes),
     )
 
 
@@ -154,9 +162,12 @@ class Replicated(MemoryRules):
 
     Attributes:
         bucketed: Whether gradients live in communication buckets, which persist between steps (DDP).
+        separate_buckets: Further copies of the gradients in buckets, as DDP makes them without
+            ``gradient_as_bucket_view``: two at the peak, where the first step's buckets and the rebuilt ones coexist.
     """
 
     bucketed: bool = False
+    separate_buckets: int = 0
 
     def memory(self, trace: StepTrace, *, ranks: int) -> Memory:
         """Return weights, gradients and optimizer state: with Adam (1 + 1 + 2) times the parameters."""
@@ -165,8 +176,11 @@ class Replicated(MemoryRules):
         # Without buckets, the last step's gradients live through the forward pass; then they are freed and reallocated.
         forward = gradients + max(m.activations for m in trace.forward)
         backward = max(m.activations + (gradients if keeps else m.made * trace.weight_bytes) for m in trace.backward)
+        buckets = self.separate_buckets * gradients
         passes = max(forward, backward)
-        return _with_optimizer(trace, weights=weights, optimizer=trace.state, buffers=0, passes=passes)
+        return _with_optimizer(
+            trace, weights=weights, optimizer=trace.state, buffers=buckets, passes=passes, kept=buckets
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +235,12 @@ class Zero(MemoryRules):
         buckets: Number of such buffers: two under ``overlap_comm`` in stages 1 and 2.
         prefetch: Elements that stage 3 gathers ahead (``stage3_prefetch_bucket_size``).
         live: Elements that stage 3 leaves gathered for the backward pass (``stage3_max_live_parameters``).
+        reuse: Stage 3 releases weights that it next uses after more elements (``stage3_max_reuse_distance``).
         persistent: Parameters with fewer elements are never sharded (``stage3_param_persistence_threshold``).
+        capped: Whether the buffers are at most as large as the model, as our strategy makes them.
+        flat_copies: Whether stages 1 and 2 copy a full bucket to reduce it.
+        flat_step: Whether stage 3 makes its gradients in the backward pass and copies them flat for the optimizer, as
+            DeepSpeed did in 2021, instead of keeping a flat buffer.
     """
 
     stage: int
@@ -231,7 +250,11 @@ class Zero(MemoryRules):
     buckets: int = 2
     prefetch: int = 50_000_000
     live: int = 1_000_000_000
+    reuse: int = 1_000_000_000
     persistent: int = 100_000
+    capped: bool = True
+    flat_copies: bool = True
+    flat_step: bool = False
 
     def computes_in_half(self, precision: str) -> bool:
         """Return True also for mixed precision: DeepSpeed casts the model, and keeps the float32 partition."""
@@ -254,8 +277,8 @@ class Zero(MemoryRules):
         total, element = trace.total, trace.compute_bytes
         part = _share(total, ranks)
         weights, master, moments = total * element, part * MASTER, MOMENTS * part * MASTER
-        bucket = min(self.bucket, total)
-        buckets, filled = self.buckets * bucket * element, bucket * element
+        bucket = min(self.bucket, total) if self.capped else self.bucket
+        buckets, filled = self.buckets * bucket * element, bucket * element if self.flat_copies else 0
         # Only stage 1 keeps whole gradients, until the last micro-batch, because it reduces once per step.
         whole = total * element if self.stage == 1 and trace.accumulate > 1 else 0
         kept = part * element if trace.accumulate > 1 and self.stage > 1 else 0
@@ -306,18 +329,21 @@ class Zero(MemoryRules):
         master = part * MASTER
         # The gradient partition is kept between steps; with offloading, so is the optimizer's float32 copy of it.
         gradients, float32_gradients = part * element, part * MASTER
-        bucket, whole = min(self.bucket, trace.total) * element, small * element
-        live = min(divided, self.live) * element
+        bucket = (min(self.bucket, trace.total) if self.capped else self.bucket) * element
+        whole = small * element
+        # A weight waits twice the elements behind it: from its use in the forward pass to that in the backward pass.
+        live = max(min(divided, self.live, self.reuse // 2), min(divided, max(trace.parameters))) * element
         ahead = min(divided, max(self.prefetch, max(trace.parameters))) * element
         # Gathered weights take memory twice: in a flat tensor and, rearranged, in the parameters.
         forward = live + ahead + max(m.activations for m in trace.forward)
-        again = ahead if divided > self.live else 0  # not all weights stay gathered for the backward pass
-        backward = live + again + max(m.activations for m in trace.backward)
-        state = master + moments + gradients
+        again = ahead if divided * element > live else 0  # not all weights stay gathered for the backward pass
+        fresh = element / ranks if self.flat_step else 0  # of a gradient element that the backward pass has made
+        backward = live + again + max(m.activations + int(m.made * fresh) for m in trace.backward)
+        state = master + moments + (0 if self.flat_step else gradients)
         device, host = (0, state + float32_gradients) if self.offload else (state, 0)
         device, host = (device, host + shards) if self.offload_weights else (device + shards, host)
         device += bucket + whole
-        step = 0 if self.offload else float32_gradients
+        step = 0 if self.offload else float32_gradients + (2 * gradients if self.flat_step else 0)
         return Memory(
             weights=whole + (0 if self.offload_weights else shards),
             gradients=0 if self.offload else gradients,

@@ -56,6 +56,7 @@ RULES = (
     Rule(r"^(python3 -m venv|\. \.venv/bin/activate$|ruff check|mypy|mkdocs build|python -m pytest)", how="skip"),
     Rule(r"^pip install", how="skip"),  # test_files_to_install_exist
     Rule(r"--help|--print_config"),
+    Rule(r"bench.py plan", how="parse"),  # takes a minute; tests/bench/test_plan.py plans some of the rows
     # downloads
     Rule(r"openwebtext|train_gpt2|eval_gpt2|--lm_eval", how="parse"),
     Rule(r"^python prepare\.py shakespeare", how="parse"),

@@ -1,0 +1,249 @@
+"""What one run needs under one strategy: parameters, FLOPs, and memory per device and on the host."""
+
+from dataclasses import dataclass
+
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lightning_gpt.config import UserError
+from lightning_gpt.implementations.registry import refused_by
+from lightning_gpt.models import GPTModule
+from lightning_gpt.planning.trace import build_model, dtypes, optimizer_bytes, trace_step
+from lightning_gpt.strategies.memory import Memory, MemoryRules, StepTrace
+
+SOURCES = (
+    "shares: ZeRO, arXiv:1910.02054; activations: counted on FakeTensors (cf. arXiv:2205.05198);"
+    " FLOPs: 6N + 12 n_layer n_embd T, PaLM, arXiv:2204.02311, appendix B"
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs. Memory is in bytes per device; ``host`` is in bytes per node.
+
+    Attributes:
+        parameters: Number of parameters; tied ones count once.
+        tokens_per_step: Tokens per optimizer step over all devices.
+        flops_per_step: The model's FLOPs per optimizer step over all devices, without recomputation.
+        steps: Optimizer steps.
+        memory: Memory of one device, and its share of host memory.
+        host: Peak host memory for offloading, for all devices of a node.
+    """
+
+    parameters: int
+    tokens_per_step: int
+    flops_per_step: float
+    steps: int
+    memory: Memory
+    host: int
+
+    def table(self) -> str:
+        """Return the plan as lines of text."""
+        m = self.memory
+        rows = [
+            ("parameters", f"{self.parameters:,}"),
+            ("tokens per step", f"{self.tokens_per_step:,}"),
+            ("FLOPs per step", f"{self.flops_per_step:.3e}"),
+            ("steps", f"{self.steps:,} ({self.steps * self.tokens_per_step:,} tokens)"),
+            ("weights", f"{_size(m.weights)} per device"),
+            ("gradients", _size(m.gradients)),
+            ("optimizer", _size(m.optimizer)),
+            ("activations", _size(m.activations)),
+            ("buffers", _size(m.buffers)),
+            ("peak", f"{_size(m.peak)} per device; parts do not all peak at once"),
+        ]
+        if self.host:
+            rows.append(("host", f"{_size(self.host)} per node, for offloading"))
+        return "\n".join(f"{name:<16}{value}" for name, value in [*rows, ("formulas", SOURCES)])
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
+
+
+def flops_per_token(model: nn.Module, *, block_size: int) -> float:
+    """Return the training FLOPs per token: 6 N + 12 n_layer n_embd T (PaLM, Chowdhery et al. 2022, appendix B).
+
+    N is the number of parameters without position embeddings, as in nanoGPT. If the model's config lacks n_layer or
+    n_embd, the attention term is left out.
+
+    Args:
+        model: The unsharded model, on any device, including meta and fake ones.
+        block_size: Tokens per sequence (T).
+    """
+    config = getattr(model, "config", None)
+    n_layer, n_embd = getattr(config, "n_layer", 0) or 0, getattr(config, "n_embd", 0) or 0
+    n = sum(p.numel() for name, p in model.named_parameters() if not name.endswith("wpe.weight"))
+    return 6 * n + 12 * n_layer * n_embd * block_size
+
+
+class Traces:
+    """The steps of one model without memory; each is traced once.
+
+    Args:
+        module: The module; its model may be on the meta device, since only implementation, config and optimizer count.
+        block_size: Tokens per sequence.
+        accumulate: Micro-batches per optimizer step.
+        precision: Lightning's name of the precision.
+        device_type: "cpu" or "cuda"; with dropout, their attention kernels keep different activations.
+    """
+
+    def __init__(
+        self, module: GPTModule, *, block_size: int, accumulate: int, precision: str, device_type: str
+    ) -> None:
+        self._module = module
+        self.block_size = block_size
+        self.accumulate = accumulate
+        self.precision = precision
+        self._device_type = device_type
+        self._steps: dict[tuple[object, ...], StepTrace] = {}
+        self.flops_per_token = flops_per_token(module.model, block_size=block_size)
+
+    def step(self, rules: MemoryRules, *, batch_size: int, recompute: bool) -> StepTrace:
+        """Return the trace of a step.
+
+        Args:
+            rules: The strategy's memory rules, which determine the dtypes.
+            batch_size: Sequences per device and micro-batch.
+            recompute: Whether blocks recompute their activations.
+
+        Raises:
+            UserError: The model cannot be run on FakeTensors.
+        """
+        kept, computed = dtypes(rules, self.precision)
+        key = (kept, computed, rules.autocasts(self.precision), batch_size, recompute)
+        if key not in self._steps:
+            self._steps[key] = self._trace(rules, batch_size=batch_size, recompute=recompute)
+        return self._steps[key]
+
+    def _trace(self, rules: MemoryRules, *, batch_size: int, recompute: bool) -> StepTrace:
+        module, implementation = self._module, self._module.implementation
+        kept, computed = dtypes(rules, self.precision)
+        try:
+            with FakeTensorMode():
+                # FakeTensors run on the CPU, so a GPU-only kernel is replaced by one that keeps as much memory.
+                fields = module.model_config | refused_by(module.model, device_type="cpu", dtype=computed)[1]
+                model = build_model(implementation, fields, dtype=computed)
+                return trace_step(
+                    model,
+                    optimizer=optimizer_bytes(module, model, dtype=kept),
+                    block_class=implementation.block_class(),
+                    rules=rules,
+                    shape=(batch_size, self.block_size),
+                    accumulate=self.accumulate,
+                    precision=self.precision,
+                    recompute=recompute,
+                    chunked_loss=module.head_loss is not None,
+                    device_type=self._device_type,
+                )
+        except UserError:
+            raise
+        except Exception as error:  # a user's model may do anything, such as reading a value
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(
+                f"--dry_run cannot run --implementation {implementation.name} without memory:"
+                f" {type(error).__name__}: {reason}"
+            ) from error
+
+
+def plan(
+    module: GPTModule,
+    *,
+    rules: MemoryRules,
+    world_size: int,
+    devices_per_node: int,
+    batch_size: int,
+    block_size: int,
+    accumulate: int,
+    steps: int,
+    precision: str,
+    recompute: bool,
+    device_type: str,
+) -> Plan:
+    """Compute what a run needs, without allocating it.
+
+    Args:
+        module: The module; its model may be on the meta device, since only implementation, config and optimizer count.
+        rules: The strategy's memory rules.
+        world_size: Number of devices of all nodes.
+        devices_per_node: Number of devices of one node.
+        batch_size: Sequences per device and micro-batch.
+        block_size: Tokens per sequence.
+        accumulate: Micro-batches per optimizer step.
+        steps: Optimizer steps.
+        precision: Lightning's name of the precision.
+        recompute: Whether blocks recompute their activations.
+        device_type: "cpu" or "cuda"; with dropout, their attention kernels keep different activations.
+
+    Raises:
+        UserError: The model cannot be run on FakeTensors.
+    """
+    traces = Traces(module, block_size=block_size, accumulate=accumulate, precision=precision, device_type=device_type)
+    return plan_from(
+        traces,
+        rules=rules,
+        world_size=world_size,
+        devices_per_node=devices_per_node,
+        batch_size=batch_size,
+        steps=steps,
+        recompute=recompute,
+    )
+
+
+def plan_from(
+    traces: Traces,
+    *,
+    rules: MemoryRules,
+    world_size: int,
+    devices_per_node: int,
+    batch_size: int,
+    steps: int,
+    recompute: bool,
+) -> Plan:
+    """Do the same as ``plan`` for a model that other plans share."""
+    trace = traces.step(rules, batch_size=batch_size, recompute=recompute)
+    memory = rules.memory(trace, ranks=world_size)
+    tokens = batch_size * traces.block_size * traces.accumulate * world_size
+    return Plan(
+        parameters=trace.total,
+        tokens_per_step=tokens,
+        flops_per_step=traces.flops_per_token * tokens,
+        steps=steps,
+        memory=memory,
+        host=memory.host_peak * devices_per_node,
+    )
+
+
+def largest_batch(
+    traces: Traces, *, rules: MemoryRules, world_size: int, recompute: bool, limit: int, multiple: int = 1
+) -> int:
+    """Return the largest number of sequences per device whose peak memory is at most `limit` bytes; 0 if none fits.
+
+    The peak rises about linearly with the batch, so a few traces find it.
+
+    Args:
+        traces: The model.
+        rules: The strategy's memory rules.
+        world_size: Number of devices of all nodes.
+        recompute: Whether blocks recompute their activations.
+        limit: Bytes of memory that a device has for the run.
+        multiple: The batch is a multiple of this.
+    """
+
+    def peak(units: int) -> int:
+        return rules.memory(traces.step(rules, batch_size=units * multiple, recompute=recompute), ranks=world_size).peak
+
+    low, high, guess = 0, _MOST // multiple, 8  # `low` fits, and `high` does not
+    least = peak(1)
+    if least > limit:
+        return 0
+    while high - low > 1:
+        guess = min(max(guess, low + 1), high - 1)
+        found = peak(guess)
+        low, high = (guess, high) if found <= limit else (low, guess)
+        slope = max((found - least) / max(guess - 1, 1), 1)
+        guess += round((limit - found) / slope) if abs(limit - found) > slope else (1 if found <= limit else -1)
+    return low * multiple
+
+
+_MOST = 1 << 20  # sequences
