@@ -1,7 +1,8 @@
 # CPU by default; for GPUs: docker build --build-arg INDEX=https://download.pytorch.org/whl/cu130 .
 FROM python:3.11-slim
 ARG INDEX=https://download.pytorch.org/whl/cpu
-# --compile needs a C++ compiler.
+# --compile needs a C++ compiler, of any version.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/*

@@ -195,6 +195,8 @@ TRAIN = {
         "save_interval", _every_save, switch=True, remark="checkpoints/best and checkpoints/last are both kept"
     ),
     "wandb_log": Setting("logger", _wandb, switch=True),
+    "wandb_project": Setting("project"),
+    "wandb_run_name": Setting("run_name"),
 }
 SAMPLE = {
     "start": Setting("prompt", _prompt),
@@ -215,7 +217,7 @@ _COMMANDS = {"train": TRAIN, "sample": SAMPLE, "evaluate": EVALUATE}
 # nanoGPT's settings that have the same name and meaning here.
 _SAME = {
     "train": frozenset(
-        "out_dir eval_interval wandb_project wandb_run_name batch_size block_size n_layer n_head n_embd dropout bias"
+        "out_dir eval_interval batch_size block_size n_layer n_head n_embd dropout bias"
         " learning_rate weight_decay beta1 beta2 grad_clip compile".split()
     ),
     "sample": frozenset("num_samples max_new_tokens temperature top_k seed compile".split()),

@@ -192,11 +192,13 @@ class RunOptions:
     seed: Seed = 1337
     """seed of the initial weights, the order of samples, and dropout"""
     logger: str = "tensorboard"
-    """tensorboard, csv, wandb or none"""
-    wandb_project: str | None = None
-    """project of --logger wandb (default: WANDB_PROJECT, else lightning_logs)"""
-    wandb_run_name: str | None = None
-    """name of the run for --logger wandb (default: the name of the run folder)"""
+    """tensorboard, csv, wandb, several of them separated by commas, or none"""
+    run_name: str | None = None
+    """name of the run for wandb (default: the name of the run folder)"""
+    project: str | None = None
+    """project of the run for wandb (default: WANDB_PROJECT, else lightning_logs)"""
+    tags: str | None = None
+    """tags of the run for wandb, separated by commas"""
     prompt: str = "\n"
     """prompt of the final sample (default: a newline; for a task, a question of its validation split)"""
     sample_tokens: NonNegativeInt | None = None

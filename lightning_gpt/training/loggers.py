@@ -74,7 +74,13 @@ class _Csv(_Tolerant, CSVLogger):
 
 
 class _TensorBoard(_Tolerant, TensorBoardLogger):
-    """Lightning's TensorBoard logger, which goes on in a new file after an error."""
+    """Lightning's TensorBoard logger, which shows settings as text, and goes on in a new file after an error."""
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        super().log_hyperparams(params, *args, **kwargs)
+        rows = [f"|{name}|{value}|" for name, value in params.items() if value is not None]
+        with self._tolerated():
+            self.experiment.add_text("settings", "\n".join(["|option|value|", "|---|---|", *rows]))
 
     def _start_again(self) -> None:
         self._experiment = None  # its thread has ended
@@ -91,29 +97,40 @@ def _without_writers(args: Any) -> None:
 
 def _tensorboard(run: Path, options: RunOptions) -> Logger:
     threading.excepthook = _without_writers
-    return _TensorBoard(run, name="logs")
+    return _TensorBoard(run, name="logs", default_hp_metric=False)
 
 
-LOGGERS: dict[str, Callable[[Path, RunOptions], Logger | bool]] = {
+def _wandb(run: Path, options: RunOptions) -> Logger:
+    tags = _tags(options) or None
+    return WandbLogger(save_dir=run, name=options.run_name or run.name, project=options.project, tags=tags)
+
+
+def _tags(options: RunOptions) -> list[str]:
+    return [tag for tag in map(str.strip, (options.tags or "").split(",")) if tag]
+
+
+LOGGERS: dict[str, Callable[[Path, RunOptions], Logger]] = {
     "tensorboard": _tensorboard,
     "csv": lambda run, options: _Csv(run, name="logs"),
-    "wandb": lambda run, options: WandbLogger(
-        save_dir=run, name=options.wandb_run_name or run.name, project=options.wandb_project
-    ),
-    "none": lambda run, options: False,
+    "wandb": _wandb,
 }
 
 
-def make_logger(options: RunOptions, run_dir: Path) -> Logger | bool:
-    """Return the logger of a run, False for none; it creates its files when it is first used.
+def make_loggers(options: RunOptions, run_dir: Path) -> list[Logger]:
+    """Return the loggers of a run; each creates its files when it is first used.
 
     Raises:
-        UserError: The name is unknown, or a package is missing.
+        UserError: A name is unknown or given twice, or a package is missing.
     """
-    name = options.logger
-    if name not in LOGGERS:
-        raise UserError(f"--logger {name} is unknown; choose one of {', '.join(LOGGERS)}")
+    if options.logger == "none":
+        return []
+    names = [name.strip() for name in options.logger.split(",")]
+    for name in names:
+        if name not in LOGGERS:
+            raise UserError(f"--logger {name} is unknown; choose some of {', '.join(LOGGERS)}, or none")
+        if names.count(name) > 1:
+            raise UserError(f"--logger {options.logger} names {name} twice")
     try:
-        return LOGGERS[name](run_dir, options)
+        return [LOGGERS[name](run_dir, options) for name in names]
     except ModuleNotFoundError as error:
-        raise UserError(f"--logger {name} needs a package: {error}; pip install it or choose another") from error
+        raise UserError(f"--logger {options.logger}: {error}; pip install it or choose another") from error

@@ -142,6 +142,8 @@ def _train(config: TrainConfig, watch: Watchdog, callbacks: Sequence[Callback]) 
         print_header(module, source, budget, loaded=loaded, where=where, **described)
         with deterministic(config.trainer), stopping_safely(trainer, watch, folder.run_dir):
             with stopping_on_bad_numbers(trainer, folder.run_dir):
+                for logger in trainer.loggers:
+                    logger.log_hyperparams(config.flat())
                 trainer.fit(module, data)
     if trainer.is_global_zero:
         print(f"checkpoints: {folder.run_dir}/checkpoints")

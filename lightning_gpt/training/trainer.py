@@ -7,7 +7,6 @@ from typing import Any
 
 from lightning import Callback, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.loggers import Logger
 
 from lightning_gpt.checkpoint.initial import InitialWeights
 from lightning_gpt.config import TrainConfig, TrainerOptions, UserError
@@ -18,7 +17,7 @@ from lightning_gpt.strategies.saving import WholeFiles
 from lightning_gpt.training.budget import Budget
 from lightning_gpt.training.callbacks import DropoutSeed, Patience, ProgressBar, RunMetrics, ValidateAtEnd
 from lightning_gpt.training.health import Health
-from lightning_gpt.training.loggers import make_logger
+from lightning_gpt.training.loggers import make_loggers
 from lightning_gpt.training.saving import Checkpoints
 from lightning_gpt.training.summary import Summary
 
@@ -74,12 +73,11 @@ def make_trainer(
 ) -> Trainer:
     """Return the Trainer; raise a UserError if it rejects an option or the logger is unknown."""
     options = config.trainer
-    logger = make_logger(config.run, run_dir)
     summaries = [callback.logger for callback in callbacks if isinstance(callback, Summary)]
     ours: dict[str, Any] = {
         **strategy.arguments(where),
         "plugins": [WholeFiles()],
-        "logger": [*([logger] if isinstance(logger, Logger) else []), *summaries],
+        "logger": [*make_loggers(config.run, run_dir), *summaries],
         "callbacks": callbacks,
         "max_epochs": -1,
         "max_steps": budget.max_steps,

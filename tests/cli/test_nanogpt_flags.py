@@ -82,7 +82,7 @@ def test_later_settings_override_earlier_ones(tmp_path, monkeypatch):
         ("--device=cuda --devices=2 --backend=nccl", "--accelerator=gpu --devices=2"),
         ("--gradient_accumulation_steps=6 --devices=3", "--accumulate_grad_batches=2 --devices=3"),
         ("--bias=False", "--implementation=nanogpt --bias=false"),
-        ("--wandb_log --wandb_project=p", "--logger=wandb --wandb_project=p"),
+        ("--wandb_log --wandb_project=p", "--logger=wandb --project=p"),
         (
             "--decay_lr=False --warmup_iters=9 --learning_rate=2",
             "--schedule=constant --warmup_steps=0 --learning_rate=2",

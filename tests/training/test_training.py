@@ -197,6 +197,16 @@ def test_compiled_blocks_train_as_eager_ones(tmp_path: Path, text: str, implemen
     assert keys[0] == keys[1]
 
 
+def test_several_loggers_get_the_settings(tmp_path: Path, text: str) -> None:
+    flags = ["--data", text, *SIZES, *QUIET, "--max_steps=1", "--logger=csv,tensorboard", "--seed=77"]
+    train.main([*flags, f"--out_dir={tmp_path}/run"])
+    [events] = (tmp_path / "run" / "logs").rglob("events.*")
+    assert b"settings" in events.read_bytes() and b"|seed|77|" in events.read_bytes()
+    assert len(list((tmp_path / "run" / "logs").rglob("metrics.csv"))) == 1
+    written = list((tmp_path / "run" / "logs").rglob("hparams.yaml"))
+    assert len(written) == 2 and all("seed: 77" in file.read_text() for file in written)
+
+
 class FakeClock(Callback):
     """A clock by which the first step takes 100 s, any other 1 s, and a validation batch 50 s."""
 
