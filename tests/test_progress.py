@@ -62,9 +62,11 @@ def test_terminal_shows_no_line_that_is_longer(columns, tiny_flags, text_file, t
     screen = Terminal()
     monkeypatch.setattr("sys.stdout", screen)
     monkeypatch.setattr("sys.stderr", screen)
-    flags = [*tiny_flags, f"--data={text_file}", "--sample_tokens=0", "--log_every_n_steps=1", "--grad_accum=2"]
-    train.main([*flags, f"--out_dir={tmp_path}/run", "--max_steps=2", "--eval_interval=1"])
-    train.main([f"--resume={tmp_path}/run", "--max_steps=4"])
+    monkeypatch.chdir(tmp_path)  # a long path would not fit
+    shutil.copy(text_file, "text.txt")
+    flags = [*tiny_flags, "--data=text.txt", "--sample_tokens=0", "--log_every_n_steps=1", "--grad_accum=2"]
+    train.main([*flags, "--out_dir=run", "--max_steps=2", "--eval_interval=1"])
+    train.main(["--resume=run", "--max_steps=4"])
     lines = screen.getvalue().split("\n")
     header = [line for line in lines if re.match(r"(model|data|steps|strategy| +)  ", line)]
     assert header and all(len(line) <= columns for line in header)

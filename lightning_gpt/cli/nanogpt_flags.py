@@ -268,7 +268,10 @@ def translate(argv: Sequence[str], command: str) -> tuple[list[str], str]:
         elif place == last[item.name]:
             if item.value is None:
                 raise UserError(f"--{item.name} needs a value")
-            done += table[item.name].flags(item.value, given)
+            ours = table[item.name].flags(item.value, given)
+            if ours == [f"--{item.name}={item.value}"]:  # our flag of the same name and meaning
+                ours = item.tokens
+            done += ours
             remarks += [f"{item.name}: {table[item.name].remark}"] if table[item.name].remark else []
     has_file = any(item.in_file for item in items)
     if command == "train" and _starts_anew(given) and (has_file or given.keys() & _NANOGPT_ONLY):

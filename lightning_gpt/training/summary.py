@@ -93,9 +93,10 @@ class Summary(Callback):
             warn(f"{self.file} cannot be written: {error.strerror or error}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Write the state in which a signal or an error has ended the run."""
-        if self._written[0] >= 0:
-            self._draw(trainer)
+        """Write the state in which a signal or an error has ended the run.
+
+        Nothing is drawn, which takes a second: a launcher may kill this process as soon as another one has ended.
+        """
         has_failed = isinstance(exception, Exception) and not isinstance(exception, Stopped)
         self._write(trainer, pl_module, status="failed" if has_failed else "stopped")
 

@@ -219,7 +219,8 @@ def test_final_sample_of_a_sharded_run_equals_its_checkpoint(tmp_path, text_file
     done = run_python(train, *tiny_flags, *flags, f"--out_dir={tmp_path / 'run'}", ranks=2)
     assert done.returncode == 0, done.stderr
     printed = done.stdout.partition("--- sample ---\n")[2].partition("\n------")[0]
-    sample.main([f"--checkpoint={tmp_path / 'run'}", "--which=last", "--prompt=the cat", "--max_new_tokens=40"])
+    flags = ["--which=last", "--prompt=the cat", "--max_new_tokens=40", "--temperature=0.8", "--top_k=200"]
+    sample.main([f"--checkpoint={tmp_path / 'run'}", *flags])
     assert capsys.readouterr().out == printed + "\n" and len(printed) == 7 + 40
 
 

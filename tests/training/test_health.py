@@ -327,7 +327,8 @@ def test_bad_numbers_on_one_rank(strategy, one_process, model_folder, text_file,
     assert "step 109: the loss is not finite on rank 1; skipped\n" in done.stdout
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     stop = "error: step 110: the loss is not finite on rank 1, bad step 2 in a row (--max_bad_steps 2); the last good"
-    assert errors == [f"{stop} checkpoint is run/checkpoints/last.ckpt; to continue: python train.py --resume run"]
+    command = f"python {REPO / 'train.py'} --resume run"
+    assert errors == [f"{stop} checkpoint is run/checkpoints/last.ckpt; to continue: {command}"]
     assert "Traceback" not in done.stderr
     # The same steps were skipped, and the others were not: the loss is that of a single process.
     ours, theirs = (re.search(r"\nstep 107: .*val_loss ([\d.]+)\n", out) for out in (done.stdout, one_process))
