@@ -21,6 +21,7 @@ import torch.distributed
 
 REPO = Path(__file__).parents[1]
 IMPORTED = ["lightning_gpt.training.run", "lightning_gpt.evaluation.evaluate", "torch._inductor.compile_fx"]
+IMPORTED += ["matplotlib.figure", "matplotlib.backends.backend_agg"]
 
 # Script: make several calls of entry points, one after another. Its argument lists the entry point and flags of each.
 CALLS = """

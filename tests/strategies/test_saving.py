@@ -117,8 +117,8 @@ def test_deaths_at_any_change_of_the_disk_leave_the_newest_complete_checkpoint(t
         found[state] = last, best = _found(run)
         assert {last, best} <= {1, 2}
         _clone(run, start)
-        # Every other second death, and in turn with the first one the others: all of them take twice as long.
-        for second in itertools.count(first % 2, 2) if deaths == 2 else (999,):
+        # Every third second death, in turn with the first one: all of them take three times as long.
+        for second in itertools.count(first % 3, 3) if deaths == 2 else (999,):
             died = _dies_at(second, _save_and_copy, run, form, 3, changes=CHANGES[1:])
             if (state := _state(run)) not in found:
                 found[state] = _found(run)
