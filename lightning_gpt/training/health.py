@@ -2,6 +2,7 @@
 
 import math
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import groupby
@@ -22,6 +23,7 @@ EXIT_CODE = 3
 # Steps over which the mean and variance of the gradient norm are taken, and before which no step is a spike.
 _WINDOW = 100
 _MOST_RECORDS = 1000  # steps between two reviews
+_GRACE_SECONDS = 3.0  # for rank 0 to write run.json and to report
 
 
 class BadNumbers(Exception):
@@ -38,6 +40,8 @@ def stopping_on_bad_numbers(trainer: Trainer, run_dir: Path) -> Iterator[None]:
             last = run_dir / "checkpoints" / "last.ckpt"
             advice = f"the last good checkpoint is {last}; to continue: {command_line('train', f'--resume {run_dir}')}"
             print(f"error: {error}; {advice if last.exists() else 'no checkpoint was saved'}", file=sys.stderr)
+        else:
+            time.sleep(_GRACE_SECONDS)  # a launcher kills rank 0, which is to speak, when another rank ends first
         # Lightning kills rank 0 if it sees a rank that it started exit with another code than 0.
         environment = getattr(trainer.strategy, "cluster_environment", None)
         started_by_rank_0 = isinstance(environment, LightningEnvironment) and environment.local_rank() > 0
