@@ -3,6 +3,7 @@
 import io
 import re
 import shutil
+import tempfile
 
 import pytest
 
@@ -55,14 +56,23 @@ def test_time_left_does_not_count_the_first_update(clock, monkeypatch):
     assert shown._text("").endswith("00:09 left")
 
 
+@pytest.fixture
+def near_folder(monkeypatch):
+    """Work in a folder whose path is short, because the header names the data by its whole path."""
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.chdir(folder)
+        yield
+        monkeypatch.undo()
+
+
+@pytest.mark.usefixtures("near_folder")
 @pytest.mark.parametrize("columns", [80, 120])
-def test_terminal_shows_no_line_that_is_longer(columns, tiny_flags, text_file, tmp_path, monkeypatch):
+def test_terminal_shows_no_line_that_is_longer(columns, tiny_flags, text_file, monkeypatch):
     """Train in a terminal: a header without broken words, a bar that fits, and lines above it."""
     monkeypatch.setenv("COLUMNS", str(columns))
     screen = Terminal()
     monkeypatch.setattr("sys.stdout", screen)
     monkeypatch.setattr("sys.stderr", screen)
-    monkeypatch.chdir(tmp_path)  # a long path would not fit
     shutil.copy(text_file, "text.txt")
     flags = [*tiny_flags, "--data=text.txt", "--sample_tokens=0", "--log_every_n_steps=1", "--grad_accum=2"]
     train.main([*flags, "--out_dir=run", "--max_steps=2", "--eval_interval=1"])
