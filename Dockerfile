@@ -10,10 +10,8 @@ WORKDIR /src
 COPY . .
 RUN pip install --no-cache-dir --index-url "$INDEX" "torch>=2.11,<2.14" \
     && pip install --no-cache-dir . \
-    && useradd --create-home trainer \
-    && mkdir /work \
-    && chown trainer /work
+    && useradd --create-home trainer
 USER trainer
-WORKDIR /work
+WORKDIR /home/trainer
 ENTRYPOINT ["lightning-gpt"]
 CMD ["--help"]

@@ -16,6 +16,8 @@ from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
+from lightning_gpt.config import UserError
+
 _PART = ".part"
 _STALE_SECONDS = 24 * 3600
 
@@ -170,3 +172,17 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
         except (OSError, NotImplementedError):  # a read-only folder, a network file system without locks
             pass
         yield
+
+
+def require_writable(file: str | None, *, flag: str = "json") -> None:
+    """Check that the output file can be written, before anything is measured.
+
+    Args:
+        file: Path of the file, or None.
+        flag: Name of the flag that it came from.
+
+    Raises:
+        UserError: The path is a folder, or its folder is missing or read-only.
+    """
+    if file and (Path(file).is_dir() or not os.access(Path(file).resolve().parent, os.W_OK)):
+        raise UserError(f"--{flag} {file}: cannot be written; give a file in a writable folder")

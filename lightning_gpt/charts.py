@@ -1,12 +1,11 @@
 """Write charts as PNG or SVG files; matplotlib is imported when one is drawn."""
 
 import importlib.util
-import os
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from lightning_gpt.atomic import atomic_file
+from lightning_gpt.atomic import atomic_file, require_writable
 from lightning_gpt.config import UserError
 from lightning_gpt.invocation import install_line
 
@@ -29,12 +28,10 @@ def require_chart(file: str, *, flag: str = "plot") -> None:
     Raises:
         UserError: matplotlib is not installed, the ending is unknown, or the file cannot be written.
     """
-    path = Path(file)
     require_matplotlib(flag=flag)
-    if path.suffix.lower() not in FORMATS:
+    if Path(file).suffix.lower() not in FORMATS:
         raise UserError(f"--{flag} {file}: not a format for charts; give a file that ends in {' or '.join(FORMATS)}")
-    if path.is_dir() or not os.access(path.resolve().parent, os.W_OK):
-        raise UserError(f"--{flag} {file}: cannot be written; give a file in a writable folder")
+    require_writable(file, flag=flag)
 
 
 def picture(figure: Any, *, form: str) -> bytes:

@@ -1,7 +1,5 @@
 """The Plan page: what a run needs under each strategy, before it starts."""
 
-import contextlib
-import io
 import re
 import tempfile
 import threading
@@ -13,13 +11,12 @@ import pandas as pd
 import streamlit as st
 
 from lightning_gpt.app.comparison import short_name
+from lightning_gpt.bench.gpu_runs import printed_by_training
 from lightning_gpt.bench.strategies import write_tokens
-from lightning_gpt.cli import parse_train
 from lightning_gpt.config import UserError
 from lightning_gpt.config.commands import AppOptions
 from lightning_gpt.implementations.registry import IMPLEMENTATIONS
 from lightning_gpt.strategies import STRATEGIES
-from lightning_gpt.training.run import train
 
 _SIZES = ("gpt-mini", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 _PARTS = ("weights", "gradients", "optimizer", "activations", "buffers")
@@ -89,11 +86,9 @@ def dry_run(flags: tuple[str, ...], *, vocab_size: int) -> str:
     Raises:
         UserError: A flag is wrong, or flags exclude each other.
     """
-    printed = io.StringIO()
-    with tempfile.TemporaryDirectory() as folder, _planning, contextlib.redirect_stdout(printed):
+    with tempfile.TemporaryDirectory() as folder, _planning:
         data = write_tokens(Path(folder), vocab_size=vocab_size, block_size=int(dict(map(_pair, flags))["block_size"]))
-        train(parse_train([*flags, f"--data={data}", "--dry_run"]))
-    return printed.getvalue()
+        return printed_by_training([*flags, f"--data={data}", "--dry_run"])
 
 
 def _pair(flag: str) -> tuple[str, str]:

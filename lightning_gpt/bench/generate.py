@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_gpt.bench.report import machine_facts, require_writable, write_result
+from lightning_gpt.atomic import require_writable
+from lightning_gpt.bench.report import machine_facts, write_result
 from lightning_gpt.checkpoint.architectures import architecture_of, to_hugging_face
 from lightning_gpt.config import UserError
 from lightning_gpt.implementations.generation import GenerationSettings

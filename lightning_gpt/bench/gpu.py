@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from lightning_gpt.atomic import require_writable
 from lightning_gpt.bench.gpu_steps import STEPS, Check
-from lightning_gpt.bench.report import machine_facts, require_positive, require_writable, write_result
+from lightning_gpt.bench.report import machine_facts, require_positive, write_result
 from lightning_gpt.config import UserError
 
 _PROGRAM = "from lightning_gpt.bench.gpu_steps import main; main()"

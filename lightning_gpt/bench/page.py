@@ -10,10 +10,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lightning_gpt.atomic import atomic_file
+from lightning_gpt.atomic import atomic_file, require_writable
 from lightning_gpt.bench.curves import read_result
 from lightning_gpt.bench.measurements import QUANTITIES, Measurement, is_strategy_table, read_measurements
-from lightning_gpt.bench.report import require_writable
 from lightning_gpt.charts import picture, require_matplotlib
 from lightning_gpt.config import UserError
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from lightning_gpt.bench.report import machine_facts, require_writable, write_result
+from lightning_gpt.atomic import require_writable
+from lightning_gpt.bench.report import machine_facts, write_result
 from lightning_gpt.checkpoint import open_checkpoint
 from lightning_gpt.cli import parse_train
 from lightning_gpt.config import TrainerOptions, UserError

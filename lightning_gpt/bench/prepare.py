@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightning_gpt.bench.report import machine_facts, require_positive, require_writable, spread, write_result
+from lightning_gpt.atomic import require_writable
+from lightning_gpt.bench.report import machine_facts, require_positive, spread, write_result
 from lightning_gpt.config import UserError
 from lightning_gpt.data.text.corpora import find_corpus
 from lightning_gpt.data.tokens.encoding import UNIT_BYTES

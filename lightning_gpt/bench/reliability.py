@@ -12,13 +12,14 @@ from typing import Any, Protocol
 
 import torch
 
+from lightning_gpt.atomic import require_writable
 from lightning_gpt.bench import faults, mutations
 from lightning_gpt.bench import kills as killing
 from lightning_gpt.bench.endurance import train_long
 from lightning_gpt.bench.faults import fill_disk, send_signals
 from lightning_gpt.bench.kills import RANKS, kill_runs
 from lightning_gpt.bench.mutations import mutate_files
-from lightning_gpt.bench.report import machine_facts, require_positive, require_writable, write_result
+from lightning_gpt.bench.report import machine_facts, require_positive, write_result
 from lightning_gpt.config import UserError
 
 PARTS = ("kills", "files", "signals", "disk", "endurance")

@@ -30,20 +30,6 @@ def require_positive(**counts: int | None) -> None:
             raise UserError(f"--{name} {value}: nothing to measure; give 1 or more")
 
 
-def require_writable(file: str | None, *, flag: str = "json") -> None:
-    """Check that the output file can be written, before anything is measured.
-
-    Args:
-        file: Path of the file, or None.
-        flag: Name of the flag that it came from.
-
-    Raises:
-        UserError: The path is a folder, or its folder is missing or read-only.
-    """
-    if file and (Path(file).is_dir() or not os.access(Path(file).resolve().parent, os.W_OK)):
-        raise UserError(f"--{flag} {file}: cannot be written; give a file in a writable folder")
-
-
 def write_result(json: str | None, result: dict[str, Any]) -> None:
     """Write a result to the file that --json names, if any."""
     if json:

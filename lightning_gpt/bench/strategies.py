@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightning_gpt.atomic import atomic_file
+from lightning_gpt.atomic import atomic_file, require_writable
 from lightning_gpt.bench.forked import ForkedRun, in_child
 from lightning_gpt.bench.gpu_runs import gibibytes, printed_by_training
 from lightning_gpt.bench.probe import OUT_OF_MEMORY, Probe, Reading, read
-from lightning_gpt.bench.report import machine_facts, require_positive, require_writable
+from lightning_gpt.bench.report import machine_facts, require_positive
 from lightning_gpt.config import TrainerOptions, UserError
 from lightning_gpt.data.tokens.token_files import write_token_files
 from lightning_gpt.strategies import STRATEGIES, find_devices, get_strategy

@@ -14,7 +14,8 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_gpt.bench.report import machine_facts, require_positive, require_writable, spread, write_result
+from lightning_gpt.atomic import require_writable
+from lightning_gpt.bench.report import machine_facts, require_positive, spread, write_result
 from lightning_gpt.bench.timing import train_silently
 from lightning_gpt.cli import parse_train
 from lightning_gpt.config import TrainConfig

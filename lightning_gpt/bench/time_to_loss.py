@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
+from lightning_gpt.atomic import require_writable
 from lightning_gpt.bench.curves import Curve, TimeToLoss, Trained, read_result
-from lightning_gpt.bench.report import machine_facts, require_positive, require_writable, write_result
+from lightning_gpt.bench.report import machine_facts, require_positive, write_result
 from lightning_gpt.bench.timing import train_silently
 from lightning_gpt.charts import require_chart, save_chart
 from lightning_gpt.cli import parse_train

@@ -6,7 +6,7 @@ import shlex
 import sys
 import typing
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, cast
+from typing import Any
 
 from jsonargparse import Namespace
 
@@ -202,18 +202,22 @@ def parse_options(cls: type, argv: Sequence[str] | None = None, *, description: 
 
 def parse_evaluate(argv: Sequence[str] | None = None) -> EvaluateOptions:
     """Return the options of ``evaluate.py``."""
-    argv, note = translate(sys.argv[1:] if argv is None else argv, "evaluate")
-    options = parse_options(EvaluateOptions, argv, description="Score a checkpoint on its validation text.")
-    print_note(note)
-    return cast(EvaluateOptions, options)
+    return _parse_translated(
+        EvaluateOptions, argv, "evaluate", description="Score a checkpoint on its validation text."
+    )
 
 
 def parse_sample(argv: Sequence[str] | None = None) -> SampleOptions:
     """Return the options of ``sample.py``."""
-    argv, note = translate(sys.argv[1:] if argv is None else argv, "sample")
-    options = parse_options(SampleOptions, argv, description="Write text with a trained model.")
+    return _parse_translated(SampleOptions, argv, "sample", description="Write text with a trained model.")
+
+
+def _parse_translated(cls: type, argv: Sequence[str] | None, command: str, *, description: str) -> Any:
+    """Do the same as ``parse_options`` for a command that also has flags of nanoGPT."""
+    argv, note = translate(sys.argv[1:] if argv is None else argv, command)
+    options = parse_options(cls, argv, description=description)
     print_note(note)
-    return cast(SampleOptions, options)
+    return options
 
 
 def parse_embeddings(argv: Sequence[str] | None = None) -> EmbeddingsOptions:

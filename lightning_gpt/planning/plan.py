@@ -179,31 +179,9 @@ def plan(
         UserError: The model cannot be run on FakeTensors.
     """
     traces = Traces(module, block_size=block_size, accumulate=accumulate, precision=precision, device_type=device_type)
-    return plan_from(
-        traces,
-        rules=rules,
-        world_size=world_size,
-        devices_per_node=devices_per_node,
-        batch_size=batch_size,
-        steps=steps,
-        recompute=recompute,
-    )
-
-
-def plan_from(
-    traces: Traces,
-    *,
-    rules: MemoryRules,
-    world_size: int,
-    devices_per_node: int,
-    batch_size: int,
-    steps: int,
-    recompute: bool,
-) -> Plan:
-    """Do the same as ``plan`` for a model that other plans share."""
     trace = traces.step(rules, batch_size=batch_size, recompute=recompute)
     memory = rules.memory(trace, ranks=world_size)
-    tokens = batch_size * traces.block_size * traces.accumulate * world_size
+    tokens = batch_size * block_size * accumulate * world_size
     return Plan(
         parameters=trace.total,
         tokens_per_step=tokens,

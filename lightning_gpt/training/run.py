@@ -142,8 +142,9 @@ def _train(config: TrainConfig, watch: Watchdog, callbacks: Sequence[Callback]) 
         print_header(module, source, budget, loaded=loaded, where=where, **described)
         with deterministic(config.trainer), stopping_safely(trainer, watch, folder.run_dir):
             with stopping_on_bad_numbers(trainer, folder.run_dir):
+                settings = config.flat()
                 for logger in trainer.loggers:
-                    logger.log_hyperparams(config.flat())
+                    logger.log_hyperparams(settings)
                 trainer.fit(module, data)
     if trainer.is_global_zero:
         print(f"checkpoints: {folder.run_dir}/checkpoints")
