@@ -52,8 +52,8 @@ def picture(figure: Any, *, form: str) -> bytes:
 
     figure.savefig(drawn, format="png")
     small = BytesIO()
-    # A palette cuts the file size to a quarter.
-    Image.open(drawn).convert("RGB").quantize(128).save(small, format="PNG", optimize=True)
+    # A palette cuts the file size to a third.
+    Image.open(drawn).convert("RGB").quantize(128, method=Image.Quantize.FASTOCTREE).save(small, format="PNG")
     return small.getvalue()
 
 

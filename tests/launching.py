@@ -5,6 +5,7 @@ in the state of a new interpreter: the server runs no code of this project, and 
 pipes and of the launchers themselves start their processes with `subprocess`.
 """
 
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -21,7 +22,9 @@ import torch.distributed
 
 REPO = Path(__file__).parents[1]
 IMPORTED = ["lightning_gpt.training.run", "lightning_gpt.evaluation.evaluate", "torch._inductor.compile_fx"]
-IMPORTED += ["matplotlib.figure", "matplotlib.backends.backend_agg"]
+IMPORTED += ["matplotlib.figure", "matplotlib.backends.backend_agg", "torch.utils.tensorboard", "safetensors.torch"]
+if torch.version.cuda is None and importlib.util.find_spec("deepspeed"):  # it looks for a GPU when it is imported
+    IMPORTED += ["deepspeed"]
 
 # Script: make several calls of entry points, one after another. Its argument lists the entry point and flags of each.
 CALLS = """

@@ -36,7 +36,7 @@ class Summary(Callback):
         metrics: The callback that measures the speed.
         source: A checkpoint that is resumed; the run.json of its folder begins the curves.
         step: Step of that checkpoint.
-        draws: Whether to draw loss.png at validations, at most every 10 seconds, and at the end.
+        draws: Whether to draw loss.png at the end, and at validations 10 seconds or more after the last drawing or the start.
     """
 
     def __init__(
@@ -58,12 +58,13 @@ class Summary(Callback):
         self.started = earlier.get("started")
         self._peak = float(earlier.get("peak_memory_mib") or 0)
         self.draws = draws
-        self._drawn = 0.0  # time of the last chart
+        self._drawn = 0.0  # time of the last chart, or of the start
         self._written = (-1, 0.0)  # step and time of the last write
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock, and write the file, so that a run that has begun can be seen."""
         self.logger.start()
+        self._drawn = time.monotonic()
         self._write(trainer, pl_module, status="running")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
