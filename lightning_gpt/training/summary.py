@@ -36,7 +36,7 @@ class Summary(Callback):
         metrics: The callback that measures the speed.
         source: A checkpoint that is resumed; the run.json of its folder begins the curves.
         step: Step of that checkpoint.
-        draws: Whether to draw loss.png at the end, and at validations 10 seconds or more after the last drawing or the start.
+        draws: Whether to draw loss.png at the end, and at validations 10 seconds after the start or the last drawing.
     """
 
     def __init__(
