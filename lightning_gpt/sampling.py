@@ -12,13 +12,16 @@ from typing import TextIO
 
 import numpy as np
 
-from lightning_gpt.checkpoint import ensure_canonical, find_checkpoint
+from lightning_gpt.checkpoint import Checkpoint, ensure_canonical, find_checkpoint
+from lightning_gpt.checkpoint.initial import fitted_vocabulary
 from lightning_gpt.config import TrainerOptions, UserError
 from lightning_gpt.config.commands import SampleOptions
+from lightning_gpt.data.tasks import find_task
+from lightning_gpt.data.tokens.preparation import prepare
 from lightning_gpt.implementations.generation import GenerationSettings
 from lightning_gpt.models import GPTModule
 from lightning_gpt.strategies import find_devices
-from lightning_gpt.tokenizers import Tokenizer
+from lightning_gpt.tokenizers import CharTokenizer, Tokenizer, build_tokenizer
 
 REPLACEMENT = "\ufffd"  # the replacement character, which stands for incomplete UTF-8
 
@@ -197,9 +200,7 @@ def write_samples(options: SampleOptions, *, out: TextIO) -> None:
     prompts = _prompts(options)
     path = find_checkpoint(options.checkpoint or "latest", which=options.which)
     checkpoint = ensure_canonical(path, trust=options.trust_checkpoint, verify=options.verify)
-    tokenizer = checkpoint.tokenizer
-    if tokenizer is None:
-        raise UserError(f"{path} has no tokenizer")
+    tokenizer = _tokenizer(options, checkpoint)
     where = find_devices(TrainerOptions(accelerator=options.accelerator, precision=options.precision))
     checkpoint.compute_on(where.device_type, where.dtype)
     module = checkpoint.module().to(where.device_type, where.dtype).eval()
@@ -235,6 +236,38 @@ def write_samples(options: SampleOptions, *, out: TextIO) -> None:
         seconds += time.perf_counter() - started
     if seconds:
         print(f"{tokens:,} tokens in {seconds:.2f} s, {tokens / seconds:,.1f} tokens/s", file=sys.stderr)
+
+
+def _tokenizer(options: SampleOptions, checkpoint: Checkpoint) -> Tokenizer:
+    """Return the tokenizer of the checkpoint, or for one that does not record it, of --data or --tokenizer.
+
+    Raises:
+        UserError: It is unknown, recorded and given, or does not fit the weights.
+    """
+    given = " ".join(f"--{name} {value}" for name in ("data", "tokenizer") if (value := getattr(options, name)))
+    if checkpoint.tokenizer is not None:
+        if given:
+            raise UserError(f"{given}: {checkpoint.path} records its tokenizer; leave it out")
+        return checkpoint.tokenizer
+    if options.data:
+        task = find_task(options.data)
+        source = task() if task else prepare(options.data, tokenizer=options.tokenizer, block_size=1)
+        fitted_vocabulary(source, pad=False, start=checkpoint, goes_on=True)
+        if source.tokenizer is None:
+            raise UserError(f"--data {options.data} does not record its tokenizer either; give --tokenizer")
+        return source.tokenizer
+    if not given:
+        raise UserError(
+            f"{checkpoint.path} does not record its tokenizer; give --data, the model's training data, or --tokenizer"
+        )
+    assert options.tokenizer is not None
+    if options.tokenizer == CharTokenizer.name:
+        raise UserError(f"{given}: the text that the model was trained on determines it; give it as --data")
+    tokenizer = build_tokenizer(options.tokenizer, corpus=None, source="--tokenizer")
+    rows = checkpoint.model_config["vocab_size"] - checkpoint.model_config.get("vocab_padding", 0)
+    if tokenizer.vocab_size > rows:
+        raise UserError(f"{given} has {tokenizer.vocab_size:,} tokens, but {checkpoint.path} knows {rows:,}")
+    return tokenizer
 
 
 def _compile(module: GPTModule, prompts: Sequence[Sequence[int]], settings: GenerationSettings) -> None:

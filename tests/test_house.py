@@ -62,7 +62,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("sampling", "planning", "checkpoint", "models", "data", "optim", "strategies", "tokenizers"),
         *("implementations", "trust", "checksums", "config", "atomic", "launch", "progress", "charts"),
     },
-    "sampling": {"checkpoint", "models", "strategies", "tokenizers", "implementations", "config"},
+    "sampling": {"checkpoint", "data", "models", "strategies", "tokenizers", "implementations", "config"},
     "cli": {
         "invocation",
         *("checkpoint", "data", "optim", "implementations"),

@@ -74,7 +74,7 @@ def pieces(name: str, prompt: str, settings: GenerationSettings) -> Iterator[tup
     path = find_checkpoint(name, which="best")
     module, tokenizer = _load(str(path), path.stat().st_mtime)
     if tokenizer is None:
-        raise UserError(f"{path} has no tokenizer")
+        raise UserError(f"{path} does not record its tokenizer")
     ids = encode_prompt(tokenizer, prompt).tolist()
     yield tokenizer.decode(ids), 0
     for _, piece, count in stream_text(module, tokenizer, [ids], settings):

@@ -76,6 +76,8 @@ class Checkpoint(ABC):
         stored: The stored weights on the meta device, by name; tied weights under one or more of their names.
         moments: The stored optimizer state on the meta device, by weight and state name; empty if there is none.
         trusted: Whether the user trusts it or made it, so that it may name code.
+        settings: Settings of the run in nanoGPT's ``ckpt.pt``, under its names; empty for all others.
+        dataset: Token folder of that run, if it is found.
 
     Raises:
         UserError: The header is not one of ours.
@@ -86,9 +88,11 @@ class Checkpoint(ABC):
     stored: dict[str, Tensor]
     moments: dict[str, dict[str, Tensor]]
     trusted: bool = False
+    dataset: Path | None = None
 
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
         self.path = path
+        self.settings: dict[str, Any] = {}
         self.header = checked_header(header, path=path)
 
     @abstractmethod

@@ -4,6 +4,7 @@
 never executed.
 """
 
+import math
 import os
 import re
 import shlex
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lightning_gpt.cli.foreign_files import read_assignments, refuse_hydra
 from lightning_gpt.config import UserError
@@ -226,6 +228,12 @@ _SAME = {
 # Fields of nanoGPT's model that minGPT does not have.
 _NANOGPT_ONLY = {"bias", "dropout"}
 
+# Settings that a resumed run takes over; the others belong to the machine, or are flags of this command.
+_RESUMED = {
+    *("max_iters", "eval_iters", "log_interval", "lr_decay_iters", "warmup_iters", "min_lr", "eval_interval"),
+    *("batch_size", "dropout", "learning_rate", "weight_decay", "beta1", "beta2"),
+}
+
 # Our flags for the names of other programs, for "did you mean".
 NAMES_ELSEWHERE = {name: flag for name, flag in TRAINER.items() if flag} | OTHERS
 NAMES_ELSEWHERE |= {name: f"--{setting.ours}" for name, setting in (TRAIN | SAMPLE).items()}
@@ -281,6 +289,26 @@ def translate(argv: Sequence[str], command: str) -> tuple[list[str], str]:
     if done == list(argv):
         return done, ""
     return done, "; ".join([f"note: nanoGPT's settings, here: python {command}.py {shlex.join(done)}", *remarks])
+
+
+def resumed_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return our options for the settings that nanoGPT stores in its ``ckpt.pt``.
+
+    Args:
+        config: The settings, under nanoGPT's names; those of another type than nanoGPT's are left out.
+    """
+    numbers = {name: value for name, value in config.items() if type(value) in (int, float)}
+    options = {TRAIN[name].ours if name in TRAIN else name: numbers[name] for name in _RESUMED & numbers.keys()}
+    if "grad_clip" in numbers:
+        options["gradient_clip_val"] = numbers["grad_clip"]
+    sizes = [numbers.get(name) for name in ("gradient_accumulation_steps", "batch_size", "block_size")]
+    if all(isinstance(size, int) and size > 0 for size in sizes):
+        # nanoGPT counts the micro-batches of all processes.
+        options["global_batch_tokens"] = math.prod(size for size in sizes if size)
+    if config.get("decay_lr") is False:
+        options = {k: v for k, v in options.items() if k not in ("lr_decay_steps", "min_learning_rate")}
+        options |= {"schedule": "constant", "warmup_steps": 0}
+    return options
 
 
 def print_note(note: str) -> None:

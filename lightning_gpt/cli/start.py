@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lightning_gpt.cli.nanogpt_flags import resumed_settings
 from lightning_gpt.cli.parser import load_yaml
 from lightning_gpt.config import PROVENANCE, Resumed, UserError
 from lightning_gpt.data.tasks import is_own_task
@@ -118,8 +119,15 @@ def _resume(checkpoint: Path, *, automatic: bool, trust: bool, typed: Mapping[st
     if not automatic:  # newest_checkpoint has verified it
         verify_checksums(checkpoint)
     opened = open_checkpoint(checkpoint, trust=trust, typed=[str(typed["implementation"])])
-    fields = {option.name for option in get_implementation(opened.implementation).config_options()}
-    settings |= {name: value for name, value in opened.model_config.items() if name in fields}
+    model = {option.name for option in get_implementation(opened.implementation).config_options()}
+    fields = {"implementation": opened.implementation} | {k: v for k, v in opened.model_config.items() if k in model}
+    if opened.settings:
+        data = {"data": str(opened.dataset)} if opened.dataset else {}
+        if not data and not typed["data"]:
+            dataset = opened.settings.get("dataset", "unknown")
+            raise UserError(f"{checkpoint}: its training data (dataset {dataset}) is not found; give --data")
+        return Start(str(checkpoint), resumed_settings(opened.settings) | fields | data, Resumed(automatic, {}))
+    settings |= fields
     if saved:
         settings["out_dir"] = str(config.parent)
     return Start(str(checkpoint), settings, Resumed(automatic, saved))

@@ -70,6 +70,10 @@ class SampleOptions:
     """run folder, or checkpoint of any strategy (default: the latest run; also --init_from)"""
     which: str = "best"
     """best or last checkpoint of a run folder"""
+    data: str | None = None
+    """training data, as for train.py, of a model whose checkpoint does not record its tokenizer"""
+    tokenizer: str | None = None
+    """tokenizer, as for train.py, of a model whose checkpoint does not record it"""
     prompt: str = "\n"
     """text to continue (default: stdin if it is not a terminal, else a newline)"""
     prompt_file: str | None = None

@@ -324,7 +324,7 @@ def _job(checkpoint: Checkpoint, options: EvaluateOptions) -> _Job:
 
 def _score(metrics: Mapping[str, float], tokens: int, job: _Job) -> Score:
     loss, files = metrics["val_loss"], job.files
-    val_bytes = files.val_bytes if isinstance(files, TokenFiles) and tokens == files.val_tokens - 1 else None
+    val_bytes = files.n_bytes("val") if isinstance(files, TokenFiles) and tokens == files.val_tokens - 1 else None
     return Score(
         checkpoint=str(job.checkpoint.path),
         hash=job.checkpoint.hash(),

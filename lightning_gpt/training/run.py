@@ -135,7 +135,7 @@ def _train(config: TrainConfig, watch: Watchdog, callbacks: Sequence[Callback]) 
         step=checkpoint.step if checkpoint else 0,
         draws=run.logger != "none",
     )
-    run_callbacks = make_callbacks(config, folder.run_dir, metrics, summary)
+    run_callbacks = make_callbacks(config, folder.run_dir, metrics, summary, resumed=checkpoint)
     every = [*own, *run_callbacks, *sample, *callbacks]
     trainer = _trainer(config, strategy, where, budget, run_dir=folder.run_dir, callbacks=every)
     with open_folder(folder.run_dir, run, record=record, sources=[weights.path] if weights else []):

@@ -48,6 +48,7 @@ class Checkpoints(CheckpointCallback):
         keep: Number of the newest saves to keep as ``step-NNNNNN``, besides ``best`` and ``last``.
         on_error: "stop", or "continue" to warn and try again at the next save.
         resumes: Whether the run continues another; the best checkpoint in the folder then stays until a better one.
+        best_loss: Validation loss that another program's run has reached; ``best`` is written below it.
 
     Raises:
         UserError: `on_error` is unknown.
@@ -61,6 +62,7 @@ class Checkpoints(CheckpointCallback):
         keep: int = 0,
         on_error: str = ON_SAVE_ERROR[0],
         resumes: bool = False,
+        best_loss: float = math.inf,
     ) -> None:
         if on_error not in ON_SAVE_ERROR:
             raise UserError(f"--on_save_error {on_error} is unknown; choose one of {', '.join(ON_SAVE_ERROR)}")
@@ -69,7 +71,7 @@ class Checkpoints(CheckpointCallback):
         self.keep = keep
         self.goes_on = on_error == "continue"
         self.resumes = resumes
-        self.best_loss = math.inf
+        self.best_loss = best_loss
         self._validated = (-1, math.inf)  # step and loss of the last validation
         self._tried = self._saved = -1  # step of the last attempt to save, and of the content of last
         self._failed = False  # the last attempt
@@ -91,7 +93,7 @@ class Checkpoints(CheckpointCallback):
         """Read the loss of the best checkpoint that is in the folder."""
         self._tried = trainer.global_step
         if self.resumes:
-            self.best_loss = _loss_of_best(self.path("best"))
+            self.best_loss = min(self.best_loss, _loss_of_best(self.path("best")))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Save every ``save_interval`` steps: after the validation of the same step, which then has saved already."""

@@ -1,5 +1,6 @@
 """Build the Lightning Trainer of a run: its options, logger and callbacks."""
 
+import math
 from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 from lightning import Callback, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_gpt.checkpoint import Checkpoint
 from lightning_gpt.checkpoint.initial import InitialWeights
 from lightning_gpt.config import TrainConfig, TrainerOptions, UserError
 from lightning_gpt.config.elsewhere import TRAINER as DECIDED
@@ -37,8 +39,10 @@ def check_trainer_options(options: TrainerOptions) -> None:
             raise UserError(f"--trainer.{name}: lightning.Trainer has no such option{hint}")
 
 
-def make_callbacks(config: TrainConfig, run_dir: Path, metrics: RunMetrics, summary: Summary) -> list[Callback]:
-    """Return the callbacks of every run."""
+def make_callbacks(
+    config: TrainConfig, run_dir: Path, metrics: RunMetrics, summary: Summary, *, resumed: Checkpoint | None
+) -> list[Callback]:
+    """Return the callbacks of every run; `resumed` is the checkpoint that it continues."""
     wanted = config.trainer.trainer.get("enable_progress_bar", True)
     bar = [ProgressBar(summary.logger)] if wanted else []
     patience = [Patience(config.trainer.patience)] if config.trainer.patience else []
@@ -48,7 +52,8 @@ def make_callbacks(config: TrainConfig, run_dir: Path, metrics: RunMetrics, summ
         save_interval=run.save_interval,
         keep=run.keep,
         on_error=run.on_save_error,
-        resumes=run.resume is not None,
+        resumes=resumed is not None,
+        best_loss=resumed.best_loss if resumed and resumed.settings else math.inf,
     )
     return [
         DropoutSeed(run.seed),

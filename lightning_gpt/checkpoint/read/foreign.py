@@ -1,5 +1,6 @@
 """Checkpoints that other programs wrote, with the weights under our names."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ class ForeignCheckpoint(Checkpoint):
         read: Returns a copy of one of them.
         step: Optimizer steps that the weights were trained for.
         tokenizer: The tokenizer they were trained with, if known.
+        header: Further parts of the header; those of ``hyper_parameters`` are added to the ones above.
     """
 
     def __init__(
@@ -34,13 +36,15 @@ class ForeignCheckpoint(Checkpoint):
         read: Read,
         step: int = 0,
         tokenizer: Tokenizer | None = None,
+        header: Mapping[str, Any] | None = None,
     ) -> None:
-        header = {
-            "hyper_parameters": {"implementation": row.name, "model_config": fields},
-            "global_step": step,
-            "TokenData": {"tokenizer": tokenizer.to_dict() if tokenizer else None},
-        }
-        super().__init__(path, header)
+        more = dict(header or {})
+        hparams = more.pop("hyper_parameters", {})
+        data = {"tokenizer": tokenizer.to_dict() if tokenizer else None} | more.pop("TokenData", {})
+        names_model = {"implementation": row.name, "model_config": fields}
+        super().__init__(
+            path, {"hyper_parameters": hparams | names_model, "global_step": step, "TokenData": data, **more}
+        )
         self._read_stored = read
         self.stored, self.moments = stored, {}
 

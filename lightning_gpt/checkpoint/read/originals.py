@@ -1,19 +1,22 @@
 """Read the files that the original nanoGPT and minGPT save with ``torch.save``."""
 
+import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from lightning_gpt.checkpoint.architectures.gpt2 import GPT2, TOKENS
-from lightning_gpt.checkpoint.base import meta
+from lightning_gpt.checkpoint.base import as_state, meta
 from lightning_gpt.checkpoint.read.canonical import FORMAT, tokenizer_beside
 from lightning_gpt.checkpoint.read.foreign import ForeignCheckpoint
 from lightning_gpt.checkpoint.read.mapped import MappedFile
 from lightning_gpt.config import UserError
+from lightning_gpt.data.tokens.token_files import is_token_folder, read_meta_pickle
 from lightning_gpt.implementations.registry import IMPLEMENTATIONS
 from lightning_gpt.parsing import read_json, shown
-from lightning_gpt.tokenizers import GPT2Tokenizer
+from lightning_gpt.tokenizers import GPT2Tokenizer, Tokenizer
 
 # Their file names, in nanoGPT's out_dir and minGPT's work_dir.
 FILES = ("ckpt.pt", "model.pt")
@@ -22,10 +25,14 @@ _EMBEDDING, _HEAD = "transformer.wte.weight", "lm_head.weight"
 _POSITIONS = "transformer.wpe.weight"
 _SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 _GPT2 = GPT2()
+_BEST = "nanoGPT{'monitor': 'val_loss'}"  # as the callback that keeps the best checkpoint names its state
 
 
 class NanoGPTCheckpoint(ForeignCheckpoint):
     """nanoGPT's ``ckpt.pt``: exact GELU, tied head, and biases unless ``model_args`` says otherwise.
+
+    It also holds the state of AdamW and the settings of the run, from which the run is resumed. Characters are known
+    from the ``meta.pkl`` beside it, or in the folder ``data/DATASET`` that the settings name.
 
     Args:
         file: The opened file.
@@ -51,20 +58,103 @@ class NanoGPTCheckpoint(ForeignCheckpoint):
         if 0 < padding < 64:
             fields["vocab_padding"] = padding
         names = _GPT2.plain_names(content["model"])
+        settings = _plain(content.get("config"))
+        dataset = _dataset_folder(file.path, settings.get("dataset"))
+        step = int(content.get("iter_num", 0))
+        header: dict[str, Any] = {}
+        accumulation, batch_size = settings.get("gradient_accumulation_steps"), settings.get("batch_size")
+        if type(accumulation) is int and type(batch_size) is int:  # nanoGPT counts the micro-batches of all processes
+            header["TokenData"] = {"consumed_samples": step * accumulation * batch_size}
+        with contextlib.suppress(LookupError, TypeError, ValueError, RuntimeError):  # a number or a tensor
+            header["callbacks"] = {_BEST: {"best_model_score": float(content["best_val_loss"])}}
+        self._indices = _numbers_in_adamw(content, names)
+        if self._indices:
+            header["hyper_parameters"] = _hparams(content["optimizer"])
         super().__init__(
             file.path,
             row=row,
             fields=fields,
             stored={name: meta(content["model"][key]) for name, key in names.items()},
             read=lambda name: file.read(lambda content: content["model"][names[name]]),
-            step=int(content.get("iter_num", 0)),
-            tokenizer=tokenizer_beside(file.path) or (GPT2Tokenizer() if 0 <= padding < 64 else None),
+            step=step,
+            tokenizer=(
+                tokenizer_beside(file.path)
+                or _characters([file.path.parent, *([dataset] if dataset else [])], vocab_size=sizes["vocab_size"])
+                or (GPT2Tokenizer() if 0 <= padding < 64 else None)
+            ),
+            header=header,
         )
+        self._file = file
+        self.settings, self.dataset = settings, dataset
+        state = content["optimizer"]["state"] if self._indices else {}
+        self.moments = {
+            name: {key: meta(as_state(value)) for key, value in state[index].items()}
+            for name, index in self._indices.items()
+        }
+
+    def _read_moment(self, name: str, key: str) -> Tensor:
+        index = self._indices[name]
+        return self._file.read(lambda content: as_state(content["optimizer"]["state"][index][key]))
 
     @staticmethod
     def recognises(content: Any) -> bool:
         """Return whether the content of a file has this form."""
         return isinstance(content, dict) and isinstance(content.get("model_args"), dict) and "model" in content
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """Return the settings of a run that are numbers, switches or texts."""
+    if not isinstance(config, dict):
+        return {}
+    return {k: v for k, v in config.items() if isinstance(k, str) and type(v) in (bool, int, float, str)}
+
+
+def _dataset_folder(path: Path, name: Any) -> Path | None:
+    """Return nanoGPT's folder ``data/NAME``, beside the file, in a folder above it, or in the working directory."""
+    if not isinstance(name, str) or not name or Path(name).is_absolute() or ".." in Path(name).parts:
+        return None
+    places = (folder / "data" / name for folder in (*path.resolve().parents, Path.cwd()))
+    with contextlib.suppress(OSError, ValueError):  # a name that no file can have
+        return next((place for place in places if (place / "meta.pkl").is_file() or is_token_folder(place)), None)
+    return None
+
+
+def _characters(folders: Sequence[Path], *, vocab_size: int) -> Tokenizer | None:
+    """Return the tokenizer in the first ``meta.pkl`` that describes a vocabulary of this size."""
+    for folder in folders:
+        if (folder / "meta.pkl").is_file():
+            size, tokenizer = read_meta_pickle(folder / "meta.pkl")
+            if size == vocab_size:
+                return tokenizer
+    return None
+
+
+def _numbers_in_adamw(content: dict[str, Any], names: dict[str, str]) -> dict[str, int]:
+    """Return the number of each weight in the state of AdamW; empty if there is no state of these weights.
+
+    nanoGPT numbers the matrices first, then the other weights, both in the order of the model.
+    """
+    try:
+        weights = {name: content["model"][key] for name, key in names.items() if name != _HEAD}
+        groups = ([n for n, w in weights.items() if w.dim() >= 2], [n for n, w in weights.items() if w.dim() < 2])
+        stored = content["optimizer"]["param_groups"]
+        numbers = {n: i for ours, group in zip(groups, stored, strict=True) for n, i in _pairs(ours, group["params"])}
+        state = content["optimizer"]["state"]
+        fits = all(state[i]["exp_avg"].shape == weights[n].shape for n, i in numbers.items())
+    except (LookupError, TypeError, ValueError, AttributeError):
+        return {}
+    return numbers if fits else {}
+
+
+def _pairs(names: list[str], numbers: Any) -> list[tuple[str, int]]:
+    return list(zip(names, numbers, strict=True))
+
+
+def _hparams(optimizer: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of AdamW, by the names of ``GPTModule``; unknown ones are left out."""
+    group = optimizer["param_groups"][0]
+    names = {"weight_decay": "weight_decay", "initial_lr": "learning_rate", "lr": "learning_rate", "betas": "betas"}
+    return {ours: group[name] for name, ours in names.items() if name in group}
 
 
 class MinGPTCheckpoint(ForeignCheckpoint):

@@ -63,8 +63,13 @@ class TokenFiles:
         return {"train": self.train_tokens, "val": self.val_tokens}[split]
 
     def n_bytes(self, split: Split) -> int | None:
-        """Return the size of a split's text in UTF-8, or None if unknown."""
-        return {"train": self.train_bytes, "val": self.val_bytes}[split]
+        """Return the size of a split's text in UTF-8: as recorded, or counted if tokens are characters; else None."""
+        recorded = {"train": self.train_bytes, "val": self.val_bytes}[split]
+        if recorded is not None or not isinstance(self.tokenizer, CharTokenizer):
+            return recorded
+        widths = np.array([len(char.encode("utf-8", "surrogatepass")) for char in self.tokenizer.chars])
+        tokens = self.tokens(split)
+        return sum(int(widths[tokens[at : at + _SCAN_TOKENS]].sum()) for at in range(0, len(tokens), _SCAN_TOKENS))
 
     def tokens(self, split: Split) -> np.memmap:
         """Map a split into memory, read-only: shape (n_tokens,), uint16 or uint32."""
@@ -187,7 +192,7 @@ def _read_meta(folder: Path) -> TokenFiles:
     if (folder / "meta.json").is_file():
         return _read_meta_json(folder)
     if (folder / "meta.pkl").is_file():
-        vocab_size, tokenizer = _read_meta_pickle(folder / "meta.pkl")
+        vocab_size, tokenizer = read_meta_pickle(folder / "meta.pkl")
     else:
         vocab_size, tokenizer = GPT2Tokenizer.vocab_size, GPT2Tokenizer()
     return _token_files(folder, dtype="uint16", vocab_size=vocab_size, tokenizer=tokenizer, source=str(folder))
@@ -245,7 +250,12 @@ def _is_count(value: Any, *, most: int = 2**63) -> bool:
     return type(value) is int and 0 < value <= most
 
 
-def _read_meta_pickle(path: Path) -> tuple[int, Tokenizer | None]:
+def read_meta_pickle(path: Path) -> tuple[int, Tokenizer | None]:
+    """Return the vocabulary size in nanoGPT's ``meta.pkl``, and the tokenizer; None unless tokens are characters.
+
+    Raises:
+        UserError: The file is damaged, or holds anything else than plain dictionaries.
+    """
     try:
         meta = StrictUnpickler(path).load()
     except Exception as error:  # a damaged pickle raises nearly anything
