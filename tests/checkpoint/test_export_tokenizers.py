@@ -9,6 +9,7 @@ import pytest
 from lightning_gpt.checkpoint.write import hf_tokenizer
 from lightning_gpt.tokenizers import (
     ByteTokenizer,
+    CharTokenizer,
     GPT2Tokenizer,
     HuggingFaceTokenizer,
     TiktokenTokenizer,
@@ -25,7 +26,9 @@ def assert_same_tokens(folder: Path, tokenizer: Tokenizer, texts: list[str]) -> 
         ids = tokenizer.encode(text).tolist()
         assert theirs(text)["input_ids"] == ids, text
         assert theirs.decode(ids) == tokenizer.decode(ids) == text
-    assert len(theirs) == tokenizer.vocab_size and theirs.eos_token_id == tokenizer.end_of_text
+    assert len(theirs) == tokenizer.vocab_size
+    if tokenizer.end_of_text is not None:
+        assert theirs.eos_token_id == tokenizer.end_of_text
     return theirs
 
 
@@ -85,7 +88,24 @@ def test_hf_export_has_the_tokens_of_another_encoding(saved_model, export, monke
 
 def test_hf_export_has_byte_tokens(saved_model, export):
     folder, _ = export(saved_model("nanogpt", ByteTokenizer()), "hf")
-    assert_same_tokens(folder, ByteTokenizer(), TEXTS)
+    theirs = assert_same_tokens(folder, ByteTokenizer(), TEXTS)
+    # lm-eval needs a token at the beginning and the end of a text; generation does not stop there.
+    assert theirs.bos_token_id == theirs.eos_token_id == ord("~")
+    assert json.loads((folder / "config.json").read_text())["eos_token_id"] is None
+
+
+@pytest.mark.parametrize(("chars", "separator"), [("\n abc$", "$"), ("0123456789", None)])
+def test_hf_export_of_characters_takes_any_text(saved_model, export, chars, separator):
+    tokenizer = CharTokenizer(chars)
+    folder, _ = export(saved_model("nanogpt", tokenizer), "hf")
+    theirs = assert_same_tokens(folder, tokenizer, [chars * 2])
+    assert theirs.bos_token == theirs.eos_token == separator
+    text = f"{chars[:2]}\U0001f469\u00e9{chars[:2]}"
+    unknown = " " if " " in chars else chars[0]
+    assert theirs(text)["input_ids"] == tokenizer.encode(text[:2] + 2 * unknown + text[:2]).tolist()
+    pipeline = transformers.pipeline("text-generation", model=str(folder), device="cpu")
+    written = pipeline(text, max_new_tokens=4, do_sample=False)[0]["generated_text"]
+    assert written.startswith(text) and set(written.removeprefix(text)) <= set(chars)
 
 
 def test_hf_export_copies_a_hugging_face_tokenizer(saved_model, export, byte_level_file):

@@ -8,9 +8,11 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from lightning_gpt.tokenizers import CharTokenizer, HuggingFaceTokenizer, Tokenizer
+from lightning_gpt.tokenizers import ByteTokenizer, CharTokenizer, HuggingFaceTokenizer, Tokenizer
 from lightning_gpt.tokenizers.huggingface import added_tokens
 from lightning_gpt.tokenizers.tables import load_encoding
+
+_RARE = "~^`|\\$#@&%*+=<>{}[]_"  # ASCII, which byte-level BPE spells as it is
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> str:
@@ -35,11 +37,30 @@ def tokenizer_config(tokenizer: Tokenizer, text: str, *, block_size: int) -> dic
         "model_max_length": block_size,
         "clean_up_tokenization_spaces": False,
     }
+    separator = _separator(tokenizer)
+    if separator is not None:
+        return config | {"bos_token": separator, "eos_token": separator}
     added = added_tokens(text) if tokenizer.end_of_text is not None else ()
     for token in added:
         if token["id"] == tokenizer.end_of_text:
             config |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), token["content"])
     return config
+
+
+def _separator(tokenizer: Tokenizer) -> str | None:
+    """Return the character that stands for the beginning and the end of a text; None for other kinds of tokenizers.
+
+    Programs such as lm-eval need one, and characters and bytes have no token of their own for it. transformers leaves
+    such a token out of the text that it decodes for people, so it is a symbol that texts rarely hold; a vocabulary
+    without any has none.
+    """
+    if isinstance(tokenizer, ByteTokenizer):
+        return _RARE[0]
+    return (
+        next((char for char in _RARE if char in tokenizer.chars), None)
+        if isinstance(tokenizer, CharTokenizer)
+        else None
+    )
 
 
 def spelled(token: bytes) -> str:
@@ -122,8 +143,8 @@ def _from_characters(tokenizer: Tokenizer) -> str:
         added=[],
         pre_tokenizer=_split(r"[\s\S]"),
         decoder={"type": "Fuse"},
-        # The unknown token must have a name. It is not in the vocabulary, so unknown characters are errors, as in ours.
-        model={"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unknown>"},
+        # Our own tokenizer refuses unknown characters, but here texts of any kind must pass.
+        model={"type": "WordLevel", "vocab": vocabulary, "unk_token": " " if " " in vocabulary else tokenizer.chars[0]},
     )
 
 
