@@ -1,14 +1,19 @@
 """The loggers that a run can have; one that cannot write costs a warning, not the run."""
 
 import contextlib
+import csv
+import math
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
+from lightning_gpt.atomic import atomic_file
 from lightning_gpt.config import RunOptions, UserError
 from lightning_gpt.training.callbacks import warn
 
@@ -25,6 +30,8 @@ class _Tolerant(_Base):
         """Lightning's writer, which creates its files at the first use, but no run folder that was removed."""
         try:
             os.stat(str(self.save_dir))
+            if getattr(rank_zero_only, "rank", 0) == 0:
+                self._prepare()
             return super().experiment
         except OSError as error:
             raise UserError(f"{self._reason(error)}; choose another --out_dir, or --logger none") from error
@@ -65,12 +72,90 @@ class _Tolerant(_Base):
         path = os.fsdecode(error.filename or self.save_dir)
         return f"the log cannot be written: {path}: {error.strerror or error}"
 
+    def _prepare(self) -> None:
+        """Prepare the files of a resumed run, before they are opened."""
+
     def _start_again(self) -> None:
         """Prepare to write again after an error."""
 
 
 class _Csv(_Tolerant, CSVLogger):
-    """Lightning's CSV logger, which keeps what it could not write for the next time."""
+    """Lightning's CSV logger, which keeps what it could not write for the next time, and continues a file.
+
+    Args:
+        run: The run folder.
+        version: Number of the folder of logs.
+        step: Step at which the run starts; the rows until then are kept.
+    """
+
+    def __init__(self, run: Path, *, version: int, step: int) -> None:
+        super().__init__(run, name="logs", version=version)
+        self._step = step
+
+    def _prepare(self) -> None:
+        if self._experiment is None:
+            os.makedirs(self.log_dir, exist_ok=True)
+            self._experiment = _GrowingFile(self.log_dir, step=self._step)
+
+
+class _GrowingFile(ExperimentWriter):
+    """Lightning's writer of ``metrics.csv``, which continues the file instead of removing it.
+
+    Args:
+        log_dir: Folder of the file.
+        step: Rows of later steps are removed, because the run repeats these steps.
+    """
+
+    def __init__(self, log_dir: str, *, step: int) -> None:
+        self._step = step
+        super().__init__(log_dir)
+
+    def _check_log_dir_exists(self) -> None:
+        try:
+            with open(self.metrics_file_path, encoding="utf-8", newline="") as file:
+                rows = [row for row in csv.DictReader(file) if _step_of(row) <= self._step]
+        except FileNotFoundError:
+            return
+        self.metrics_keys = sorted(set().union(*rows))
+        self._write(rows)
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        with open(self.metrics_file_path, encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        self._write(rows)
+
+    def _write(self, rows: list[dict[str, str]]) -> None:
+        """Replace the file at once, so that a run that is killed loses nothing."""
+        with atomic_file(Path(self.metrics_file_path), mode="w") as file:
+            writer = csv.DictWriter(file, fieldnames=self.metrics_keys, lineterminator="\r\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def _step_of(row: Mapping[Any, Any]) -> float:
+    """Return the step of a row; infinity for a row that was not written to its end."""
+    try:
+        return math.inf if None in row or None in row.values() else int(row["step"])
+    except (LookupError, TypeError, ValueError):
+        return math.inf
+
+
+def _version(run: Path, options: RunOptions, step: int | None, *, file: str) -> int:
+    """Return the number of the folder of logs: a new one, or for a resumed run the newest that holds such a file."""
+    if options.overwrite:  # the old ones will have been removed
+        return 0
+    last = _newest(run, "") if step is None else _newest(run, file)
+    if last is None:
+        return _newest(run, "") or 0
+    return last if step is not None else last + 1
+
+
+def _newest(run: Path, file: str) -> int | None:
+    """Return the highest number N of a folder logs/version_N that holds a file; None if there is none."""
+    found = {
+        path.relative_to(run / "logs").parts[0].removeprefix("version_") for path in run.glob(f"logs/version_*/{file}")
+    }
+    return max((int(number) for number in found if number.isdecimal()), default=None)
 
 
 class _TensorBoard(_Tolerant, TensorBoardLogger):
@@ -84,6 +169,7 @@ class _TensorBoard(_Tolerant, TensorBoardLogger):
 
     def _start_again(self) -> None:
         self._experiment = None  # its thread has ended
+        self._kwargs.pop("purge_step", None)  # it would hide the steps since the run was resumed
 
 
 _default_hook = threading.excepthook
@@ -95,12 +181,18 @@ def _without_writers(args: Any) -> None:
         _default_hook(args)
 
 
-def _tensorboard(run: Path, options: RunOptions) -> Logger:
+def _tensorboard(run: Path, options: RunOptions, step: int | None) -> Logger:
     threading.excepthook = _without_writers
-    return _TensorBoard(run, name="logs", default_hp_metric=False)
+    version = _version(run, options, step, file="events.*")
+    goes_on: dict[str, Any] = {} if step is None else {"purge_step": step + 1}
+    return _TensorBoard(run, name="logs", version=version, default_hp_metric=False, **goes_on)
 
 
-def _wandb(run: Path, options: RunOptions) -> Logger:
+def _csv(run: Path, options: RunOptions, step: int | None) -> Logger:
+    return _Csv(run, version=_version(run, options, step, file="metrics.csv"), step=step or 0)
+
+
+def _wandb(run: Path, options: RunOptions, step: int | None) -> Logger:
     tags = _tags(options) or None
     return WandbLogger(save_dir=run, name=options.run_name or run.name, project=options.project, tags=tags)
 
@@ -109,15 +201,20 @@ def _tags(options: RunOptions) -> list[str]:
     return [tag for tag in map(str.strip, (options.tags or "").split(",")) if tag]
 
 
-LOGGERS: dict[str, Callable[[Path, RunOptions], Logger]] = {
+LOGGERS: dict[str, Callable[[Path, RunOptions, int | None], Logger]] = {
     "tensorboard": _tensorboard,
-    "csv": lambda run, options: _Csv(run, name="logs"),
+    "csv": _csv,
     "wandb": _wandb,
 }
 
 
-def make_loggers(options: RunOptions, run_dir: Path) -> list[Logger]:
+def make_loggers(options: RunOptions, run_dir: Path, *, step: int | None) -> list[Logger]:
     """Return the loggers of a run; each creates its files when it is first used.
+
+    Args:
+        options: The run's options.
+        run_dir: The run folder.
+        step: Step at which the run is resumed, whose logs go on from there; None for a new run.
 
     Raises:
         UserError: A name is unknown or given twice, or a package is missing.
@@ -131,6 +228,6 @@ def make_loggers(options: RunOptions, run_dir: Path) -> list[Logger]:
         if names.count(name) > 1:
             raise UserError(f"--logger {options.logger} names {name} twice")
     try:
-        return [LOGGERS[name](run_dir, options) for name in names]
+        return [LOGGERS[name](run_dir, options, step) for name in names]
     except ModuleNotFoundError as error:
         raise UserError(f"--logger {options.logger}: {error}; pip install it or choose another") from error

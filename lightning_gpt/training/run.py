@@ -137,7 +137,8 @@ def _train(config: TrainConfig, watch: Watchdog, callbacks: Sequence[Callback]) 
     )
     run_callbacks = make_callbacks(config, folder.run_dir, metrics, summary, resumed=checkpoint)
     every = [*own, *run_callbacks, *sample, *callbacks]
-    trainer = _trainer(config, strategy, where, budget, run_dir=folder.run_dir, callbacks=every)
+    at = checkpoint.step if checkpoint else None
+    trainer = _trainer(config, strategy, where, budget, run_dir=folder.run_dir, callbacks=every, step=at)
     with open_folder(folder.run_dir, run, record=record, sources=[weights.path] if weights else []):
         print_header(module, source, budget, loaded=loaded, where=where, **described)
         with deterministic(config.trainer), stopping_safely(trainer, watch, folder.run_dir):
@@ -217,13 +218,14 @@ def _trainer(
     *,
     run_dir: Path,
     callbacks: list[Callback],
+    step: int | None,
 ) -> Trainer:
-    """Return the Trainer.
+    """Return the Trainer, as ``make_trainer`` does.
 
     Raises:
         UserError: The Trainer rejects an option, or the launcher has started another number of processes.
     """
-    trainer = make_trainer(config, strategy, where, run_dir, callbacks=callbacks, budget=budget)
+    trainer = make_trainer(config, strategy, where, run_dir, callbacks=callbacks, budget=budget, step=step)
     if trainer.world_size != where.world_size:
         raise UserError(
             f"the launcher started {trainer.world_size} processes, and the flags say {where.world_size}; let --devices"

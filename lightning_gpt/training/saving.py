@@ -129,6 +129,9 @@ class Checkpoints(CheckpointCallback):
         self._tried = step
         if improved:
             self.best_loss = loss
+        if trainer.is_global_zero:  # the log of a run that resumes from this checkpoint has no gap
+            for logger in trainer.loggers:
+                logger.save()
         first, *others = [self.path(name) for name in (["best"] if improved else []) + ["last"] + self._kept(step)]
         try:
             with agreed():

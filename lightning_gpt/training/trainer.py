@@ -75,14 +75,19 @@ def make_trainer(
     *,
     callbacks: list[Callback],
     budget: Budget,
+    step: int | None,
 ) -> Trainer:
-    """Return the Trainer; raise a UserError if it rejects an option or the logger is unknown."""
+    """Return the Trainer, for a run that is resumed at `step`; None for a new run.
+
+    Raises:
+        UserError: The Trainer rejects an option, or the logger is unknown.
+    """
     options = config.trainer
     summaries = [callback.logger for callback in callbacks if isinstance(callback, Summary)]
     ours: dict[str, Any] = {
         **strategy.arguments(where),
         "plugins": [WholeFiles()],
-        "logger": [*make_loggers(config.run, run_dir), *summaries],
+        "logger": [*make_loggers(config.run, run_dir, step=step), *summaries],
         "callbacks": callbacks,
         "max_epochs": -1,
         "max_steps": budget.max_steps,

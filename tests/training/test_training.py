@@ -203,8 +203,8 @@ def test_several_loggers_get_the_settings(tmp_path: Path, text: str) -> None:
     [events] = (tmp_path / "run" / "logs").rglob("events.*")
     assert b"settings" in events.read_bytes() and b"|seed|77|" in events.read_bytes()
     assert len(list((tmp_path / "run" / "logs").rglob("metrics.csv"))) == 1
-    written = list((tmp_path / "run" / "logs").rglob("hparams.yaml"))
-    assert len(written) == 2 and all("seed: 77" in file.read_text() for file in written)
+    [written] = (tmp_path / "run" / "logs").rglob("hparams.yaml")  # they share a folder
+    assert "seed: 77" in written.read_text()
 
 
 class FakeClock(Callback):
