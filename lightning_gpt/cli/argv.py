@@ -12,7 +12,7 @@ from lightning_gpt.invocation import find_config
 from lightning_gpt.options import Option
 
 # Values of flags that are given without one. Flags of type bool become true.
-VALUES_WHEN_ALONE = {"compile": "true", "resume": "latest", "convert_only": "true"}
+VALUES_WHEN_ALONE = {"compile": "true", "resume": "latest", "convert_only": "true", "dry_run": "true"}
 
 
 def complete_flags(argv: Sequence[str], options: Sequence[Option]) -> list[str]:

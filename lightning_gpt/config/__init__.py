@@ -203,8 +203,11 @@ class RunOptions:
     """prompt of the final sample (default: a newline; for a task, a question of its validation split)"""
     sample_tokens: NonNegativeInt | None = None
     """length of the final sample in tokens; 0 for none (default: 200; for a task, its answer)"""
-    dry_run: bool = False
-    """print the memory and compute that the run needs, and stop; the devices need not be present"""
+    dry_run: bool | str = False
+    """print the memory and compute that the run needs, and stop; the devices need not be present. all: every strategy
+    side by side, with and without --recompute"""
+    on: str | None = None
+    """machine that --dry_run plans for: CARD:GPUS or CARD:GPUSxNODES, such as h100:8 or a100-40:8x4"""
 
 
 @dataclass(frozen=True)

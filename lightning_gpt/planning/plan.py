@@ -1,5 +1,6 @@
 """What one run needs under one strategy: parameters, FLOPs, and memory per device and on the host."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -15,6 +16,7 @@ SOURCES = (
     "shares: ZeRO, arXiv:1910.02054; activations: counted on FakeTensors (cf. arXiv:2205.05198);"
     " FLOPs: 6N + 12 n_layer n_embd T, PaLM, arXiv:2204.02311, appendix B"
 )
+OPTIMAL_TOKENS = 20  # per parameter, as in table 3 of Hoffmann et al. 2022 (Chinchilla), arXiv:2203.15556
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,6 @@ class Plan:
         """Return the plan as lines of text."""
         m = self.memory
         rows = [
-            ("parameters", f"{self.parameters:,}"),
-            ("tokens per step", f"{self.tokens_per_step:,}"),
-            ("FLOPs per step", f"{self.flops_per_step:.3e}"),
-            ("steps", f"{self.steps:,} ({self.steps * self.tokens_per_step:,} tokens)"),
             ("weights", f"{_size(m.weights)} per device"),
             ("gradients", _size(m.gradients)),
             ("optimizer", _size(m.optimizer)),
@@ -54,7 +52,35 @@ class Plan:
         ]
         if self.host:
             rows.append(("host", f"{_size(self.host)} per node, for offloading"))
-        return "\n".join(f"{name:<16}{value}" for name, value in [*rows, ("formulas", SOURCES)])
+        steps = facts(self.parameters, tokens=self.tokens_per_step, flops=self.flops_per_step, steps=self.steps)
+        return f"{steps}\n{_lines([*rows, ('formulas', SOURCES)])}"
+
+
+def facts(parameters: int, *, tokens: int, flops: float, steps: int) -> str:
+    """Return what does not depend on the strategy, as lines of text.
+
+    Args:
+        parameters: Number of parameters.
+        tokens: Tokens per optimizer step.
+        flops: FLOPs per optimizer step.
+        steps: Optimizer steps.
+    """
+    return _lines(
+        [
+            ("parameters", f"{parameters:,}"),
+            ("tokens per step", f"{tokens:,}"),
+            ("FLOPs per step", f"{flops:.3e}"),
+            ("steps", f"{steps:,} ({steps * tokens:,} tokens)"),
+            (
+                "compute-optimal",
+                f"{OPTIMAL_TOKENS * parameters:,} tokens, {OPTIMAL_TOKENS} per parameter (arXiv:2203.15556)",
+            ),
+        ]
+    )
+
+
+def _lines(rows: Sequence[tuple[str, str]]) -> str:
+    return "\n".join(f"{name:<16}{value}" for name, value in rows)
 
 
 def _size(count: int) -> str:

@@ -129,6 +129,13 @@ def _precision(given: str, accelerator: str) -> str:
     return precision
 
 
+def memory_of_this(where: Devices) -> int | None:
+    """Return the bytes of a GPU of this machine; None if it has none, or the run does not use it."""
+    if where.accelerator != "gpu" or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_properties(0).total_memory
+
+
 def device_time(device: torch.device) -> float:
     """Wait until the device is idle, and return the time of a monotonic clock in seconds."""
     if device.type == "cuda":

@@ -27,6 +27,7 @@ ONE_OFF: dict[str, Any] = {
     "verify": False,
     "tokenizer_file": None,
     "dry_run": False,
+    "on": None,
 }
 _GIT_SECONDS = 10
 

@@ -51,3 +51,51 @@ def test_dry_run_ignores_missing_devices_but_refuses_mistakes(text_file, tmp_pat
         with pytest.raises(SystemExit) as stop:
             _dry_run(wrong, text_file, tmp_path, monkeypatch, capsys)
         assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_dry_run_all_compares_strategies_on_a_named_machine(text_file, tmp_path, monkeypatch, capsys):
+    sizes = "--n_layer=1 --n_head=2 --n_embd=64 --block_size=64 --batch_size=8".split()
+    monkeypatch.chdir(tmp_path)
+
+    def lines(*flags):
+        train.main([*sizes, f"--data={text_file}", *flags])
+        assert os.listdir() == [], "nothing is written"
+        return capsys.readouterr().out.splitlines()
+
+    printed = lines("--dry_run=all", "--on=T4:2x3")
+    assert any(line.startswith("strategy  ddp, 16-mixed, gpu") for line in printed)
+    assert any("8 x 64 x 1 micro-batches x 6 devices" in line for line in printed)
+    assert max(map(len, printed)) <= 120
+    parameters = int(next(line.split()[1] for line in printed if line.startswith("parameters")).replace(",", ""))
+    assert f"compute-optimal {20 * parameters:,} tokens, 20 per parameter (arXiv:2203.15556)" in printed
+    [refused] = [line for line in printed if line.startswith("fsdp")]
+    assert "--precision 16-mixed does not work under --strategy fsdp" in refused
+    rows = {(line[:26].strip(), line[26:36].strip()): line[36:].split() for line in printed}
+    assert len([key for key in rows if key[1] in ("yes", "no")]) == 12
+    columns, limit = rows["deepspeed_stage_2", "yes"], (14.5 - 1) * 2**10  # MiB
+    largest = int(columns[-1].replace(",", ""))
+    on_its_own = ["--dry_run", "--gpus=2", "--num_nodes=3", "--precision=16", "--recompute"]
+    on_its_own.append("--strategy=deepspeed_stage_2")
+
+    def peak(batch_size):
+        line = next(line for line in lines(*on_its_own, f"--batch_size={batch_size}") if line.startswith("peak"))
+        return float(line.split()[1].replace(",", "")) * {"MiB": 1, "GiB": 1024}[line.split()[2]]
+
+    assert float(columns[5]) == pytest.approx(peak(8) / 1024, rel=0.02)
+    assert peak(largest) == pytest.approx(limit, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("flags", "mentions"),
+    [
+        (["--dry_run", "--on=h100"], ["--on h100", "h100:8"]),
+        (["--dry_run", "--on=h100:0"], ["--on h100:0", "CARD:GPUS"]),
+        (["--dry_run", "--on=abacus:8"], ["--on abacus:8", "a100-40"]),
+        (["--on=h100:8"], ["--on h100:8", "--dry_run"]),
+        (["--dry_run", "--on=h100:8", "--gpus=4"], ["--gpus 4", "leave it out"]),
+        (["--dry_run", "--on=t4:8", "--precision=bf16"], ["t4 has no bfloat16", "--precision 16"]),
+        (["--dry_run=some"], ["--dry_run some", "--dry_run all"]),
+    ],
+)
+def test_wrong_machines_are_refused(flags, mentions, text_file, refused):
+    refused(train.main, f"--data={text_file}", *flags, mentions=mentions)
