@@ -125,6 +125,8 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
     values = parser.parse_args(configs_first(argv))
     check_numbers([*options, *model_options], values)
     values.resume = start.checkpoint
+    if not start.branches:  # a restarted command continues what it began
+        values.decay_from = None
     for o in options:
         if o.name in displaced:  # another option of its exclusive group was given
             values[o.name] = o.default

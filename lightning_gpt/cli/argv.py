@@ -71,7 +71,8 @@ def scout(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--config", action="append", default=[])
     parser.add_argument("--n_head", type=whole_number)
     names = (
-        "implementation data resume init_from pretrained_embeddings trust_checkpoint deepspeed_config out_dir overwrite"
+        "implementation data resume init_from decay_from pretrained_embeddings trust_checkpoint deepspeed_config"
+        " out_dir overwrite"
     )
     for name in names.split():
         parser.add_argument(f"--{name}")

@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning_gpt.cli.nanogpt_flags import resumed_settings
 from lightning_gpt.cli.parser import load_yaml
-from lightning_gpt.config import PROVENANCE, Resumed, UserError
+from lightning_gpt.config import EXCLUSIVE, PROVENANCE, Resumed, UserError
 from lightning_gpt.data.tasks import is_own_task
 from lightning_gpt.launch import launches
 from lightning_gpt.trust import is_own, require_honoured, split_name
@@ -23,6 +23,7 @@ CAN_NAME_CODE: dict[str, Callable[[str], object]] = {
     "deepspeed_config": bool,
 }
 AUTO, LATEST = "auto", "latest"
+STARTS_ANEW = ("init_from", "pretrained_embeddings")
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,13 @@ class Start:
         checkpoint: The checkpoint to resume; None for a new run.
         settings: Options that are the defaults of the command line.
         resumed: How the run came to be resumed; None for a new run.
+        branches: Whether the run is a branch of the checkpoint's (``--decay_from``).
     """
 
     checkpoint: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     resumed: Resumed | None = None
+    branches: bool = False
 
 
 def find_start(
@@ -58,9 +61,15 @@ def find_start(
         UserError: The checkpoint does not exist, names code that it may not, or the flags contradict each other.
     """
     resume, out_dir = known.resume or from_files.get("resume"), known.out_dir or from_files.get("out_dir")
+    decay_from = known.decay_from or from_files.get("decay_from")
     restarted = {name for name, count in launches().items() if count}
+    begin = partial(_begin, decay_from and str(decay_from), out_dir=out_dir, trust=trust, typed=typed)
+    if decay_from:
+        for name in STARTS_ANEW:
+            if getattr(known, name) or from_files.get(name):
+                raise UserError(f"--{name} starts with other weights than --decay_from; give one of them")
     if not resume and not restarted:
-        return Start()
+        return begin()
     if resume and str(known.overwrite or from_files.get("overwrite")).lower() == "true":
         raise UserError("--overwrite replaces a run and --resume continues one; give one of them")
     from lightning_gpt.checkpoint import RUNS, find_checkpoint  # imports torch, which --help must not
@@ -71,7 +80,7 @@ def find_start(
     if resume == AUTO and not out_dir:
         raise UserError("--resume auto looks in --out_dir; give one, or --resume alone for the newest run")
     if resume and resume != AUTO:
-        for name in ("init_from", "pretrained_embeddings"):
+        for name in (*STARTS_ANEW, "decay_from"):
             if getattr(known, name):
                 raise UserError(f"--{name} starts a new run and --resume continues one; give one of them")
         if resume != LATEST:
@@ -88,8 +97,43 @@ def find_start(
         return resume_at(find_checkpoint(str(run_dir or newest_run()), which="last"), automatic=False)
     if run_dir and (opened or resume == AUTO):
         newest = find_newest(run_dir)
-        return resume_at(newest, automatic=True) if newest else Start(settings={"out_dir": str(run_dir)})
-    return Start()
+        return resume_at(newest, automatic=True) if newest else begin(settings={"out_dir": str(run_dir)})
+    return begin()
+
+
+def _begin(
+    decay_from: str | None,
+    *,
+    out_dir: str | None,
+    trust: bool,
+    typed: Mapping[str, Any],
+    settings: Mapping[str, Any] | None = None,
+) -> Start:
+    """Return the start of a new run, or of a branch of the run that ``--decay_from`` names.
+
+    A branch has the settings of that run, except its folder and what determines the length of run and schedule.
+
+    Raises:
+        UserError: As for ``_resume``, or the branch would be written into the folder of that run.
+    """
+    settings = dict(settings or {})
+    if not decay_from:
+        return Start(settings=settings)
+    from lightning_gpt.checkpoint import find_checkpoint
+
+    checkpoint = find_checkpoint(decay_from, which="last")
+    folder = settings.get("out_dir") or out_dir
+    if folder and checkpoint.is_relative_to(Path(folder).resolve()):
+        raise UserError(f"--out_dir {folder} is the run to branch from, which must not change; choose another folder")
+    start = _resume(checkpoint, automatic=False, trust=trust, typed=typed)
+    assert start.resumed is not None
+    dropped = {"out_dir", "lr_decay_steps", "decay_from", *EXCLUSIVE[0]}
+    own = {name: value for name, value in start.settings.items() if name not in dropped}
+    saved = start.resumed.saved
+    made = saved.get(PROVENANCE)
+    if isinstance(made, dict):  # a restart would take sessions of the other run for its own
+        saved = saved | {PROVENANCE: made | {"sessions": []}}
+    return replace(start, settings=own | settings, resumed=Resumed(automatic=False, saved=saved), branches=True)
 
 
 def _resume(checkpoint: Path, *, automatic: bool, trust: bool, typed: Mapping[str, Any]) -> Start:

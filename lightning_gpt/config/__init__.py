@@ -178,6 +178,9 @@ class RunOptions:
     """continue a run, given by its folder or a checkpoint, under any strategy and number of devices, with its saved
     settings as defaults. Alone: the newest run. auto: the newest checkpoint in --out_dir, or else a new run; torchrun's
     restarts and requeued SLURM jobs do this by themselves"""
+    decay_from: str | None = None
+    """branch a run of --schedule wsd into its cool-down: a new run that continues the folder's newest checkpoint, or a
+    given one, and decays over the last --decay_fraction (default: beginning at the checkpoint's step)"""
     init_from: str | None = None
     """start from trained weights: a run or checkpoint, a nanoGPT ckpt.pt, a minGPT state dict, a Hugging Face
     folder (GPT-2 or NanoChat), or a hub name such as gpt2-xl. Its sizes and tokenizer are the defaults"""

@@ -143,13 +143,25 @@ def module_arguments(config: TrainConfig, *, vocab_size: int, padding: int) -> d
         "warmup_steps": optim.warmup_steps,
         "schedule": optim.schedule,
         "decay_steps": decay_steps,
-        "cooldown_steps": None if fraction is None or decay_steps is None else round(fraction * decay_steps),
+        "cooldown_steps": None
+        if fraction is None or decay_steps is None
+        else cooldown_length(decay_steps, fraction=fraction),
         "final_lr_ratio": floor / optim.learning_rate,
         "compile": config.trainer.compile,
         "recompute": config.trainer.recompute,
         "loss": config.trainer.loss,
         "freeze_embeddings": config.run.freeze_embeddings,
     }
+
+
+def decay_fraction(optim: OptimOptions) -> float:
+    """Return the fraction of wsd's schedule that is the cool-down."""
+    return DEFAULT_DECAY_FRACTION if optim.decay_fraction is None else optim.decay_fraction
+
+
+def cooldown_length(decay_steps: int, *, fraction: float) -> int:
+    """Return the steps of a cool-down that takes a fraction of a schedule of `decay_steps` steps."""
+    return round(fraction * decay_steps)
 
 
 def describe_schedule(optim: OptimOptions, *, cooldown_steps: int | None) -> str:
@@ -172,8 +184,7 @@ def _resolve_schedule(optim: OptimOptions, *, resumes: bool) -> OptimOptions:
     if name not in SHAPES:
         raise UserError(f"--schedule {name} is unknown; choose one of {', '.join(SHAPES)}")
     if name == "wsd":
-        fraction = DEFAULT_DECAY_FRACTION if optim.decay_fraction is None else optim.decay_fraction
-        return replace(optim, decay_fraction=fraction)
+        return replace(optim, decay_fraction=decay_fraction(optim))
     unused = ["decay_fraction", *(["lr_decay_steps", "min_learning_rate"] if name == "constant" else [])]
     for option in unused:
         if getattr(optim, option) is not None and not resumes:

@@ -73,7 +73,7 @@ def _wrapped(line: str) -> str:
 
 
 def describe_resumed(
-    checkpoint: Checkpoint, run_dir: Path, *, record: dict[str, Any], resumed: Resumed | None
+    checkpoint: Checkpoint, run_dir: Path, *, record: dict[str, Any], resumed: Resumed | None, branches: bool
 ) -> list[str]:
     """Return lines that say what is resumed, and which options differ from the saved ones.
 
@@ -82,9 +82,11 @@ def describe_resumed(
         run_dir: The run folder.
         record: Content of the new ``config.yaml``.
         resumed: How the run came to be resumed.
+        branches: Whether it is a new run that branches from the checkpoint's.
     """
     inside = checkpoint.path.parent == (run_dir / "checkpoints").resolve()
-    lines = [f"resuming {run_dir if inside else checkpoint.path} at step {checkpoint.step}"]
+    verb = "branching from" if branches else "resuming"
+    lines = [f"{verb} {run_dir if inside else checkpoint.path} at step {checkpoint.step}"]
     changed = changed_options(record, (resumed.saved if resumed else {}) | checkpoint.model_config)
     return [*lines, f"changed   {', '.join(changed)}"] if changed else lines
 

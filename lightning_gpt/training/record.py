@@ -22,6 +22,7 @@ from lightning_gpt.training.budget import Budget
 ONE_OFF: dict[str, Any] = {
     "out_dir": None,
     "resume": None,
+    "decay_from": None,
     "overwrite": False,
     "trust_checkpoint": False,
     "verify": False,

@@ -28,6 +28,7 @@ from lightning_gpt.sampling import encode_prompt
 from lightning_gpt.strategies import STRATEGIES, StrategyRow, find_devices, get_strategy
 from lightning_gpt.strategies.devices import Devices, memory_of_this, set_tf32
 from lightning_gpt.tokenizers import Tokenizer
+from lightning_gpt.training.branching import branched, require_stable
 from lightning_gpt.training.budget import (
     Budget,
     accumulation,
@@ -75,7 +76,7 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Path | 
 
 def _train(config: TrainConfig, watch: Watchdog, callbacks: Sequence[Callback]) -> Path | None:
     quiet_lightning()
-    run, given = config.run, config.flat()
+    run = config.run
     check_trainer_options(config.trainer)
     check_determinism(config.trainer)
     config, machine = _planned_for(config)
@@ -84,6 +85,9 @@ def _train(config: TrainConfig, watch: Watchdog, callbacks: Sequence[Callback]) 
     strategy = _strategy(config, where, accumulate=accumulate)
     _check_optimizer(config, strategy)
     checkpoint = _resumed(config) if run.resume else None
+    if checkpoint and run.decay_from:
+        config = branched(config, checkpoint)
+    given = config.flat()
     weights = _initial(config) if run.init_from and not checkpoint else None
     start = checkpoint or weights
     source = _source(config, start)
@@ -105,6 +109,8 @@ def _train(config: TrainConfig, watch: Watchdog, callbacks: Sequence[Callback]) 
     module = _module(config, arguments, checkpoint=checkpoint, strategy=strategy, where=where)
     if checkpoint:
         require_resumable(checkpoint, module, max_steps=budget.max_steps)
+        if run.decay_from:
+            require_stable(config, checkpoint, cooldown_steps=arguments["cooldown_steps"])
     loaded, start_up = begin(run, module, weights)
     described = {
         "strategy": strategy.describe(world_size=where.world_size),
@@ -128,7 +134,9 @@ def _train(config: TrainConfig, watch: Watchdog, callbacks: Sequence[Callback]) 
         packages=("torch", "lightning", *(("deepspeed",) if strategy.deepspeed_engine else ())),
     )
     if checkpoint:
-        loaded = describe_resumed(checkpoint, folder.run_dir, record=record, resumed=config.resumed)
+        loaded = describe_resumed(
+            checkpoint, folder.run_dir, record=record, resumed=config.resumed, branches=bool(run.decay_from)
+        )
     metrics = RunMetrics(
         tokens_per_step=budget.tokens_per_step,
         flops_per_token=flops_per_token(module.model, block_size=config.model.block_size),

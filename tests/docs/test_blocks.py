@@ -70,6 +70,7 @@ RULES = (
     Rule(r"--dry_run"),
     Rule(r"--devices 2", TINY, how="process", slow=True),
     # models that bring their sizes, or have none
+    Rule(r"--decay_from", " --eval_batches=1 --sample_tokens=8 --logger=none --accelerator=cpu"),
     Rule(r"--resume auto", TINY),
     Rule(r"--resume", CONTINUED),
     Rule(r"^python train\.py --init_from", f"{SHORT} --block_size=16"),
@@ -174,7 +175,7 @@ def template(tmp_path_factory, text_file, tiny_flags) -> Path:
     with contextlib.chdir(folder):
         for name in ("NAME", "A", "B"):
             flags = ["--implementation=nanogpt", "--block_size=64", "--data=my.txt", f"--out_dir=runs/{name}"]
-            train.main([*tiny_flags, *flags])
+            train.main([*tiny_flags, *flags, "--schedule=wsd", "--decay_fraction=0"])  # --decay_from needs a stable run
         prepare.main(["my.txt", "--tokenizer=char", "--out=data/shakespeare_char"])
         # `gpt2` and `PATH` are folders here, so nothing is downloaded.
         flags = "--implementation=nanogpt --block_size=256 --tokenizer=byte --data=my.txt --out_dir=gpt2_run".split()
