@@ -140,6 +140,10 @@ def get_strategy(options: TrainerOptions, *, where: Devices, decided: dict[str, 
     if name == TrainerOptions.strategy and where.world_size > 1:
         name = "ddp"  # Lightning would choose it too, but without our settings
     row = STRATEGIES[name]
+    if where.device_type == "mps" and (name != TrainerOptions.strategy or options.deepspeed_config):
+        raise UserError(
+            f"--strategy {options.strategy} does not work on an Apple GPU; leave it out, or use --accelerator cpu"
+        )
     if where.precision not in row.precisions:
         raise UserError(
             f"--precision {where.precision} does not work under --strategy {options.strategy};"

@@ -102,7 +102,17 @@ def find_devices(options: TrainerOptions, *, elsewhere: bool = False) -> Devices
         sensible = False
     if not sensible:
         raise UserError(f"--devices {devices} is not a number of devices; give a number above 0, or a list such as 0,2")
+    if where.device_type == "mps":
+        _require_for_mps(where)
     return where
+
+
+def _require_for_mps(where: Devices) -> None:
+    """Raise a UserError for what Lightning does not do on Apple's GPUs, of which a machine has one."""
+    if where.world_size > 1:
+        raise UserError(f"{where.world_size} devices were asked for, but an Apple GPU is one device; give --devices 1")
+    if where.precision.startswith(("16", "64")):
+        raise UserError(f"--precision {where.precision} does not work on an Apple GPU; use 32 or bf16")
 
 
 def _precision(given: str, accelerator: str) -> str:

@@ -1,7 +1,7 @@
 """Callbacks of a run: progress bar, speed, memory, MFU, validation lines, dropout seeds and a final sample."""
 
+import importlib.util
 import logging
-import resource
 import sys
 import time
 import warnings
@@ -229,11 +229,12 @@ class RunMetrics(Callback):
             return
         seconds = self.seconds_per_step()
         assert seconds is not None
-        mfu = f" MFU {self._flops_per_step / seconds / self._peak:.1%}," if self._peak else ""
-        print(
-            f"speed     {self.tokens_per_step / seconds:,.0f} tokens/s, {seconds * 1e3:.1f} ms/step,{mfu}"
-            f" peak memory {peak_memory(pl_module.device) / 2**20:,.0f} MiB"
-        )
+        parts = [f"{self.tokens_per_step / seconds:,.0f} tokens/s", f"{seconds * 1e3:.1f} ms/step"]
+        if self._peak:
+            parts.append(f"MFU {self._flops_per_step / seconds / self._peak:.1%}")
+        if memory := peak_memory(pl_module.device):
+            parts.append(f"peak memory {memory / 2**20:,.0f} MiB")
+        print(f"speed     {', '.join(parts)}")
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the step with the validation loss, which loggers would otherwise plot over batches."""
@@ -253,9 +254,13 @@ class RunMetrics(Callback):
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak bytes of the GPU's allocator, or on a CPU the peak resident memory of this process."""
+    """Return the peak bytes of the GPU's allocator, else the peak resident memory of this process; 0 if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if importlib.util.find_spec("resource") is None:  # on Windows
+        return 0
+    import resource
+
     # ru_maxrss is in kilobytes on Linux, in bytes on macOS.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 

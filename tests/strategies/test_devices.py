@@ -120,3 +120,18 @@ def test_tf32_is_a_choice_on_gpus_alone(gpu, allowed, precision, monkeypatch):
     assert chosen == []
     set_tf32(gpu((8, 0)), allowed=allowed)
     assert chosen == [precision]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_an_apple_gpu_is_one_device_in_float32_or_bfloat16(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    for accelerator in ("mps", "gpu", "auto"):
+        where = find_devices(TrainerOptions(accelerator=accelerator))
+        assert (where.device_type, where.world_size, where.precision) == ("mps", 1, "32-true")
+        assert get_strategy(TrainerOptions(), where=where).name == "auto"
+        assert find_devices(TrainerOptions(accelerator=accelerator, precision="bf16")).precision == "bf16-mixed"
+        with pytest.raises(UserError, match="--strategy ddp does not work on an Apple GPU"):
+            get_strategy(TrainerOptions(strategy="ddp"), where=where)
+        for wrong, message in (({"precision": "16"}, "--precision 16-mixed"), ({"num_nodes": 2}, "2 devices")):
+            with pytest.raises(UserError, match=f"{message}.* Apple GPU"):
+                find_devices(TrainerOptions(accelerator=accelerator, **wrong))
