@@ -96,6 +96,8 @@ def load_yaml(path: str) -> dict[str, Any]:
         UserError: The file cannot be read or is not a mapping; the message names the file and the line.
     """
     loaded = read_yaml(Path(path), flag="--config ")
+    if isinstance(loaded, dict) and True in loaded:  # YAML reads on and yes as true, and 4090:1 as a number
+        raise UserError(f'--config {path}: on needs quotes, and so does its value: "on": "h100:8"')
     if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
         raise UserError(f"--config {path}: expected lines of the form 'flag: value'")
     return loaded

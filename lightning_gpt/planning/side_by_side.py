@@ -115,7 +115,7 @@ _WIDTHS = {
     "activations": 13,
     "buffers": 9,
     "peak": 9,
-    "host": 9,
+    "host": 10,
     "batch": 9,
 }
 
@@ -130,6 +130,7 @@ def table(rows: Sequence[Row], *, limit: int | None, batch_size: int) -> str:
         numbers = {name: _gib(getattr(row.memory, name)) for name in list(_WIDTHS)[:-2]}
         fits = limit is None or row.memory.peak <= limit
         largest = "" if row.largest is None else f"{row.largest:,}{'' if fits else '!'}"
+        largest = largest if row.largest != _MOST else "any"
         numbers |= {"host": _gib(row.host) if row.host else "", "batch": largest}
         lines.append(_line(row.strategy, "yes" if row.recompute else "no", numbers))
     lines.append(

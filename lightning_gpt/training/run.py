@@ -176,6 +176,11 @@ def _planned_for(config: TrainConfig) -> tuple[TrainConfig, Machine | None]:
     run, trainer = config.run, config.trainer
     if run.dry_run not in (True, False, ALL):
         raise UserError(f"--dry_run {run.dry_run} is unknown; give --dry_run alone, or --dry_run {ALL}")
+    if run.dry_run == ALL and trainer.deepspeed_config:
+        raise UserError(
+            f"--deepspeed_config {trainer.deepspeed_config}: --dry_run {ALL} plans the strategies that need no file;"
+            " give --dry_run alone"
+        )
     if run.on is None:
         return config, None
     if not run.dry_run:

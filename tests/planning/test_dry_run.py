@@ -94,8 +94,20 @@ def test_dry_run_all_compares_strategies_on_a_named_machine(text_file, tmp_path,
         (["--on=h100:8"], ["--on h100:8", "--dry_run"]),
         (["--dry_run", "--on=h100:8", "--gpus=4"], ["--gpus 4", "leave it out"]),
         (["--dry_run", "--on=t4:8", "--precision=bf16"], ["t4 has no bfloat16", "--precision 16"]),
+        (
+            ["--dry_run=all", "--strategy=deepspeed", "--deepspeed_config=d.json"],
+            ["--deepspeed_config d.json", "alone"],
+        ),
         (["--dry_run=some"], ["--dry_run some", "--dry_run all"]),
     ],
 )
 def test_wrong_machines_are_refused(flags, mentions, text_file, refused):
     refused(train.main, f"--data={text_file}", *flags, mentions=mentions)
+
+
+def test_a_machine_in_a_file_needs_quotes(text_file, tmp_path, capsys, refused):
+    (tmp_path / "a.yaml").write_text("on: h100:8\n")
+    refused(train.main, f"--config={tmp_path / 'a.yaml'}", "--dry_run", mentions=["a.yaml", "needs quotes"])
+    (tmp_path / "a.yaml").write_text('"on": "4090:1"\n')
+    train.main([f"--config={tmp_path / 'a.yaml'}", "--dry_run", f"--data={text_file}"])
+    assert "12 x 64 x 1 micro-batches x 1 devices" in capsys.readouterr().out
