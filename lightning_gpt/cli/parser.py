@@ -29,7 +29,7 @@ _load_value = get_loader("yaml")
 
 def _without_provenance(text: str) -> Any:
     """Load YAML as jsonargparse does, without the part of a run's config.yaml that holds no options."""
-    loaded = _load_value(text)
+    loaded = _named(_load_value(text))
     return {k: v for k, v in loaded.items() if k != PROVENANCE} if isinstance(loaded, dict) else loaded
 
 
@@ -96,11 +96,17 @@ def load_yaml(path: str) -> dict[str, Any]:
         UserError: The file cannot be read or is not a mapping; the message names the file and the line.
     """
     loaded = read_yaml(Path(path), flag="--config ")
-    if isinstance(loaded, dict) and True in loaded:  # YAML reads on and yes as true, and 4090:1 as a number
-        raise UserError(f'--config {path}: on needs quotes, and so does its value: "on": "h100:8"')
+    loaded = _named(loaded)
     if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
         raise UserError(f"--config {path}: expected lines of the form 'flag: value'")
+    if isinstance(loaded.get("on"), int):  # YAML reads 4090:1 as a number in base 60
+        raise UserError(f'--config {path}: the value of on needs quotes, such as on: "4090:1"')
     return loaded
+
+
+def _named(loaded: Any) -> Any:
+    """Return what a YAML file holds, with the option ``on``, which YAML reads as true, under its name."""
+    return {"on" if k is True else k: v for k, v in loaded.items()} if isinstance(loaded, dict) else loaded
 
 
 def load_configs(paths: Sequence[str]) -> dict[str, Any]:

@@ -105,9 +105,10 @@ def test_wrong_machines_are_refused(flags, mentions, text_file, refused):
     refused(train.main, f"--data={text_file}", *flags, mentions=mentions)
 
 
-def test_a_machine_in_a_file_needs_quotes(text_file, tmp_path, capsys, refused):
-    (tmp_path / "a.yaml").write_text("on: h100:8\n")
+def test_a_machine_in_a_file(text_file, tmp_path, capsys, refused):
+    for text in ("on: h100:1\n", '"on": "4090:1"\n'):
+        (tmp_path / "a.yaml").write_text(text)
+        train.main([f"--config={tmp_path / 'a.yaml'}", "--dry_run", f"--data={text_file}"])
+        assert "12 x 64 x 1 micro-batches x 1 devices" in capsys.readouterr().out
+    (tmp_path / "a.yaml").write_text("on: 4090:1\n")
     refused(train.main, f"--config={tmp_path / 'a.yaml'}", "--dry_run", mentions=["a.yaml", "needs quotes"])
-    (tmp_path / "a.yaml").write_text('"on": "4090:1"\n')
-    train.main([f"--config={tmp_path / 'a.yaml'}", "--dry_run", f"--data={text_file}"])
-    assert "12 x 64 x 1 micro-batches x 1 devices" in capsys.readouterr().out
