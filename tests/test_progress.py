@@ -4,6 +4,7 @@ import io
 import re
 import shutil
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -58,8 +59,12 @@ def test_time_left_does_not_count_the_first_update(clock, monkeypatch):
 
 @pytest.fixture
 def near_folder(monkeypatch):
-    """Work in a folder whose path is short, because the header names the data by its whole path."""
-    with tempfile.TemporaryDirectory() as folder:
+    """Work in a folder whose path is short, because the header names the data by its whole path.
+
+    The temporary folder that the environment names may be deep.
+    """
+    root = Path("/tmp")
+    with tempfile.TemporaryDirectory(dir=root if root.is_dir() else None) as folder:
         monkeypatch.chdir(folder)
         yield
         monkeypatch.undo()
