@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,13 @@ def test_prepare_reuses_the_cache(text_file: str, tmp_path: Path, cache: Path) -
     assert prepare(text_file, tokenizer="byte", block_size=8).folder != first.folder
     Path(text_file).write_text("other" * 100)
     assert prepare(text_file, tokenizer=None, block_size=8).folder != first.folder
+
+
+def test_cached_text_has_the_name_under_which_it_is_asked_for(text_file: str, tmp_path: Path) -> None:
+    copy = shutil.copy(text_file, tmp_path / "copy.txt")
+    first, second = (prepare(str(path), tokenizer=None, block_size=8) for path in (text_file, copy))
+    assert first.folder == second.folder
+    assert (first.source, second.source) == (str(text_file), str(copy))
 
 
 def test_prepare_replaces_a_damaged_cache(text_file: str) -> None:

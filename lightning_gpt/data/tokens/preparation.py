@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import sys
@@ -79,7 +80,9 @@ def prepare(
         tokenizer = tokenizer or DEFAULT_TOKENIZER
         if tokenizer_file is not None:
             keep_tables(tokenizer, tokenizer_file)
-        files = _cached(load_corpus(data), tokenizer=tokenizer, root=root)
+        corpus = load_corpus(data)
+        # The same text may have been tokenized under another name.
+        files = dataclasses.replace(_cached(corpus, tokenizer=tokenizer, root=root), source=corpus.source)
     _check_lengths(files, block_size)
     return files
 
