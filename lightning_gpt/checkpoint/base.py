@@ -75,6 +75,7 @@ class Checkpoint(ABC):
         in_shards: Whether weights are assembled from the parts of several ranks, which is slow.
         stored: The stored weights on the meta device, by name; tied weights under one or more of their names.
         moments: The stored optimizer state on the meta device, by weight and state name; empty if there is none.
+        has_average: Whether the stored weights are an average of those that training continues from (``--ema``).
         trusted: Whether the user trusts it or made it, so that it may name code.
         settings: Settings of the run in nanoGPT's ``ckpt.pt``, under its names; empty for all others.
         dataset: Token folder of that run, if it is found.
@@ -87,6 +88,7 @@ class Checkpoint(ABC):
     in_shards: ClassVar[bool] = False
     stored: dict[str, Tensor]
     moments: dict[str, dict[str, Tensor]]
+    has_average: bool = False
     trusted: bool = False
     dataset: Path | None = None
 
@@ -191,6 +193,14 @@ class Checkpoint(ABC):
         if found is None:
             raise KeyError(name)
         return self._read(found)
+
+    def trained_weight(self, name: str) -> Tensor:
+        """Do the same as ``weight`` for the weights that training continues from, which may not be the stored average.
+
+        Args:
+            name: Any of the weight's names.
+        """
+        return self.weight(name)
 
     def optimizer_state(self, name: str) -> dict[str, Tensor]:
         """Read the optimizer state of one weight: full tensors and 0-dim scalars; empty if there is none.

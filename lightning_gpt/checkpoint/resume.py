@@ -37,7 +37,7 @@ class ExactResume(Callback):
         if self.checkpoint is None:
             return
         assert isinstance(pl_module, GPTModule)
-        restore_weights(pl_module.model, self.checkpoint)
+        restore_weights(pl_module.model, self.checkpoint, trained=True)
         restore_optimizer(pl_module.model, trainer.optimizers[0], self.checkpoint)
         step, header = self.checkpoint.step, self.checkpoint.header
         scheduler = trainer.lr_scheduler_configs[0].scheduler
@@ -74,14 +74,21 @@ class ExactResume(Callback):
         loop._batches_that_stepped = trainer.global_step
 
 
-def restore_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Load a checkpoint's weights into a model, including DeepSpeed's float32 masters; each rank loads its share."""
+def restore_weights(model: nn.Module, checkpoint: Checkpoint, *, trained: bool = False) -> None:
+    """Load a checkpoint's weights into a model, including DeepSpeed's float32 masters; each rank loads its share.
+
+    Args:
+        model: The model.
+        checkpoint: A checkpoint that fits it.
+        trained: Whether to load the weights that training continues from, where the stored ones are their average.
+    """
+    read = checkpoint.trained_weight if trained else checkpoint.weight
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            write_weight(parameter, checkpoint.weight(name))
+            write_weight(parameter, read(name))
         for name, buffer in model.named_buffers():
             if name in checkpoint.stored:
-                buffer.copy_(checkpoint.weight(name))
+                buffer.copy_(read(name))
 
 
 def write_weight(parameter: Tensor, full: Tensor) -> None:
@@ -165,6 +172,8 @@ def require_resumable(checkpoint: Checkpoint, module: GPTModule, *, max_steps: i
     checkpoint.require_fit(module)
     if not checkpoint.has_optimizer:
         raise UserError(f"{checkpoint.path} holds only weights; start from it with --init_from")
+    if "averaging_state" in checkpoint.header and not checkpoint.has_average:
+        raise UserError(f"{checkpoint.path} holds only the average of the weights; resume what it was converted from")
     theirs, ours = checkpoint.optimizer, module.optimizer_row.name
     if theirs != ours:
         raise UserError(

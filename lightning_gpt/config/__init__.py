@@ -95,6 +95,9 @@ class OptimOptions:
     """AdamW's decay rate of the squared gradient"""
     gradient_clip_val: NonNegativeFloat = 1.0
     """clip the norm of the gradient to this; 0 turns clipping off"""
+    ema: Beta = 0.0
+    """keep an exponential moving average of the weights that each step multiplies by this, such as 0.999; it is what is
+    validated, saved and sampled (strategies auto and ddp; default: 0, none)"""
     spike_sigma: PositiveFloat | None = None
     """skip steps whose gradient norm is more than this many standard deviations above its running mean (default: none
     is skipped)"""

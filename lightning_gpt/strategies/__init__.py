@@ -1,7 +1,7 @@
 """The registry of strategies: how to build each one, its memory rules, and the settings that it supports."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,16 @@ class StrategyRow:
     clip_algorithms: tuple[str, ...] = ("norm", "value")
     chooses: tuple[str, str] | None = None
     deepspeed_engine: bool = False
+
+    @property
+    def replicates(self) -> bool:
+        """Whether every rank holds all weights."""
+        return isinstance(self.memory, Replicated)
+
+    def with_average(self) -> "StrategyRow":
+        """Return the row of a run that also keeps an average of the weights, on a strategy that replicates them."""
+        assert isinstance(self.memory, Replicated)
+        return replace(self, memory=replace(self.memory, averaged=True))
 
     def describe(self, *, world_size: int) -> str:
         """Return the name, with what it comes to on this number of devices."""

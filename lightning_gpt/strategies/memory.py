@@ -73,7 +73,7 @@ class Memory:
     Attributes:
         weights: Weights, including DeepSpeed's resident copies in compute precision.
         gradients: Gradients between backward pass and optimizer step.
-        optimizer: Optimizer state, and the float32 master weights if there are any.
+        optimizer: Optimizer state, and the float32 master weights and the average of the weights if there are any.
         activations: Saved activations, and temporaries of the backward pass.
         buffers: Gathered weights, and buckets of gradients to reduce.
         resident: Memory between two steps.
@@ -164,10 +164,12 @@ class Replicated(MemoryRules):
         bucketed: Whether gradients live in communication buckets, which persist between steps (DDP).
         separate_buckets: Further copies of the gradients in buckets, as DDP makes them without
             ``gradient_as_bucket_view``: two at the peak, where the first step's buckets and the rebuilt ones coexist.
+        averaged: Whether every rank also holds an average of the weights (``--ema``).
     """
 
     bucketed: bool = False
     separate_buckets: int = 0
+    averaged: bool = False
 
     def memory(self, trace: StepTrace, *, ranks: int) -> Memory:
         """Return weights, gradients and optimizer state: with Adam (1 + 1 + 2) times the parameters."""
@@ -178,8 +180,9 @@ class Replicated(MemoryRules):
         backward = max(m.activations + (gradients if keeps else m.made * trace.weight_bytes) for m in trace.backward)
         buckets = self.separate_buckets * gradients
         passes = max(forward, backward)
+        optimizer = trace.state + (weights if self.averaged else 0)
         return _with_optimizer(
-            trace, weights=weights, optimizer=trace.state, buffers=buckets, passes=passes, kept=buckets
+            trace, weights=weights, optimizer=optimizer, buffers=buckets, passes=passes, kept=buckets
         )
 
 

@@ -28,6 +28,7 @@ from lightning_gpt.sampling import encode_prompt
 from lightning_gpt.strategies import STRATEGIES, StrategyRow, find_devices, get_strategy
 from lightning_gpt.strategies.devices import Devices, memory_of_this, set_tf32
 from lightning_gpt.tokenizers import Tokenizer
+from lightning_gpt.training.averaging import Average, averaged
 from lightning_gpt.training.branching import branched, require_stable
 from lightning_gpt.training.budget import (
     Budget,
@@ -84,6 +85,7 @@ def _train(config: TrainConfig, watch: Watchdog, callbacks: Sequence[Callback]) 
     accumulate = accumulation(config, world_size=where.world_size)
     strategy = _strategy(config, where, accumulate=accumulate)
     _check_optimizer(config, strategy)
+    strategy = averaged(config, strategy, where)
     checkpoint = _resumed(config) if run.resume else None
     if checkpoint and run.decay_from:
         config = branched(config, checkpoint)
@@ -125,7 +127,8 @@ def _train(config: TrainConfig, watch: Watchdog, callbacks: Sequence[Callback]) 
             print_plan(module, budget, rules=strategy.memory, where=where, recompute=config.trainer.recompute)
         return None
     folder = SameFolder(Path(run.out_dir) if run.out_dir else fresh_folder(), resume=run.resume)
-    own = [folder, Stopping(watch), ExactResume(checkpoint), *start_up]
+    average = [Average(config.optim.ema, resumed=checkpoint)] if config.optim.ema else []
+    own = [folder, Stopping(watch), ExactResume(checkpoint), *start_up, *average]
     record = make_record(
         config,
         given=given,
@@ -206,6 +209,7 @@ def _candidates(config: TrainConfig, where: Devices) -> list[Candidate]:
         try:
             get_strategy(replace(config.trainer, strategy=name, deepspeed_config=None), where=where)
             _check_optimizer(config, row)
+            row = averaged(config, row, where)
         except UserError as error:
             refused = str(error).partition(";")[0]
         if name != TrainerOptions.strategy:

@@ -8,6 +8,8 @@ from lightning_gpt.checkpoint.base import PREFIX, Checkpoint, as_state, meta
 from lightning_gpt.checkpoint.read.mapped import MappedFile
 from lightning_gpt.config import UserError
 
+TRAINED = "current_model_state"  # Lightning's name for the weights of a run whose state_dict is their average
+
 
 class SingleFileCheckpoint(Checkpoint):
     """A file that ``Trainer.save_checkpoint`` wrote.
@@ -27,10 +29,14 @@ class SingleFileCheckpoint(Checkpoint):
         if not isinstance(content, dict) or "state_dict" not in content:
             raise UserError(f"{path} is not a checkpoint that train.py wrote")
         # Copied, because any tensor that is kept would keep the whole file mapped.
-        rest = {key: value for key, value in content.items() if key not in ("state_dict", "optimizer_states")}
+        tensors = ("state_dict", TRAINED, "optimizer_states")
+        rest = {key: value for key, value in content.items() if key not in tensors}
         super().__init__(path, copy.deepcopy(rest))
         self._keys = {key.removeprefix(PREFIX): key for key in content["state_dict"]}
         self.stored = {name: meta(content["state_dict"][key]) for name, key in self._keys.items()}
+        self.has_average = TRAINED in content
+        if self.has_average and _shapes(content[TRAINED]) != _shapes(content["state_dict"]):
+            raise UserError(f"{path} is damaged: its average has other tensors than its weights")
         self.moments = {}
         self._indices: dict[str, int] = {}
         optimizers = content.get("optimizer_states") or [{"state": {}, "param_groups": []}]
@@ -47,3 +53,14 @@ class SingleFileCheckpoint(Checkpoint):
     def _read_moment(self, name: str, key: str) -> Tensor:
         index = self._indices[name]
         return self._file.read(lambda content: as_state(content["optimizer_states"][0]["state"][index][key]))
+
+    def trained_weight(self, name: str) -> Tensor:
+        """Read a weight that training continues from."""
+        found = self.stored_name(name, self.stored)
+        if not self.has_average or found is None:
+            return self.weight(name)
+        return self._file.read(lambda content: content[TRAINED][self._keys[found]])
+
+
+def _shapes(state_dict: dict[str, Tensor]) -> dict[str, tuple[object, ...]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in state_dict.items()}
