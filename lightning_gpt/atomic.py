@@ -9,6 +9,7 @@ import glob
 import os
 import secrets
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -175,7 +176,7 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
 
 
 def require_writable(file: str | None, *, flag: str = "json") -> None:
-    """Check that the output file can be written, before anything is measured.
+    """Check that an output file can be written, before anything is computed, without creating or changing it.
 
     Args:
         file: Path of the file, or None.
@@ -184,5 +185,15 @@ def require_writable(file: str | None, *, flag: str = "json") -> None:
     Raises:
         UserError: The path is a folder, or its folder is missing or read-only.
     """
-    if file and (Path(file).is_dir() or not os.access(Path(file).resolve().parent, os.W_OK)):
-        raise UserError(f"--{flag} {file}: cannot be written; give a file in a writable folder")
+    if not file:
+        return
+    path = Path(file)
+    if not path.parent.is_dir():
+        raise UserError(f"--{flag} {file} cannot be written: its folder does not exist; make it first")
+    try:
+        if path.exists():
+            path.open("ab").close()
+        if path.is_file() or not path.exists():  # else a device, which is written directly
+            tempfile.TemporaryFile(dir=path.resolve().parent).close()
+    except OSError as error:
+        raise UserError(f"--{flag} {file} cannot be written: {error.strerror}; choose another") from error

@@ -13,6 +13,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
+from lightning_gpt.atomic import require_writable
 from lightning_gpt.charts import require_chart, save_chart
 from lightning_gpt.checkpoint import (
     Checkpoint,
@@ -110,8 +111,7 @@ def evaluate(options: EvaluateOptions) -> Report | None:
     Raises:
         UserError: A checkpoint or its data is missing, or they do not fit each other.
     """
-    if options.json:
-        _require_writable(Path(options.json))
+    require_writable(options.json)
     if options.plot:
         require_chart(options.plot)
     quiet_lightning()
@@ -270,19 +270,6 @@ class _ShowProgress(Callback):
     def on_exception(self, *_: Any) -> None:
         if self._progress is not None:
             self._progress.close()
-
-
-def _require_writable(file: Path) -> None:
-    """Check that a file can be written, without creating or changing it."""
-    if not file.parent.is_dir():
-        raise UserError(f"--json {file} cannot be written: its folder does not exist; make it first")
-    try:
-        if file.exists():
-            file.open("ab").close()
-        if file.is_file() or not file.exists():  # else a device, which is written directly
-            tempfile.TemporaryFile(dir=file.resolve().parent).close()
-    except OSError as error:
-        raise UserError(f"--json {file} cannot be written: {error.strerror}; choose another") from error
 
 
 def _job(checkpoint: Checkpoint, options: EvaluateOptions) -> _Job:

@@ -16,6 +16,7 @@ SOURCES = (
     "shares: ZeRO, arXiv:1910.02054; activations: counted on FakeTensors (cf. arXiv:2205.05198);"
     " FLOPs: 6N + 12 n_layer n_embd T, PaLM, arXiv:2204.02311, appendix B"
 )
+MOST = 1 << 20  # sequences of the largest batch that is tried
 OPTIMAL_TOKENS = 20  # per parameter, as in table 3 of Hoffmann et al. 2022 (Chinchilla), arXiv:2203.15556
 
 
@@ -173,41 +174,32 @@ class Traces:
 
 
 def plan(
-    module: GPTModule,
+    traces: Traces,
     *,
     rules: MemoryRules,
     world_size: int,
     devices_per_node: int,
     batch_size: int,
-    block_size: int,
-    accumulate: int,
     steps: int,
-    precision: str,
     recompute: bool,
-    device_type: str,
 ) -> Plan:
     """Compute what a run needs, without allocating it.
 
     Args:
-        module: The module; its model may be on the meta device, since only implementation, config and optimizer count.
+        traces: The model.
         rules: The strategy's memory rules.
         world_size: Number of devices of all nodes.
         devices_per_node: Number of devices of one node.
         batch_size: Sequences per device and micro-batch.
-        block_size: Tokens per sequence.
-        accumulate: Micro-batches per optimizer step.
         steps: Optimizer steps.
-        precision: Lightning's name of the precision.
         recompute: Whether blocks recompute their activations.
-        device_type: "cpu" or "cuda"; with dropout, their attention kernels keep different activations.
 
     Raises:
         UserError: The model cannot be run on FakeTensors.
     """
-    traces = Traces(module, block_size=block_size, accumulate=accumulate, precision=precision, device_type=device_type)
     trace = traces.step(rules, batch_size=batch_size, recompute=recompute)
     memory = rules.memory(trace, ranks=world_size)
-    tokens = batch_size * block_size * accumulate * world_size
+    tokens = batch_size * traces.block_size * traces.accumulate * world_size
     return Plan(
         parameters=trace.total,
         tokens_per_step=tokens,
@@ -237,7 +229,7 @@ def largest_batch(
     def peak(units: int) -> int:
         return rules.memory(traces.step(rules, batch_size=units * multiple, recompute=recompute), ranks=world_size).peak
 
-    low, high, guess = 0, _MOST // multiple, 8  # `low` fits, and `high` does not
+    low, high, guess = 0, MOST // multiple, 8  # `low` fits, and `high` does not
     least = peak(1)
     if least > limit:
         return 0
@@ -248,6 +240,3 @@ def largest_batch(
         slope = max((found - least) / max(guess - 1, 1), 1)
         guess += round((limit - found) / slope) if abs(limit - found) > slope else (1 if found <= limit else -1)
     return low * multiple
-
-
-_MOST = 1 << 20  # sequences

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from lightning_gpt.planning.plan import Traces
+from lightning_gpt.planning.plan import MOST, Traces
 from lightning_gpt.strategies.memory import Memory, MemoryRules
 
 
@@ -101,12 +101,11 @@ def _largest(peak: Callable[[int], int], *, limit: int) -> int:
         low, high = sorted(known[-2:])
         guess = low + (limit - peak(low)) * (high - low) // max(peak(high) - peak(low), 1)
         nearest = 1 << round(math.log2(guess)) if guess > 0 else 1
-        if nearest in known or nearest > _MOST:
-            return max(1, min(guess, _MOST))
+        if nearest in known or nearest > MOST:
+            return max(1, min(guess, MOST))
         known.append(nearest)
 
 
-_MOST = 1 << 20  # sequences
 # Width of each column of numbers; the first ones are fields of Memory.
 _WIDTHS = {
     "weights": 9,
@@ -130,7 +129,7 @@ def table(rows: Sequence[Row], *, limit: int | None, batch_size: int) -> str:
         numbers = {name: _gib(getattr(row.memory, name)) for name in list(_WIDTHS)[:-2]}
         fits = limit is None or row.memory.peak <= limit
         largest = "" if row.largest is None else f"{row.largest:,}{'' if fits else '!'}"
-        largest = largest if row.largest != _MOST else "any"
+        largest = largest if row.largest != MOST else "any"
         numbers |= {"host": _gib(row.host) if row.host else "", "batch": largest}
         lines.append(_line(row.strategy, "yes" if row.recompute else "no", numbers))
     lines.append(

@@ -9,6 +9,7 @@ import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 
 from lightning_gpt.config import TrainerOptions, UserError
+from lightning_gpt.strategies.cards import CARDS, card_named
 
 PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}
 DTYPES = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32, "64": torch.float64}
@@ -24,18 +25,19 @@ class Devices:
         devices: Number of devices per node, or a list of their indices.
         num_nodes: Number of machines.
         precision: Lightning's name of the precision.
+        planned: Whether they are GPUs that are only planned for, which are NVIDIA's.
     """
 
     accelerator: str
     devices: int | str
     num_nodes: int
     precision: str
+    planned: bool = False
 
     @property
     def device_type(self) -> str:
         """torch's name of this kind of device, such as "cuda" for "gpu"."""
-        gpu = "cuda" if torch.cuda.is_available() or not torch.backends.mps.is_available() else "mps"
-        return gpu if self.accelerator == "gpu" else self.accelerator
+        return _gpu(planned=self.planned) if self.accelerator == "gpu" else self.accelerator
 
     @property
     def dtype(self) -> torch.dtype:
@@ -59,12 +61,18 @@ class Devices:
         return self.per_node * self.num_nodes
 
 
-def find_devices(options: TrainerOptions, *, elsewhere: bool = False) -> Devices:
+def _gpu(*, planned: bool) -> str:
+    """Return torch's name of this machine's kind of GPU, or of NVIDIA's for one that is only planned for."""
+    return "mps" if torch.backends.mps.is_available() and not (torch.cuda.is_available() or planned) else "cuda"
+
+
+def find_devices(options: TrainerOptions, *, elsewhere: bool = False, card: str | None = None) -> Devices:
     """Return the devices that the options ask for. Under torchrun, its environment determines their number.
 
     Args:
         options: The Trainer's options.
         elsewhere: Whether the run is only planned, so that the devices need not be on this machine.
+        card: The card that it is planned for, a key of ``CARDS``; None for this machine's.
 
     Raises:
         UserError: The accelerator or precision is unknown, there are not enough GPUs, or a CPU cannot do fp16.
@@ -79,6 +87,7 @@ def find_devices(options: TrainerOptions, *, elsewhere: bool = False) -> Devices
         if accelerator not in ("auto", "gpu", "cuda") or devices not in ("auto", options.gpus):
             raise UserError("--gpus N is short for --accelerator gpu --devices N; leave these two out")
         accelerator, devices = "gpu", options.gpus
+    planned = elsewhere and options.gpus is not None
     if accelerator in ("gpu", "cuda", "auto"):
         found = torch.cuda.device_count() or int(torch.backends.mps.is_available())
         if elsewhere and accelerator != "auto":
@@ -88,14 +97,16 @@ def find_devices(options: TrainerOptions, *, elsewhere: bool = False) -> Devices
         if found and isinstance(devices, int) and devices > found:
             raise UserError(f"{devices} GPUs are needed, but only {found} were found; lower --devices or --gpus")
         accelerator = "gpu" if found else "cpu"
-    precision = _precision(str(options.precision), accelerator)
+    lacking = _without_bf16(accelerator, card)
+    kind = _gpu(planned=planned) if accelerator in ("gpu", "cuda") else accelerator
+    precision = _precision(str(options.precision), kind, lacking=lacking)
     num_nodes = options.num_nodes
     if "TORCHELASTIC_RUN_ID" in os.environ:
         local = int(os.environ["LOCAL_WORLD_SIZE"])
         devices, num_nodes = local, int(os.environ["WORLD_SIZE"]) // local
     if devices == "auto" and accelerator == "cpu":
         devices = 1
-    where = Devices(accelerator=accelerator, devices=devices, num_nodes=num_nodes, precision=precision)
+    where = Devices(accelerator=accelerator, devices=devices, num_nodes=num_nodes, precision=precision, planned=planned)
     try:
         sensible = where.per_node > 0 and not (elsewhere and devices in ("auto", "-1", -1) and accelerator != "cpu")
     except (ValueError, IndexError):
@@ -115,27 +126,37 @@ def _require_for_mps(where: Devices) -> None:
         raise UserError(f"--precision {where.precision} does not work on an Apple GPU; use 32 or bf16")
 
 
-def _precision(given: str, accelerator: str) -> str:
-    """Return Lightning's name of a precision, chosen for the accelerator if it is "auto"."""
-    has_cuda = accelerator in ("gpu", "cuda") and torch.cuda.is_available()
-    # Older cards emulate bfloat16, which is slow. A planned run need not have its card here, so a new one is assumed.
-    lacks_bf16 = has_cuda and torch.cuda.get_device_capability() < (8, 0)
+def _without_bf16(accelerator: str, card: str | None) -> str | None:
+    """Return the name of the GPU if it has no bfloat16, which older ones emulate slowly; else None."""
+    if card is not None:
+        return None if CARDS[card].has_bf16 else card
+    # A planned run need not have its card here, so a new one is assumed.
+    if accelerator not in ("gpu", "cuda") or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_name() if torch.cuda.get_device_capability() < (8, 0) else None
+
+
+def _precision(given: str, kind: str, *, lacking: str | None) -> str:
+    """Return Lightning's name of a precision, chosen for the kind of device if it is "auto".
+
+    Args:
+        given: Value of ``--precision``.
+        kind: torch's name of the kind of device.
+        lacking: Name of the GPU if it has no bfloat16.
+    """
     if given == "auto":
-        on_mps = not has_cuda and torch.backends.mps.is_available()
-        if accelerator not in ("gpu", "cuda") or on_mps:
+        if kind != "cuda":
             return PRECISIONS["32"]
-        return PRECISIONS["16" if lacks_bf16 else "bf16"]
+        return PRECISIONS["16" if lacking else "bf16"]
     precision = PRECISIONS.get(given, given)
     if precision not in LIGHTNING_PRECISIONS:
         choices = ", ".join(["auto", *PRECISIONS, *LIGHTNING_PRECISIONS])
         raise UserError(f"--precision {given} is unknown; choose one of {choices}")
-    if accelerator == "cpu" and precision.startswith("16"):
+    if kind == "cpu" and precision.startswith("16"):
         raise UserError(f"--precision {given} needs a GPU; on a CPU use bf16 or 32")
-    if lacks_bf16 and precision.startswith("bf16"):
+    if lacking and precision.startswith("bf16"):
         instead = given.replace("bf16", "16")
-        raise UserError(
-            f"--precision {given}: {torch.cuda.get_device_name()} has no bfloat16; give --precision {instead}"
-        )
+        raise UserError(f"--precision {given}: {lacking} has no bfloat16; give --precision {instead}")
     return precision
 
 
@@ -159,22 +180,6 @@ def set_tf32(where: Devices, *, allowed: bool) -> None:
         torch.set_float32_matmul_precision("high" if allowed else "highest")
 
 
-# Dense peaks of matrix products in TFLOP/s: half precision, TF32, float32; from NVIDIA's data sheets. Only cards that
-# Lightning's table lacks or gets wrong: it has the sparse rate of the H200, the rate of two H100 NVL, and the L4's rate
-# for L40 and L40S. The first key that the device's name contains is used.
-_PEAKS = {
-    "GB200": (2500, 1250, 80),
-    "B200": (2250, 1100, 75),
-    "GH200": (990, 494, 67),
-    "H200 NVL": (835, 417, 60),
-    "H200": (989, 494, 67),
-    "H100 NVL": (835, 417, 60),
-    "L40S": (362, 183, 91.6),
-    "L40": (181, 90.5, 90.5),
-    "A10G": (70, 35, 35),
-}
-
-
 def peak_flops(device: torch.device, *, precision: str) -> float | None:
     """Return the dense peak of a device for matrix products, in FLOP/s; None if it is unknown.
 
@@ -185,11 +190,13 @@ def peak_flops(device: torch.device, *, precision: str) -> float | None:
     dtype = DTYPES[precision.partition("-")[0]]
     if device.type != "cuda" or dtype == torch.float64:
         return None
-    name = torch.cuda.get_device_name(device)
-    for card, (half, tf32, single) in _PEAKS.items():
-        if card in name:
-            full = single if torch.get_float32_matmul_precision() == "highest" else tf32
-            return (full if dtype == torch.float32 else half) * 1e12
+    key = card_named(torch.cuda.get_device_name(device))
+    if key:
+        card = CARDS[key]
+        full = card.single if torch.get_float32_matmul_precision() == "highest" else card.tf32
+        if dtype == torch.bfloat16 and not card.has_bf16:
+            return None
+        return (full if dtype == torch.float32 else card.half) * 1e12
     peak = _lightnings_peak(device, dtype)
     chosen = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")

@@ -1,4 +1,4 @@
-"""Print what is about to run: model, data, budget and devices; for a dry run also the plan."""
+"""Print what is about to run: model, data, budget and devices."""
 
 import shutil
 import sys
@@ -13,9 +13,7 @@ from lightning_gpt.checkpoint import Checkpoint
 from lightning_gpt.config import SIZES, Resumed
 from lightning_gpt.data.loading import Source
 from lightning_gpt.models import GPTModule
-from lightning_gpt.planning import Candidate, Traces, facts, plan, side_by_side, table
 from lightning_gpt.strategies.devices import Devices
-from lightning_gpt.strategies.memory import MemoryRules
 from lightning_gpt.training.budget import Budget
 from lightning_gpt.training.record import changed_options
 
@@ -95,68 +93,3 @@ def describe_resumed(
 def print_finished(checkpoint: Checkpoint, budget: Budget) -> None:
     """Print that a checkpoint has already reached the end of the budget."""
     print(f"finished  {checkpoint.path} is at step {checkpoint.step} of {budget.max_steps}; nothing to do")
-
-
-@rank_zero_only
-def print_plan(module: GPTModule, budget: Budget, *, rules: MemoryRules, where: Devices, recompute: bool) -> None:
-    """Print what the run would need in memory and compute.
-
-    Args:
-        module: The module; its model may be on the meta device.
-        budget: Length and batch size of the run.
-        rules: The strategy's memory rules.
-        where: The devices, which need not be on this machine.
-        recompute: Whether blocks recompute their activations.
-    """
-    needed = plan(
-        module,
-        rules=rules,
-        world_size=where.world_size,
-        devices_per_node=where.per_node,
-        batch_size=budget.batch_size,
-        block_size=budget.block_size,
-        accumulate=budget.accumulate,
-        steps=budget.max_steps,
-        precision=where.precision,
-        recompute=recompute,
-        device_type=_device_type(where),
-    )
-    print(needed.table())
-
-
-@rank_zero_only
-def print_plans(
-    module: GPTModule, budget: Budget, candidates: Sequence[Candidate], *, where: Devices, limit: int | None
-) -> None:
-    """Print what the run would need under every strategy.
-
-    Args:
-        module: The module; its model may be on the meta device.
-        budget: Length and batch size of the run.
-        candidates: The strategies.
-        where: The devices, which need not be on this machine.
-        limit: Bytes that a device has for the run; None if unknown.
-    """
-    traces = Traces(
-        module,
-        block_size=budget.block_size,
-        accumulate=budget.accumulate,
-        precision=where.precision,
-        device_type=_device_type(where),
-    )
-    rows = side_by_side(
-        traces,
-        candidates,
-        world_size=where.world_size,
-        devices_per_node=where.per_node,
-        batch_size=budget.batch_size,
-        limit=limit,
-    )
-    tokens = budget.tokens_per_step
-    parameters = sum(p.numel() for p in module.parameters())
-    print(facts(parameters, tokens=tokens, flops=traces.flops_per_token * tokens, steps=budget.max_steps))
-    print(table(rows, limit=limit, batch_size=budget.batch_size))
-
-
-def _device_type(where: Devices) -> str:
-    return "cuda" if where.accelerator == "gpu" else "cpu"

@@ -13,7 +13,7 @@ from lightning_gpt.checkpoint.header import require_plausible
 from lightning_gpt.checkpoint.initial import begin, fitted_vocabulary, open_source
 from lightning_gpt.checkpoint.resume import require_resumable
 from lightning_gpt.checksums import verify_checksums
-from lightning_gpt.config import TrainConfig, TrainerOptions, UserError
+from lightning_gpt.config import TrainConfig, UserError
 from lightning_gpt.data.loading import Source, TokenData
 from lightning_gpt.data.tasks import find_task
 from lightning_gpt.data.tasks.base import Task
@@ -22,11 +22,10 @@ from lightning_gpt.data.tokens.token_files import is_token_folder
 from lightning_gpt.implementations.registry import refused_by
 from lightning_gpt.invocation import command_line
 from lightning_gpt.models import FORMS, GPTModule
-from lightning_gpt.optim.registry import check_options, get_optimizer
-from lightning_gpt.planning import CARDS, Candidate, Machine, flops_per_token, parse_machine
+from lightning_gpt.planning import flops_per_token
 from lightning_gpt.sampling import encode_prompt
-from lightning_gpt.strategies import STRATEGIES, StrategyRow, find_devices, get_strategy
-from lightning_gpt.strategies.devices import Devices, memory_of_this, set_tf32
+from lightning_gpt.strategies import StrategyRow, get_strategy
+from lightning_gpt.strategies.devices import Devices, set_tf32
 from lightning_gpt.tokenizers import Tokenizer
 from lightning_gpt.training.averaging import Average, averaged
 from lightning_gpt.training.branching import branched, require_stable
@@ -40,16 +39,16 @@ from lightning_gpt.training.budget import (
 )
 from lightning_gpt.training.callbacks import FinalSample, RunMetrics, quiet_lightning
 from lightning_gpt.training.determinism import check_determinism, deterministic
+from lightning_gpt.training.dry_run import devices_of, print_plans
 from lightning_gpt.training.folder import SameFolder, fresh_folder, open_folder
-from lightning_gpt.training.header import describe_resumed, print_finished, print_header, print_plan, print_plans
+from lightning_gpt.training.header import describe_resumed, print_finished, print_header
 from lightning_gpt.training.health import stopping_on_bad_numbers
 from lightning_gpt.training.record import make_record, summary_facts
 from lightning_gpt.training.stopping import Stopping, duration, stopping_safely
 from lightning_gpt.training.summary import Summary
-from lightning_gpt.training.trainer import check_trainer_options, make_callbacks, make_trainer
+from lightning_gpt.training.trainer import check_optimizer, check_trainer_options, make_callbacks, make_trainer
 from lightning_gpt.training.watchdog import Watchdog
 
-ALL = "all"  # --dry_run all plans every strategy
 DEFAULT_SAMPLE_TOKENS = 200
 SAMPLE_TEMPERATURE, SAMPLE_TOP_K = 0.8, 200  # nanoGPT's, which make an early model's text readable
 
@@ -80,11 +79,10 @@ def _train(config: TrainConfig, watch: Watchdog, callbacks: Sequence[Callback]) 
     run = config.run
     check_trainer_options(config.trainer)
     check_determinism(config.trainer)
-    config, machine = _planned_for(config)
-    where = find_devices(config.trainer, elsewhere=bool(run.dry_run))
+    config, where, machine = devices_of(config)
     accumulate = accumulation(config, world_size=where.world_size)
     strategy = _strategy(config, where, accumulate=accumulate)
-    _check_optimizer(config, strategy)
+    check_optimizer(config, strategy)
     strategy = averaged(config, strategy, where)
     checkpoint = _resumed(config) if run.resume else None
     if checkpoint and run.decay_from:
@@ -120,11 +118,7 @@ def _train(config: TrainConfig, watch: Watchdog, callbacks: Sequence[Callback]) 
     }
     if run.dry_run:
         print_header(module, source, budget, loaded=loaded, where=where, **described)
-        if run.dry_run == ALL:
-            limit = machine.memory if machine else memory_of_this(where)
-            print_plans(module, budget, _candidates(config, where), where=where, limit=limit)
-        else:
-            print_plan(module, budget, rules=strategy.memory, where=where, recompute=config.trainer.recompute)
+        print_plans(config, module, budget, strategy=strategy, where=where, machine=machine)
         return None
     folder = SameFolder(Path(run.out_dir) if run.out_dir else fresh_folder(), resume=run.resume)
     average = [Average(config.optim.ema, resumed=checkpoint)] if config.optim.ema else []
@@ -168,53 +162,6 @@ def _train(config: TrainConfig, watch: Watchdog, callbacks: Sequence[Callback]) 
         print(f"checkpoints: {folder.run_dir}/checkpoints")
         print(f"next: {command_line('sample', f'--checkpoint {folder.run_dir}')}")
     return folder.run_dir
-
-
-def _planned_for(config: TrainConfig) -> tuple[TrainConfig, Machine | None]:
-    """Return the config of a run on the machine that ``--on`` names, and the machine, if there is one.
-
-    Raises:
-        UserError: ``--on`` is wrong or contradicts other flags, or ``--dry_run`` has an unknown value.
-    """
-    run, trainer = config.run, config.trainer
-    if run.dry_run not in (True, False, ALL):
-        raise UserError(f"--dry_run {run.dry_run} is unknown; give --dry_run alone, or --dry_run {ALL}")
-    if run.dry_run == ALL and trainer.deepspeed_config:
-        raise UserError(
-            f"--deepspeed_config {trainer.deepspeed_config}: --dry_run {ALL} plans the strategies that need no file;"
-            " give --dry_run alone"
-        )
-    if run.on is None:
-        return config, None
-    if not run.dry_run:
-        raise UserError(f"--on {run.on} is for --dry_run; give --gpus and --num_nodes to train")
-    for name in ("accelerator", "devices", "gpus", "num_nodes"):
-        if getattr(trainer, name) != getattr(TrainerOptions, name):
-            raise UserError(f"--{name} {getattr(trainer, name)}: --on {run.on} decides it; leave it out")
-    machine = parse_machine(run.on)
-    if not CARDS[machine.card].has_bf16 and str(trainer.precision).startswith("bf16"):
-        raise UserError(f"--precision {trainer.precision}: a {machine.card} has no bfloat16; give --precision 16")
-    precision = trainer.precision
-    if precision == TrainerOptions.precision:
-        precision = "bf16" if CARDS[machine.card].has_bf16 else "16"
-    trainer = replace(trainer, gpus=machine.gpus, num_nodes=machine.nodes, precision=precision)
-    return replace(config, trainer=trainer), machine
-
-
-def _candidates(config: TrainConfig, where: Devices) -> list[Candidate]:
-    """Return every strategy, each with the reason why this run cannot use it, if there is one."""
-    found = []
-    for name, row in STRATEGIES.items():
-        refused = ""
-        try:
-            get_strategy(replace(config.trainer, strategy=name, deepspeed_config=None), where=where)
-            _check_optimizer(config, row)
-            row = averaged(config, row, where)
-        except UserError as error:
-            refused = str(error).partition(";")[0]
-        if name != TrainerOptions.strategy:
-            found.append(Candidate(name=name, rules=row.memory, refused=refused))
-    return found
 
 
 def _resumed(config: TrainConfig) -> Checkpoint:
@@ -307,19 +254,6 @@ def _strategy(config: TrainConfig, where: Devices, *, accumulate: int) -> Strate
         "gradient_clipping": config.optim.gradient_clip_val,
     }
     return get_strategy(config.trainer, where=where, decided=decided)
-
-
-def _check_optimizer(config: TrainConfig, strategy: StrategyRow) -> None:
-    """Raise a UserError for options of other optimizers, and for an optimizer or clipping that the strategy lacks."""
-    name, algorithm = config.optim.optimizer, config.trainer.trainer.get("gradient_clip_algorithm") or "norm"
-    if strategy.deepspeed_engine:
-        get_optimizer(name).require_deepspeed()
-    check_options(name, config.optimizer_fields)
-    if algorithm not in strategy.clip_algorithms:
-        raise UserError(
-            f"--trainer.gradient_clip_algorithm {algorithm} does not work under --strategy {config.trainer.strategy};"
-            f" choose one of {', '.join(strategy.clip_algorithms)}"
-        )
 
 
 def _tokenizer(config: TrainConfig, start: Checkpoint | None) -> str | Tokenizer | None:

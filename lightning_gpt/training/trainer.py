@@ -13,6 +13,7 @@ from lightning_gpt.checkpoint import Checkpoint
 from lightning_gpt.checkpoint.initial import InitialWeights
 from lightning_gpt.config import TrainConfig, TrainerOptions, UserError
 from lightning_gpt.config.elsewhere import TRAINER as DECIDED
+from lightning_gpt.optim.registry import check_options, get_optimizer
 from lightning_gpt.strategies import StrategyRow
 from lightning_gpt.strategies.devices import Devices
 from lightning_gpt.strategies.saving import WholeFiles
@@ -37,6 +38,19 @@ def check_trainer_options(options: TrainerOptions) -> None:
             near = get_close_matches(name, known, n=1)
             hint = f" (did you mean {near[0]}?)" if near else ""
             raise UserError(f"--trainer.{name}: lightning.Trainer has no such option{hint}")
+
+
+def check_optimizer(config: TrainConfig, strategy: StrategyRow) -> None:
+    """Raise a UserError for options of other optimizers, and for an optimizer or clipping that the strategy lacks."""
+    name, algorithm = config.optim.optimizer, config.trainer.trainer.get("gradient_clip_algorithm") or "norm"
+    if strategy.deepspeed_engine:
+        get_optimizer(name).require_deepspeed()
+    check_options(name, config.optimizer_fields)
+    if algorithm not in strategy.clip_algorithms:
+        raise UserError(
+            f"--trainer.gradient_clip_algorithm {algorithm} does not work under --strategy {config.trainer.strategy};"
+            f" choose one of {', '.join(strategy.clip_algorithms)}"
+        )
 
 
 def make_callbacks(

@@ -313,7 +313,7 @@ def test_plot_shows_every_checkpoint_and_note(two_kinds, letters, scored, tmp_pa
     ("flags", "mentions"),
     [
         (["--plot=chart.gif"], ["--plot chart.gif", ".png or .svg"]),
-        (["--plot=nowhere/chart.svg"], ["--plot nowhere/chart.svg", "writable folder"]),
+        (["--plot=nowhere/chart.svg"], ["--plot nowhere/chart.svg", "make it first"]),
         (["--plot=chart.svg", "--convert_only"], ["--plot chart.svg", "--convert_only"]),
     ],
 )

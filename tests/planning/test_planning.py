@@ -14,7 +14,7 @@ import torch
 
 from lightning_gpt.config import TrainerOptions, UserError
 from lightning_gpt.models import FORMS, GPTModule
-from lightning_gpt.planning import Plan, flops_per_token, plan
+from lightning_gpt.planning import Plan, Traces, flops_per_token, plan
 from lightning_gpt.strategies import STRATEGIES, device_arguments
 from lightning_gpt.strategies.deepspeed import zero_rules
 from lightning_gpt.strategies.memory import MemoryRules
@@ -62,14 +62,16 @@ def _plan(case: Case, *, fields: dict[str, int | float] | None = None, **changes
         "world_size": case.ranks,
         "devices_per_node": case.ranks,
         "batch_size": BATCH_SIZE,
+        "steps": 3,
+        "recompute": case.recompute,
+    }
+    traced = {
         "block_size": fields["block_size"],
         "accumulate": case.accumulate,
-        "steps": 3,
         "precision": case.precision,
-        "recompute": case.recompute,
-        "device_type": "cpu",
+        "device_type": changes.pop("device_type", "cpu"),
     }
-    return plan(module, **given | changes)
+    return plan(Traces(module, **traced), **given | changes)
 
 
 def _measured(case: Case, tmp_path: Path) -> tuple[int, int]:
@@ -215,17 +217,13 @@ def test_plan_refuses_a_model_that_reads_values(tmp_path, monkeypatch):
     module = GPTModule("nosy:Nosy", model_config={"vocab_size": 8, "block_size": 8})
     with pytest.raises(UserError, match="--dry_run cannot run --implementation nosy:Nosy") as caught:
         plan(
-            module,
+            Traces(module, block_size=8, accumulate=1, precision="32-true", device_type="cpu"),
             rules=STRATEGIES["auto"].memory,
             world_size=1,
             devices_per_node=1,
             batch_size=1,
-            block_size=8,
-            accumulate=1,
             steps=1,
-            precision="32-true",
             recompute=False,
-            device_type="cpu",
         )
     assert "\n" not in str(caught.value)
 

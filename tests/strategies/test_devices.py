@@ -22,7 +22,9 @@ PEAKS = [
     ("NVIDIA L40S", 362, 91.6),
     ("NVIDIA L40", 181, 90.5),
     ("NVIDIA A10G", 70, 35),
-    ("NVIDIA GeForce RTX 4090", None, 82.6),  # Lightning has only the rate without tensor cores
+    ("NVIDIA A100 80GB PCIe", 312, 19.5),
+    ("NVIDIA GeForce RTX 4090", 165.2, 82.6),
+    ("NVIDIA GeForce RTX 4090 Laptop GPU", None, 82.6),  # Lightning has only the rate without tensor cores
     ("GeForce RTX 2080 Ti", None, None),  # Lightning cannot parse this name
     ("NVIDIA H3000", None, None),
 ]
@@ -88,6 +90,8 @@ def gpu(monkeypatch):
 )
 def test_precision_defaults_to_what_the_card_has(gpu, capability, precision):
     assert gpu(capability).precision == precision
+    planned = [find_devices(TrainerOptions(gpus=2), elsewhere=True, card=card).precision for card in ("t4", "h100")]
+    assert planned == ["16-mixed", "bf16-mixed"]  # whatever is here
 
 
 def test_precision_defaults_to_float32_on_a_cpu():
@@ -135,3 +139,6 @@ def test_an_apple_gpu_is_one_device_in_float32_or_bfloat16(monkeypatch):
         for wrong, message in (({"precision": "16"}, "--precision 16-mixed"), ({"num_nodes": 2}, "2 devices")):
             with pytest.raises(UserError, match=f"{message}.* Apple GPU"):
                 find_devices(TrainerOptions(accelerator=accelerator, **wrong))
+    planned = find_devices(TrainerOptions(gpus=8), elsewhere=True)
+    assert (planned.device_type, planned.world_size, planned.precision) == ("cuda", 8, "bf16-mixed")
+    assert get_strategy(TrainerOptions(strategy="ddp"), where=planned).name == "ddp"

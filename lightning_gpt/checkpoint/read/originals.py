@@ -138,16 +138,14 @@ def _numbers_in_adamw(content: dict[str, Any], names: dict[str, str]) -> dict[st
         weights = {name: content["model"][key] for name, key in names.items() if name != _HEAD}
         groups = ([n for n, w in weights.items() if w.dim() >= 2], [n for n, w in weights.items() if w.dim() < 2])
         stored = content["optimizer"]["param_groups"]
-        numbers = {n: i for ours, group in zip(groups, stored, strict=True) for n, i in _pairs(ours, group["params"])}
+        numbers: dict[str, int] = {}
+        for ours, group in zip(groups, stored, strict=True):
+            numbers |= zip(ours, group["params"], strict=True)
         state = content["optimizer"]["state"]
         fits = all(state[i]["exp_avg"].shape == weights[n].shape for n, i in numbers.items())
     except (LookupError, TypeError, ValueError, AttributeError):
         return {}
     return numbers if fits else {}
-
-
-def _pairs(names: list[str], numbers: Any) -> list[tuple[str, int]]:
-    return list(zip(names, numbers, strict=True))
 
 
 def _hparams(optimizer: dict[str, Any]) -> dict[str, Any]:

@@ -56,11 +56,9 @@ def _separator(tokenizer: Tokenizer) -> str | None:
     """
     if isinstance(tokenizer, ByteTokenizer):
         return _RARE[0]
-    return (
-        next((char for char in _RARE if char in tokenizer.chars), None)
-        if isinstance(tokenizer, CharTokenizer)
-        else None
-    )
+    if isinstance(tokenizer, CharTokenizer):
+        return next((char for char in _RARE if char in tokenizer.chars), None)
+    return None
 
 
 def spelled(token: bytes) -> str:

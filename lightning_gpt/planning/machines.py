@@ -1,43 +1,13 @@
-"""GPUs that a dry run can plan for: ``--on CARD:GPUS`` or ``--on CARD:GPUSxNODES``."""
+"""Machines that a dry run can plan for: ``--on CARD:GPUS`` or ``--on CARD:GPUSxNODES``."""
 
 import re
 from dataclasses import dataclass
 
 from lightning_gpt.config import UserError
+from lightning_gpt.strategies.cards import CARDS
 
 # Memory that the CUDA context and the communication library take before the first tensor.
 RESERVED_GIB = 1.0
-
-
-@dataclass(frozen=True)
-class Card:
-    """A kind of GPU.
-
-    Attributes:
-        memory_gib: Memory that ``torch.cuda.get_device_properties`` reports, less than the data sheet's.
-        has_bf16: Whether its tensor cores multiply bfloat16 (compute capability 8.0 or more).
-    """
-
-    memory_gib: float
-    has_bf16: bool = True
-
-
-# Capacities as torch reports them; NVIDIA's data sheets name 80 GB for an H100, 141 GB for an H200, and so on.
-CARDS = {
-    "b200": Card(178.3),
-    "h200": Card(139.8),
-    "h100": Card(79.1),
-    "a100-80": Card(79.1),
-    "a100-40": Card(39.4),
-    "l40s": Card(44.3),
-    "a10g": Card(22.0),
-    "l4": Card(22.0),
-    "4090": Card(23.6),
-    "3090": Card(23.6),
-    "v100-32": Card(31.7, has_bf16=False),
-    "v100-16": Card(15.7, has_bf16=False),
-    "t4": Card(14.5, has_bf16=False),
-}
 
 
 @dataclass(frozen=True)
