@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # The pages of app.py show what the other rooms compute.
     "app": {
         *("bench", "training", "sampling", "checkpoint", "models", "strategies", "tokenizers"),
-        *("implementations", "config", "invocation"),
+        *("implementations", "planning", "config", "invocation"),
     },
     "evaluation": {
         "invocation",

@@ -61,23 +61,18 @@ def _over_parameters(chosen: list[Measurement], quantity: str) -> None:
         st.info("The selection has no such measurement.")
         return
     title = QUANTITIES[quantity].title
-    lines = (
-        alt.Chart(rows)
-        .mark_line(point=True)
-        .encode(
-            x=alt.X("parameters:Q", title="parameters", scale=alt.Scale(type="log"), axis=alt.Axis(format="~s")),
-            y=alt.Y("value:Q", title=title, scale=alt.Scale(type="log")),
-            color=_color(
-                legend=alt.Legend(orient="bottom", columns=2, title=None, values=sorted(set(rows["strategy"])))
-            ),
-            strokeDash=alt.StrokeDash(
-                "source:N", legend=alt.Legend(orient="top", columns=1, title=None, labelLimit=300, symbolType="stroke")
-            ),
-            tooltip=["source", "size", "strategy", alt.Tooltip("value:Q", title=title, format=",.4~g")],
-        )
-        .properties(height=520)
+    of_strategy = alt.Legend(orient="bottom", columns=2, title=None, values=sorted(set(rows["strategy"])))
+    of_source = alt.Legend(
+        orient="top", columns=1, title=None, labelLimit=300, symbolStrokeColor="gray", symbolStrokeWidth=2
     )
-    st.altair_chart(lines)
+    chart = alt.Chart(rows, height=640).encode(
+        x=alt.X("parameters:Q", title="parameters", scale=alt.Scale(type="log"), axis=alt.Axis(format="~s")),
+        y=alt.Y("value:Q", title=title, scale=alt.Scale(type="log")),
+        color=_color(legend=of_strategy),
+        tooltip=["source", "size", "strategy", alt.Tooltip("value:Q", title=title, format=",.4~g")],
+    )
+    lines = chart.mark_line().encode(strokeDash=alt.StrokeDash("source:N", legend=of_source))
+    st.altair_chart(lines + chart.mark_point(size=60).encode(shape=alt.Shape("source:N", legend=of_source)))
     with st.expander("Table"):
         st.dataframe(rows.rename(columns={"value": title}), hide_index=True)
 
@@ -94,7 +89,7 @@ def _relative(chosen: list[Measurement]) -> None:
         .mark_bar()
         .encode(
             x=alt.X("relative:Q", title=f"times {BASELINE}", axis=alt.Axis(format="~g")),
-            y=alt.Y("strategy:N", title=None, sort=None),
+            y=alt.Y("strategy:N", title=None, sort=None, axis=alt.Axis(labelOverlap=False)),
             color=_color(legend=None),
             tooltip=[
                 "strategy",
@@ -110,7 +105,7 @@ def _relative(chosen: list[Measurement]) -> None:
             column.caption(f"{quantity}: not measured")
         else:
             column.altair_chart(
-                bars.properties(data=mine, title=QUANTITIES[quantity].title, height=60 + 22 * len(mine))
+                bars.properties(data=mine, title=QUANTITIES[quantity].title, height=70 + 28 * len(mine))
             )
 
 
@@ -121,11 +116,11 @@ def _largest(chosen: list[Measurement]) -> None:
         return
     for source, mine in rows.groupby("source", sort=False):
         bars = (
-            alt.Chart(mine, title=str(source), height=60 + 22 * len(mine))
+            alt.Chart(mine, title=str(source), height=70 + 28 * len(mine))
             .mark_bar()
             .encode(
                 x=alt.X("parameters:Q", title="parameters of the largest model that ran", axis=alt.Axis(format="~s")),
-                y=alt.Y("strategy:N", title=None, sort="-x"),
+                y=alt.Y("strategy:N", title=None, sort="-x", axis=alt.Axis(labelOverlap=False)),
                 color=_color(legend=None),
                 tooltip=["strategy", "size", "did not run"],
             )

@@ -10,6 +10,7 @@ from lightning_gpt.config import UserError
 
 BASELINE = "ddp"
 PLANNED = ", planned"  # ends the name of a source that is a prediction
+_PLANNED_FILE = "_planned"  # ends the name of a file of bench.py plan --csv
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ def read_all(folder: Path) -> tuple[list[Measurement], list[str]]:
     for file in sorted(folder.glob("*.csv")):
         try:
             if is_strategy_table(file):
-                measured += read_measurements(file)
+                source = file.stem.removesuffix(_PLANNED_FILE) + PLANNED * file.stem.endswith(_PLANNED_FILE)
+                measured += [replace(m, source=source) for m in read_measurements(file)]
         except (UserError, OSError, ValueError) as error:
             problems.append(str(error))
     predicted = [

@@ -16,10 +16,15 @@ from lightning_gpt.bench.strategies import write_tokens
 from lightning_gpt.config import UserError
 from lightning_gpt.config.commands import AppOptions
 from lightning_gpt.implementations.registry import IMPLEMENTATIONS
+from lightning_gpt.planning import Machine
 from lightning_gpt.strategies import STRATEGIES
+from lightning_gpt.strategies.cards import CARDS
 
 _SIZES = ("gpt-mini", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 _PARTS = ("weights", "gradients", "optimizer", "activations", "buffers")
+# Numbers in the lines about time and cost, with the words that follow them, and their columns.
+_COST = re.compile(r"(?<= )([\d.,]+) (ms per step|tokens/s|hours|kWh|at (?=[\d.]+ per GPU))")
+_TITLES = {"ms per step": "ms per step", "tokens/s": "tokens/s", "hours": "hours", "kWh": "kWh", "at ": "price"}
 _MEMORY = re.compile(r"^(\w+) +([\d.,]+) (MiB|GiB)", re.MULTILINE)
 _planning = threading.Lock()  # the planner replaces functions of torch while it counts, and prints to stdout
 
@@ -27,7 +32,7 @@ _planning = threading.Lock()  # the planner replaces functions of torch while it
 def show(options: AppOptions) -> None:
     """Draw the page."""
     with st.form("plan"):
-        flags, vocab_size, strategies, memory = _fields()
+        flags, vocab_size, strategies, machine = _fields()
         st.form_submit_button("Plan", type="primary")
     plans = {}
     with st.spinner("Planning"):
@@ -39,7 +44,8 @@ def show(options: AppOptions) -> None:
     if not plans:
         st.info("Choose at least one strategy.")
         return
-    _chart({name: memory_parts(text) for name, text in plans.items()}, memory)
+    _chart({name: memory_parts(text) for name, text in plans.items()}, machine.memory / 2**30)
+    st.dataframe([_row(name, text, machine) for name, text in plans.items()], hide_index=True)
     for strategy, text in plans.items():
         with st.expander(f"{strategy}: all numbers"):
             st.code(text, language=None, wrap_lines=True)
@@ -49,8 +55,8 @@ def show(options: AppOptions) -> None:
     st.code(command, language="bash", wrap_lines=True)
 
 
-def _fields() -> tuple[tuple[str, ...], int, list[str], float]:
-    """Draw the form; return flags of train.py, the vocabulary, the strategies, and the memory of a GPU in GiB."""
+def _fields() -> tuple[tuple[str, ...], int, list[str], Machine]:
+    """Draw the form; return flags of train.py, the vocabulary, the strategies, and the machines."""
     first, second, third = st.columns(3)
     flags = {
         "implementation": first.selectbox("Model", list(IMPLEMENTATIONS), key="implementation"),
@@ -59,10 +65,13 @@ def _fields() -> tuple[tuple[str, ...], int, list[str], float]:
         "batch_size": second.number_input("Sequences per GPU and micro-batch", 1, 1 << 16, 8, key="batch_size"),
         "accumulate_grad_batches": second.number_input("Micro-batches per step", 1, 1 << 16, 1, key="accumulate"),
         "max_steps": second.number_input("Steps", 1, 1 << 40, 10_000, key="max_steps"),
-        "gpus": third.number_input("GPUs per machine", 1, 64, 8, key="gpus"),
-        "num_nodes": third.number_input("Machines", 1, 4096, 1, key="num_nodes"),
-        "precision": third.selectbox("Precision", ["bf16", "16", "32", "bf16-true"], key="precision"),
+        "precision": third.selectbox("Precision", ["auto", "bf16", "16", "32", "bf16-true"], key="precision"),
     }
+    cards = list(CARDS)
+    card = third.selectbox("GPU", cards, index=cards.index("h100"), key="card")
+    gpus = int(third.number_input("GPUs per machine", 1, 64, 8, key="gpus"))
+    nodes = int(third.number_input("Machines", 1, 4096, 1, key="num_nodes"))
+    flags["on"] = f"{card}:{gpus}x{nodes}"
     vocab_size = int(first.number_input("Vocabulary", 2, 1 << 20, 50304, key="vocab_size"))
     left, right = st.columns(2)
     names = list(STRATEGIES)
@@ -73,10 +82,12 @@ def _fields() -> tuple[tuple[str, ...], int, list[str], float]:
         format_func=short_name,
         key="plans",
     )
-    memory = right.number_input("Memory of a GPU, GiB", 1, 1000, 80, key="memory")
+    price = right.number_input("Price of a GPU and hour", 0.0, 1000.0, 0.0, key="price")
+    if price:
+        flags["price_per_gpu_hour"] = price
     recompute = st.toggle("Activation checkpointing", key="recompute")
     given = [f"--{name}={value}" for name, value in flags.items()]
-    return (*given, f"--recompute={str(recompute).lower()}"), vocab_size, strategies, float(memory)
+    return (*given, f"--recompute={str(recompute).lower()}"), vocab_size, strategies, Machine(card, gpus, nodes)
 
 
 @st.cache_data(show_spinner=False, max_entries=200)
@@ -111,11 +122,11 @@ def _chart(plans: dict[str, dict[str, float]], memory: float) -> None:
         if part in plan
     ]
     bars = (
-        alt.Chart(pd.DataFrame(rows), height=110 + 28 * len(plans))
+        alt.Chart(pd.DataFrame(rows), height=160 + 32 * len(plans))
         .mark_bar()
         .encode(
             x=alt.X("GiB:Q", title="GiB per GPU; parts do not all peak at once"),
-            y=alt.Y("strategy:N", title=None, sort=None),
+            y=alt.Y("strategy:N", title=None, sort=None, axis=alt.Axis(labelOverlap=False)),
             color=alt.Color("part:N", sort=list(_PARTS), legend=alt.Legend(orient="bottom", title=None, columns=3)),
             order="order:Q",
             tooltip=["strategy", "part", alt.Tooltip("GiB:Q", format=",.2f")],
@@ -126,13 +137,20 @@ def _chart(plans: dict[str, dict[str, float]], memory: float) -> None:
     limit = alt.Chart(pd.DataFrame([{"memory": memory}])).mark_rule(strokeDash=[4, 4]).encode(x="memory:Q")
     st.altair_chart(bars + ticks + limit)
     st.caption("Black mark: peak. Dashed line: memory of a GPU.")
-    table = [
-        {
-            "strategy": short_name(name),
-            "peak, GiB": round(plan.get("peak", 0), 2),
-            "host, GiB": round(plan.get("host", 0), 2),
-            "fits": plan.get("peak", 0) <= memory,
-        }
-        for name, plan in plans.items()
-    ]
-    st.dataframe(table, hide_index=True)
+
+
+def _row(strategy: str, text: str, machine: Machine) -> dict[str, Any]:
+    """Return the row of the table for a plan."""
+    memory, cost = memory_parts(text), {unit: number for number, unit in _COST.findall(text)}
+    peak = memory.get("peak", 0)
+    row = {
+        "strategy": short_name(strategy),
+        "peak, GiB": round(peak, 2),
+        "host, GiB": round(memory.get("host", 0), 2),
+        "fits": peak <= machine.memory / 2**30,
+    }
+    return row | {title: _number(cost[unit]) for unit, title in _TITLES.items() if unit in cost}
+
+
+def _number(text: str) -> float:
+    return float(text.replace(",", ""))

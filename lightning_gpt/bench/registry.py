@@ -202,6 +202,9 @@ class PlanOptions:
     settings: str | None = None
     """YAML file that says how the runs were made (default: the one beside the CSV file, or else
     results/strategies_8xa100_2021.yaml)"""
+    csv: str | None = None
+    """also write the planned values to this file, with the columns of the measurements; app.py shows NAME_planned.csv
+    beside NAME.csv"""
 
 
 @dataclass(frozen=True)

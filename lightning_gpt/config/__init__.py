@@ -214,6 +214,8 @@ class RunOptions:
     side by side, with and without --recompute"""
     on: str | None = None
     """machine that --dry_run plans for: CARD:GPUS or CARD:GPUSxNODES, such as h100:8 or a100-40:8x4"""
+    price_per_gpu_hour: float | None = None
+    """what a GPU costs in an hour, in any currency; --dry_run then prints what the run costs"""
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,11 @@
 import re
 from dataclasses import dataclass
 
+import torch
+
 from lightning_gpt.config import UserError
-from lightning_gpt.strategies.cards import CARDS
+from lightning_gpt.strategies.cards import CARDS, card_named
+from lightning_gpt.strategies.devices import Devices
 
 # Memory that the CUDA context and the communication library take before the first tensor.
 RESERVED_GIB = 1.0
@@ -42,3 +45,11 @@ def parse_machine(text: str) -> Machine:
     if found[1] not in CARDS:
         raise UserError(f"--on {text}: no such card; choose one of {', '.join(CARDS)}")
     return Machine(found[1], int(found[2]), int(found[3] or 1))
+
+
+def machine_here(where: Devices) -> Machine | None:
+    """Return the machine with this one's GPUs; None if it has none, they are unknown, or the run does not use them."""
+    if where.device_type != "cuda" or not torch.cuda.is_available():
+        return None
+    card = card_named(torch.cuda.get_device_name())
+    return Machine(card, where.per_node, where.num_nodes) if card else None

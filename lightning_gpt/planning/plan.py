@@ -9,8 +9,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lightning_gpt.config import UserError
 from lightning_gpt.implementations.registry import refused_by
 from lightning_gpt.models import GPTModule
-from lightning_gpt.planning.trace import build_model, dtypes, optimizer_bytes, trace_step
-from lightning_gpt.strategies.memory import Memory, MemoryRules, StepTrace
+from lightning_gpt.planning.machines import Machine
+from lightning_gpt.planning.timing import Timing, step_time
+from lightning_gpt.planning.trace import build_model, dtypes, trace_optimizer, trace_step
+from lightning_gpt.strategies.memory import Memory, MemoryRules
+from lightning_gpt.strategies.step import StepTrace
 
 SOURCES = (
     "shares: ZeRO, arXiv:1910.02054; activations: counted on FakeTensors (cf. arXiv:2205.05198);"
@@ -31,6 +34,7 @@ class Plan:
         steps: Optimizer steps.
         memory: Memory of one device, and its share of host memory.
         host: Peak host memory for offloading, for all devices of a node.
+        timing: Of an optimizer step; None if the cards are unknown.
     """
 
     parameters: int
@@ -39,9 +43,14 @@ class Plan:
     steps: int
     memory: Memory
     host: int
+    timing: Timing | None = None
 
-    def table(self) -> str:
-        """Return the plan as lines of text."""
+    def table(self, *, cost: Sequence[tuple[str, str]] = ()) -> str:
+        """Return the plan as lines of text.
+
+        Args:
+            cost: Further lines, as names and values.
+        """
         m = self.memory
         rows = [
             ("weights", f"{_size(m.weights)} per device"),
@@ -54,7 +63,7 @@ class Plan:
         if self.host:
             rows.append(("host", f"{_size(self.host)} per node, for offloading"))
         steps = facts(self.parameters, tokens=self.tokens_per_step, flops=self.flops_per_step, steps=self.steps)
-        return f"{steps}\n{_lines([*rows, ('formulas', SOURCES)])}"
+        return f"{steps}\n{_lines([*rows, *cost, ('formulas', SOURCES)])}"
 
 
 def facts(parameters: int, *, tokens: int, flops: float, steps: int) -> str:
@@ -153,7 +162,7 @@ class Traces:
                 model = build_model(implementation, fields, dtype=computed)
                 return trace_step(
                     model,
-                    optimizer=optimizer_bytes(module, model, dtype=kept),
+                    optimizer=trace_optimizer(module, model, dtype=kept),
                     block_class=implementation.block_class(),
                     rules=rules,
                     shape=(batch_size, self.block_size),
@@ -182,6 +191,8 @@ def plan(
     batch_size: int,
     steps: int,
     recompute: bool,
+    machine: Machine | None = None,
+    tf32: bool = True,
 ) -> Plan:
     """Compute what a run needs, without allocating it.
 
@@ -193,12 +204,17 @@ def plan(
         batch_size: Sequences per device and micro-batch.
         steps: Optimizer steps.
         recompute: Whether blocks recompute their activations.
+        machine: The machines, for the time of a step; None if their cards are unknown.
+        tf32: Whether products of float32 use TF32.
 
     Raises:
         UserError: The model cannot be run on FakeTensors.
     """
     trace = traces.step(rules, batch_size=batch_size, recompute=recompute)
     memory = rules.memory(trace, ranks=world_size)
+    timing = None
+    if machine:
+        timing = step_time(trace, rules.traffic(trace, ranks=world_size), machine=machine, tf32=tf32)
     tokens = batch_size * traces.block_size * traces.accumulate * world_size
     return Plan(
         parameters=trace.total,
@@ -207,6 +223,7 @@ def plan(
         steps=steps,
         memory=memory,
         host=memory.host_peak * devices_per_node,
+        timing=timing,
     )
 
 

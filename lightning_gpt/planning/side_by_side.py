@@ -1,10 +1,12 @@
-"""All strategies side by side: memory per device and on the host, and the largest micro-batch that fits."""
+"""All strategies side by side: memory per device and on the host, the largest micro-batch that fits, and time."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from lightning_gpt.planning.machines import Machine
 from lightning_gpt.planning.plan import MOST, Traces
+from lightning_gpt.planning.timing import Timing, step_time
 from lightning_gpt.strategies.memory import Memory, MemoryRules
 
 
@@ -32,6 +34,7 @@ class Row:
         recompute: Whether blocks recompute their activations.
         memory: Memory of one device, in bytes; None if the strategy cannot run.
         host: Peak host memory of one machine for offloading, in bytes.
+        timing: Of an optimizer step; None if the card is unknown.
         largest: About how many sequences per device fit; None if the memory of a device is unknown.
         refused: Why the strategy cannot run.
     """
@@ -40,6 +43,7 @@ class Row:
     recompute: bool
     memory: Memory | None = None
     host: int = 0
+    timing: Timing | None = None
     largest: int | None = None
     refused: str = ""
 
@@ -52,6 +56,8 @@ def side_by_side(
     devices_per_node: int,
     batch_size: int,
     limit: int | None,
+    machine: Machine | None,
+    tf32: bool,
 ) -> list[Row]:
     """Plan every strategy, with and without recomputation.
 
@@ -62,6 +68,8 @@ def side_by_side(
         devices_per_node: Number of devices of one node.
         batch_size: Sequences per device and micro-batch.
         limit: Bytes that a device has for the run; None if unknown.
+        machine: The machines; None if their cards are unknown.
+        tf32: Whether products of float32 use TF32.
 
     Raises:
         UserError: The model cannot be run on FakeTensors.
@@ -77,12 +85,15 @@ def side_by_side(
                 return rules.memory(traces.step(rules, batch_size=batch, recompute=recompute), ranks=world_size)
 
             needed = memory(batch_size)
+            trace = traces.step(candidate.rules, batch_size=batch_size, recompute=recompute)
+            traffic = candidate.rules.traffic(trace, ranks=world_size)
             rows.append(
                 Row(
                     strategy=candidate.name,
                     recompute=recompute,
                     memory=needed,
                     host=needed.host_peak * devices_per_node,
+                    timing=step_time(trace, traffic, machine=machine, tf32=tf32) if machine else None,
                     largest=None if limit is None else _largest(lambda batch: memory(batch).peak, limit=limit),
                 )
             )

@@ -7,26 +7,43 @@ activations are counted, not estimated, for any model, under autocast and with r
 """
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from lightning_gpt.implementations.compilation import recompute_blocks
 from lightning_gpt.implementations.loss import HeadLoss
 from lightning_gpt.implementations.registry import Implementation
 from lightning_gpt.models import GPTModule
-from lightning_gpt.strategies.memory import MemoryRules, Moment, StepTrace
+from lightning_gpt.strategies.memory import MemoryRules
+from lightning_gpt.strategies.step import Moment, Operation, StepTrace
+
+
+class OptimizerTrace(NamedTuple):
+    """An optimizer step of all parameters.
+
+    Attributes:
+        state: Bytes of the optimizer's state.
+        temporaries: Peak bytes of temporaries.
+        operations: Kernels, each with its number of runs.
+    """
+
+    state: int
+    temporaries: int
+    operations: tuple[tuple[Operation, int], ...]
 
 
 def trace_step(
     model: nn.Module,
     *,
-    optimizer: tuple[int, int],
+    optimizer: OptimizerTrace,
     block_class: type[nn.Module] | None,
     rules: MemoryRules,
     shape: tuple[int, int],
@@ -42,7 +59,7 @@ def trace_step(
 
     Args:
         model: The model, made of FakeTensors in the dtype that it computes in.
-        optimizer: Bytes of state and of temporaries, from ``optimizer_bytes``.
+        optimizer: The optimizer step, from ``trace_optimizer``.
         block_class: Class of the blocks, which are gathered and recomputed one at a time; None if there are none.
         rules: The strategy's memory rules, which determine the dtypes.
         shape: (B, T) of a micro-batch.
@@ -93,13 +110,16 @@ def trace_step(
         accumulate=accumulate,
         weight_bytes=kept.itemsize,
         compute_bytes=computed.itemsize,
-        state=optimizer[0],
-        step=optimizer[1],
+        state=optimizer.state,
+        step=optimizer.temporaries,
+        recomputed=recompute,
+        operations=tuple(live.operations.items()),
+        updates=optimizer.operations,
     )
 
 
-def optimizer_bytes(module: GPTModule, model: nn.Module, *, dtype: torch.dtype) -> tuple[int, int]:
-    """Return the bytes of the optimizer's state, and the peak bytes of temporaries in one of its steps.
+def trace_optimizer(module: GPTModule, model: nn.Module, *, dtype: torch.dtype) -> OptimizerTrace:
+    """Run a step of a fake optimizer, after one that has made its state.
 
     Must be called under FakeTensorMode.
 
@@ -117,9 +137,10 @@ def optimizer_bytes(module: GPTModule, model: nn.Module, *, dtype: torch.dtype) 
     optimizer = module.build_optimizer(groups)
     with live:
         optimizer.step()
-        state, live.moments = live.bytes, []
+        state, live.moments, live.operations = live.bytes, [], Counter()
         optimizer.step()
-    return state, max(moment.activations for moment in live.moments) - state
+    temporaries = max(moment.activations for moment in live.moments) - state
+    return OptimizerTrace(state, temporaries, tuple(live.operations.items()))
 
 
 def _half(precision: str) -> torch.dtype:
@@ -144,18 +165,23 @@ def build_model(implementation: Implementation, fields: dict[str, Any], *, dtype
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Count the bytes of all storages that operations allocate, until they are freed."""
+    """Count the bytes of all storages that operations allocate, until they are freed, and what operations compute."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes = self.made = self.open = self.closed = 0
         self.moments: list[Moment] = []
+        self.operations: Counter[Operation] = Counter()
         self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        operation = _operation(func, args, kwargs, out)
+        if operation is not None:
+            self.operations[operation] += 1
         # Views and in-place results share their input's storage, which is already counted or belongs to a parameter.
         given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for tensor in tree_leaves(out):
@@ -171,6 +197,40 @@ class _LiveBytes(TorchDispatchMode):
 
     def _freed(self, key: int) -> None:
         self.bytes -= self._sizes.pop(key)
+
+
+def _operation(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Operation | None:
+    """Return what a call computes and moves; None for views, allocations and calls without a kernel."""
+    name = func.overloadpacket.__name__
+    if func.namespace != "aten" or name.startswith(("empty", "new_empty")):
+        return None
+    read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    results = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+    given = {t.untyped_storage()._cdata for t in read}
+    written = [t for t in results if t.untyped_storage()._cdata not in given]
+    if func._schema.is_mutable:
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                written += [t for t in tree_leaves(value) if isinstance(t, Tensor)]
+    if not written:
+        return None
+    flops = 0
+    if func.overloadpacket in flop_registry:
+        flops = int(flop_registry[func.overloadpacket](*args, **kwargs, out_val=out))
+    elif "attention" in name:
+        flops = _attention_flops(func, args, read)
+    size = sum(t.numel() * t.itemsize for t in (*read, *written))
+    return Operation(flops, size, written[0].dtype in (torch.float16, torch.bfloat16))
+
+
+def _attention_flops(func: Any, args: tuple[Any, ...], tensors: list[Tensor]) -> int:
+    """Return the FLOPs of a fused attention kernel: two products forward and five backward, halved if it is causal."""
+    backward = "backward" in func.overloadpacket.__name__
+    query, key = tensors[1:3] if backward else tensors[:2]  # (B, nh, T, hs)
+    named = zip(func._schema.arguments, args, strict=False)  # the defaults are not among the values
+    causal = any(argument.name == "is_causal" and value for argument, value in named)
+    products = 5 if backward else 2
+    return products * 2 * query.numel() * key.size(-2) // (2 if causal else 1)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Compute the memory per rank of each strategy, in bytes, from the trace of one step.
+"""Compute the memory per rank of each strategy, in bytes, and what ranks exchange, from the trace of one step.
 
 A rule turns a ``StepTrace`` (what one rank's model allocates without any strategy) into a ``Memory``. Shares of
 weights, gradients and optimizer state follow Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training
@@ -7,63 +7,11 @@ DeepSpeed 0.19. Nothing here imports torch.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+
+from lightning_gpt.strategies.step import Moment, StepTrace
 
 MASTER = 4  # bytes of a float32 element: DeepSpeed's master weights and Adam's moments
 MOMENTS = 2  # Adam, the only optimizer under DeepSpeed, keeps a mean and a mean square per element
-
-
-class Moment(NamedTuple):
-    """Live memory after one operation of a step.
-
-    Attributes:
-        activations: Bytes that are neither parameters nor finished gradients.
-        made: Gradient elements finished so far.
-        open: Gradient elements of units that are not finished yet.
-        closed: Gradient elements of the unit that was finished last.
-    """
-
-    activations: int
-    made: int = 0
-    open: int = 0
-    closed: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepTrace:
-    """One micro-batch of the bare model on one rank.
-
-    Attributes:
-        parameters: Elements of each parameter; tied ones count once.
-        units: Elements of each block, the unit that is gathered at a time.
-        forward: Memory after each operation of the forward pass.
-        backward: Memory after each operation of the backward pass.
-        accumulate: Micro-batches per optimizer step.
-        weight_bytes: Bytes per element of the stored weights.
-        compute_bytes: Bytes per element of the weights that are computed with.
-        state: Bytes of the optimizer state of all parameters.
-        step: Peak bytes of temporaries in an optimizer step of all parameters.
-    """
-
-    parameters: tuple[int, ...]
-    units: tuple[int, ...]
-    forward: tuple[Moment, ...]
-    backward: tuple[Moment, ...]
-    accumulate: int
-    weight_bytes: int
-    compute_bytes: int
-    state: int
-    step: int
-
-    @property
-    def total(self) -> int:
-        """Elements of all parameters."""
-        return sum(self.parameters)
-
-    @property
-    def activations(self) -> int:
-        """Peak bytes of activations, including temporaries of the backward pass."""
-        return max(moment.activations for moment in (*self.forward, *self.backward))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +41,29 @@ class Memory:
     host_peak: int = 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """What one rank exchanges in an optimizer step.
+
+    Attributes:
+        sent: Bytes that it sends to the other ranks, as much as it receives.
+        collectives: Number of exchanges with the other ranks.
+        fetches: Number of weights that are gathered one by one, which takes time on the host.
+        updated: Share of the optimizer step that it runs on its device.
+        offloaded: Elements whose optimizer step it runs on the host.
+        host: Bytes that it exchanges with the host's memory in the busier direction.
+    """
+
+    sent: float = 0
+    collectives: int = 0
+    fetches: int = 0
+    updated: float = 1
+    offloaded: int = 0
+    host: float = 0
+
+
 class MemoryRules:
-    """How a strategy uses memory. Each kind of strategy is a subclass."""
+    """How a strategy uses memory and what it exchanges. Each kind of strategy is a subclass."""
 
     def computes_in_half(self, precision: str) -> bool:
         """Return whether the model computes with weights in half precision, not counting autocast."""
@@ -116,6 +85,18 @@ class MemoryRules:
             ranks: Number of ranks.
         """
         raise NotImplementedError
+
+    def traffic(self, trace: StepTrace, *, ranks: int) -> Traffic:
+        """Return what one rank exchanges in an optimizer step, with the volumes of ZeRO, section 7.
+
+        Args:
+            trace: One micro-batch of the model, in this rule's precision.
+            ranks: Number of ranks.
+        """
+        raise NotImplementedError
+
+
+BUCKET = 25 << 20  # bytes of gradients that DDP reduces together
 
 
 def _share(elements: int, ranks: int) -> int:
@@ -185,6 +166,11 @@ class Replicated(MemoryRules):
             trace, weights=weights, optimizer=optimizer, buffers=buckets, passes=passes, kept=buckets
         )
 
+    def traffic(self, trace: StepTrace, *, ranks: int) -> Traffic:
+        """Return an all-reduce of the gradients: a reduce-scatter and a gather."""
+        gradients = trace.total * trace.weight_bytes
+        return Traffic(sent=2 * gradients * (ranks - 1) / ranks, collectives=-(-gradients // BUCKET))
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShardedUnits(MemoryRules):
@@ -223,6 +209,15 @@ class ShardedUnits(MemoryRules):
             buffers=gathered + unit * trace.weight_bytes,
             passes=max(forward, backward),
             step=_share(trace.step, ranks),
+        )
+
+    def traffic(self, trace: StepTrace, *, ranks: int) -> Traffic:
+        """Return, for each micro-batch, two gathers of the weights and a reduce-scatter of the gradients."""
+        moved = trace.accumulate * trace.total * (2 * trace.compute_bytes + trace.weight_bytes)
+        return Traffic(
+            sent=moved * (ranks - 1) / ranks,
+            collectives=3 * trace.accumulate * (len(trace.units) + 1),
+            updated=1 / ranks,
         )
 
 
@@ -274,6 +269,24 @@ class Zero(MemoryRules):
     def memory(self, trace: StepTrace, *, ranks: int) -> Memory:
         """Return the memory of one rank, on the device and on the host."""
         return self._stage_3(trace, ranks) if self.stage == 3 else self._stages_1_and_2(trace, ranks)
+
+    def traffic(self, trace: StepTrace, *, ranks: int) -> Traffic:
+        """Return reduce-scatters of the gradients, gathers of the weights, and copies to and from the host.
+
+        Stage 3 gathers the weights for each pass, and a recomputed forward pass is one more; stage 1 reduces once.
+        """
+        element, part = trace.compute_bytes, _share(trace.total, ranks)
+        reduces = 1 if self.stage == 1 else trace.accumulate
+        gathers = (2 + trace.recomputed) * trace.accumulate if self.stage == 3 else 1
+        divided = sum(p >= self.persistent for p in trace.parameters)
+        return Traffic(
+            sent=(reduces + gathers) * trace.total * element * (ranks - 1) / ranks,
+            collectives=reduces * -(-trace.total // self.bucket) + (gathers * divided if self.stage == 3 else 1),
+            fetches=gathers * divided if self.stage == 3 else 0,
+            updated=0 if self.offload else 1 / ranks,
+            offloaded=part if self.offload else 0,
+            host=part * element * (max(reduces, gathers) if self.offload_weights else reduces) if self.offload else 0,
+        )
 
     def _stages_1_and_2(self, trace: StepTrace, ranks: int) -> Memory:
         """Return the memory of stages 1 and 2 (``deepspeed/runtime/zero/stage_1_and_2.py``)."""

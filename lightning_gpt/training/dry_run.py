@@ -1,12 +1,26 @@
 """A dry run: the devices that it plans for, and what it prints instead of training."""
 
+import math
 from dataclasses import replace
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from lightning_gpt.config import TrainConfig, TrainerOptions, UserError
 from lightning_gpt.models import GPTModule
-from lightning_gpt.planning import Candidate, Machine, Traces, facts, parse_machine, plan, side_by_side, table
+from lightning_gpt.planning import (
+    Candidate,
+    Cost,
+    Machine,
+    Timing,
+    Traces,
+    cost_table,
+    facts,
+    machine_here,
+    parse_machine,
+    plan,
+    side_by_side,
+    table,
+)
 from lightning_gpt.strategies import STRATEGIES, StrategyRow, find_devices, get_strategy
 from lightning_gpt.strategies.devices import Devices, memory_of_this
 from lightning_gpt.training.averaging import averaged
@@ -31,6 +45,9 @@ def devices_of(config: TrainConfig) -> tuple[TrainConfig, Devices, Machine | Non
             f"--deepspeed_config {trainer.deepspeed_config}: --dry_run {ALL} plans the strategies that need no file;"
             " give --dry_run alone"
         )
+    price = run.price_per_gpu_hour
+    if price is not None and not (run.dry_run and 0 <= price < math.inf):
+        raise UserError(f"--price_per_gpu_hour {price:g} is for --dry_run; give it a price from 0")
     if run.on is None:
         return config, find_devices(trainer, elsewhere=bool(run.dry_run)), None
     if not run.dry_run:
@@ -72,6 +89,7 @@ def print_plans(
         precision=where.precision,
         device_type=device_type,
     )
+    cards = machine or machine_here(where)
     if config.run.dry_run != ALL:
         needed = plan(
             traces,
@@ -81,8 +99,11 @@ def print_plans(
             batch_size=budget.batch_size,
             steps=budget.max_steps,
             recompute=config.trainer.recompute,
+            machine=cards,
+            tf32=config.trainer.tf32,
         )
-        print(needed.table())
+        cost = _cost(needed.timing, cards, config, budget)
+        print(needed.table(cost=cost.lines() if cost else ()))
         return
     limit = machine.memory if machine else memory_of_this(where)
     rows = side_by_side(
@@ -92,11 +113,30 @@ def print_plans(
         devices_per_node=where.per_node,
         batch_size=budget.batch_size,
         limit=limit,
+        machine=cards,
+        tf32=config.trainer.tf32,
     )
     tokens = budget.tokens_per_step
     parameters = sum(p.numel() for p in module.parameters())
     print(facts(parameters, tokens=tokens, flops=traces.flops_per_token * tokens, steps=budget.max_steps))
     print(table(rows, limit=limit, batch_size=budget.batch_size))
+    costs = [(row.strategy, row.recompute, _cost(row.timing, cards, config, budget)) for row in rows]
+    known = [(name, recompute, cost) for name, recompute, cost in costs if cost]
+    if known:
+        print(cost_table(known))
+
+
+def _cost(timing: Timing | None, machine: Machine | None, config: TrainConfig, budget: Budget) -> Cost | None:
+    """Return the cost of the run; None if its cards are unknown."""
+    if timing is None or machine is None:
+        return None
+    return Cost(
+        timing=timing,
+        machine=machine,
+        steps=budget.max_steps,
+        tokens_per_step=budget.tokens_per_step,
+        price=config.run.price_per_gpu_hour,
+    )
 
 
 def _candidates(config: TrainConfig, where: Devices) -> list[Candidate]:

@@ -29,6 +29,7 @@ ONE_OFF: dict[str, Any] = {
     "tokenizer_file": None,
     "dry_run": False,
     "on": None,
+    "price_per_gpu_hour": None,
 }
 _GIT_SECONDS = 10
 

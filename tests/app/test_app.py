@@ -71,7 +71,17 @@ def test_pages_in_streamlits_driver(results, tiny_run, tmp_path, monkeypatch):
     plan.multiselect(key="plans").set_value(["fsdp"])
     plan.button[0].click().run()
     assert not plan.exception and list(plan.dataframe[0].value["strategy"]) == ["fsdp"]
-    assert "--gpus=2" in plan.code[-1].value and "peak" in plan.code[0].value
+    assert "--on=h100:2x1" in plan.code[-1].value and "peak" in plan.code[0].value
+    at_first = plan.dataframe[0].value.iloc[0]
+    plan.selectbox(key="card").set_value("4090")
+    plan.number_input(key="price").set_value(0.5)
+    plan.number_input(key="max_steps").set_value(1_000_000)
+    plan.button[0].click().run()
+    later = plan.dataframe[0].value.iloc[0]
+    assert not plan.exception and "--on=4090:2x1" in plan.code[-1].value
+    assert later["ms per step"] > 3 * at_first["ms per step"]
+    assert later["price"] == pytest.approx(later["hours"] * 2 * 0.5, rel=0.01) and "price" not in at_first
+    assert later["kWh"] == pytest.approx(later["hours"] * 2 * 0.45, rel=0.01)
     assert list(runs.dataframe[0].value["run"]) == ["tiny"] and runs.dataframe[0].value["step"][0] == 4
     write.text_area(key="prompt").set_value("the cat")
     write.number_input(key="max_new_tokens").set_value(5)

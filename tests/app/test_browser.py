@@ -74,7 +74,12 @@ def test_pages_load_offline_and_controls_change_them(browser, served, width):
         # Charts and tables may scroll by themselves; the page may not.
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         if folder := os.environ.get("LIGHTNING_GPT_SCREENSHOTS"):
+            # The page scrolls inside of a frame, so a window as high as its content shows all of it.
+            content = page.evaluate("document.querySelector('[data-testid=stMain]').scrollHeight")
+            page.set_viewport_size({"width": width, "height": content})
+            page.wait_for_timeout(1500)
             page.screenshot(path=f"{folder}/app_{name.lower()}_{width}.png")
+            page.set_viewport_size({"width": width, "height": 900})
 
     def go(name):
         if width < 800:  # the links are in a drawer

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 import bench
+from lightning_gpt.app.comparison import read_all
 from lightning_gpt.bench.plan import SETTINGS, read_settings
-from lightning_gpt.strategies.memory import Moment, StepTrace, Zero
+from lightning_gpt.strategies.memory import Zero
+from lightning_gpt.strategies.step import Moment, StepTrace
 
 MEASURED = SETTINGS.with_suffix(".csv")
 
@@ -28,10 +30,18 @@ def _some_rows(tmp_path: Path, **own: str) -> Path:
 
 
 def test_peaks_of_2021_are_planned_within_15_percent(tmp_path, capsys):
-    bench.main(["plan", "--against", str(_some_rows(tmp_path))])
-    *rows, peaks, batches = capsys.readouterr().out.splitlines()
+    planned = tmp_path / "rows_planned.csv"
+    bench.main(["plan", "--against", str(_some_rows(tmp_path)), "--csv", str(planned)])
+    *rows, peaks, batches, times = capsys.readouterr().out.splitlines()
     assert len(rows) == 1 + 5
+    assert times.startswith("time: ") and times.count("5 of 5 within 25%") == 1
+    assert all(len(row) <= 120 for row in rows)
     assert peaks.startswith("peak: 5 of 5 within 15%") and re.search(r"largest batch: \d of 5 within 15%", batches)
+    measured, problems = read_all(tmp_path)
+    peaks = {(m.source, m.strategy): m.peak_gib for m in measured}
+    assert problems == [] and len(peaks) == 10
+    assert peaks["rows, planned", "ddp"] != peaks["rows", "ddp"]
+    assert peaks["rows, planned", "ddp"] == pytest.approx(peaks["rows", "ddp"], rel=0.15)
 
 
 def test_a_row_overrides_the_settings(tmp_path, capsys):
@@ -58,7 +68,10 @@ def test_wrong_rows_are_one_line(text, message, tmp_path, capsys):
     assert stop.value.code == 2 and re.search(message, capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("text", ["colour: red", "memory_gib: much", "strategies: {ddp: {bucket: 1}}", "[]"])
+RATES = ["{memory_gib: 1, card: abacus}", "{memory_gib: 1, rates: {step: fast}}", "{memory_gib: 1, rates: {luck: 1}}"]
+
+
+@pytest.mark.parametrize("text", ["colour: red", "memory_gib: much", "strategies: {ddp: {bucket: 1}}", "[]", *RATES])
 def test_wrong_settings_are_refused(text, tmp_path):
     (tmp_path / "settings.yaml").write_text(text)
     with pytest.raises(ValueError, match=re.escape("--settings")):

@@ -1,6 +1,7 @@
 """``--dry_run`` of the published commands for billions of parameters, word for word, on a machine without a GPU."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -62,19 +63,29 @@ def test_dry_run_all_compares_strategies_on_a_named_machine(text_file, tmp_path,
         assert os.listdir() == [], "nothing is written"
         return capsys.readouterr().out.splitlines()
 
-    printed = lines("--dry_run=all", "--on=T4:2x3")
+    printed = lines("--dry_run=all", "--on=T4:2x3", "--price_per_gpu_hour=0.5", "--max_steps=300000")
     assert any(line.startswith("strategy  ddp, 16-mixed, gpu") for line in printed)
     assert any("8 x 64 x 1 micro-batches x 6 devices" in line for line in printed)
-    table = next(place for place, line in enumerate(printed) if line.split()[:2] == ["strategy", "recompute"])
+    table, costs = (place for place, line in enumerate(printed) if line.split()[:2] == ["strategy", "recompute"])
     assert max(map(len, printed[table:])) <= 120  # the lines above it name files
     parameters = int(next(line.split()[1] for line in printed if line.startswith("parameters")).replace(",", ""))
     assert f"compute-optimal {20 * parameters:,} tokens, 20 per parameter (arXiv:2203.15556)" in printed
+    printed, costs = printed[:costs], printed[costs:]
     [refused] = [line for line in printed if line.startswith("fsdp")]
     assert "--precision 16-mixed does not work under --strategy fsdp" in refused
     rows = {(line[:26].strip(), line[26:36].strip()): line[36:].split() for line in printed}
     assert len([key for key in rows if key[1] in ("yes", "no")]) == 12
     columns, limit = rows["deepspeed_stage_2", "yes"], (14.5 - 1) * 2**10  # MiB
     largest = int(columns[-1].replace(",", ""))
+    titles, cost = costs[0][36:].split(), next(line for line in costs if line.startswith("deepspeed_stage_2 "))
+    cost = dict(zip(titles, cost[36:].replace(",", "").split(), strict=False))
+    hours = float(cost["ms/step"]) * 300000 / 3.6e6
+    assert float(cost["tokens/s"]) == pytest.approx(8 * 64 * 6 / float(cost["ms/step"]) * 1e3, rel=1e-3)
+    assert float(cost["hours"]) == pytest.approx(hours, rel=0.01)
+    assert float(cost["kWh"]) == pytest.approx(hours * 6 * 0.07, rel=0.01)
+    assert float(cost["price"]) == pytest.approx(hours * 6 * 0.5, rel=0.01)
+    assert cost["bound"] == "python"
+    assert len(costs) == 1 + 12 + 4 and costs[-2].endswith("NVIDIA T4 data sheet")
     on_its_own = ["--dry_run", "--gpus=2", "--num_nodes=3", "--precision=16", "--recompute"]
     on_its_own.append("--strategy=deepspeed_stage_2")
 
@@ -82,6 +93,10 @@ def test_dry_run_all_compares_strategies_on_a_named_machine(text_file, tmp_path,
         line = next(line for line in lines(*on_its_own, f"--batch_size={batch_size}") if line.startswith("peak"))
         return float(line.split()[1].replace(",", "")) * {"MiB": 1, "GiB": 1024}[line.split()[2]]
 
+    alone = lines("--dry_run", "--on=t4:2", "--price_per_gpu_hour=1")
+    [step] = [line for line in alone if line.startswith("time  ")]
+    assert re.search(r" [\d.]+ ms per step, [\d,]+ tokens/s \(python \d+%, ", step)
+    assert any(re.match(r"run .* hours, .* kWh .*, .* at 1 per GPU and hour$", line) for line in alone)
     assert float(columns[5]) == pytest.approx(peak(8) / 1024, rel=0.02)
     assert peak(largest) == pytest.approx(limit, rel=0.02)
 
@@ -99,6 +114,8 @@ def test_dry_run_all_compares_strategies_on_a_named_machine(text_file, tmp_path,
             ["--dry_run=all", "--strategy=deepspeed", "--deepspeed_config=d.json"],
             ["--deepspeed_config d.json", "alone"],
         ),
+        (["--price_per_gpu_hour=2"], ["--price_per_gpu_hour 2", "--dry_run"]),
+        (["--dry_run", "--price_per_gpu_hour=-1"], ["--price_per_gpu_hour -1", "from 0"]),
         (["--dry_run=some"], ["--dry_run some", "--dry_run all"]),
     ],
 )
