@@ -66,7 +66,7 @@ class Comparison:
     Attributes:
         row: The row of the file, by column.
         peak: MiB per device that are planned.
-        largest: Sequences per device that are planned to fit.
+        largest: Sequences per device that are planned to fit; None if the file has no such column.
         seconds: Of a step that are planned; None if the cards are unknown.
         measured_peak: MiB per device that were measured.
         measured_largest: Sequences per device that were found to fit.
@@ -75,7 +75,7 @@ class Comparison:
 
     row: dict[str, str]
     peak: float
-    largest: int
+    largest: int | None
     seconds: float | None
     measured_peak: float | None
     measured_largest: float | None
@@ -89,7 +89,9 @@ class Comparison:
     @property
     def largest_deviation(self) -> float | None:
         """Planned largest batch relative to the measured one, minus 1."""
-        return self.largest / self.measured_largest - 1 if self.measured_largest else None
+        if self.largest is None or not self.measured_largest:
+            return None
+        return self.largest / self.measured_largest - 1
 
     @property
     def time_deviation(self) -> float | None:
@@ -115,7 +117,8 @@ class Comparisons:
             writer.writerow([*own, "seconds_per_iteration", "peak_mib_per_gpu", "largest_batch_per_gpu"])
             for c in self.rows:
                 seconds = "" if c.seconds is None else f"{c.seconds:.3f}"
-                writer.writerow([*(c.row.get(name, "") for name in own), seconds, f"{c.peak:.0f}", c.largest])
+                largest = "" if c.largest is None else c.largest
+                writer.writerow([*(c.row.get(name, "") for name in own), seconds, f"{c.peak:.0f}", largest])
 
     def table(self) -> str:
         """Return planned values, measured values and their deviation as text, with a summary."""
@@ -125,7 +128,7 @@ class Comparisons:
             lines.append(
                 f"{c.row['n_layer']:>6}  {c.row['strategy']:26}{recompute:>9}"
                 f"{c.peak:10,.0f}{_number(c.measured_peak):>9}{_percent(c.peak_deviation):>8}"
-                f"{c.largest:8,}{_number(c.measured_largest):>9}{_percent(c.largest_deviation):>8}"
+                f"{_number(c.largest):>8}{_number(c.measured_largest):>9}{_percent(c.largest_deviation):>8}"
                 f"{_ms(c.seconds):>8}{_ms(c.measured_seconds):>9}{_percent(c.time_deviation):>8}".rstrip()
             )
         return "\n".join(
@@ -266,14 +269,16 @@ def _compare(row: dict[str, str], given: Settings, traces: dict[tuple[Any, ...],
         )
     rules, recompute = given.rules(strategy), checkpointing == "1"
     trace = traces[key].step(rules, batch_size=batch_size, recompute=recompute)
-    largest = largest_batch(
-        traces[key],
-        rules=rules,
-        world_size=devices,
-        recompute=recompute,
-        limit=int(given.memory_gib * 2**30),
-        multiple=given.batch_multiple,
-    )
+    largest = None
+    if "largest_batch_per_gpu" in row:
+        largest = largest_batch(
+            traces[key],
+            rules=rules,
+            world_size=devices,
+            recompute=recompute,
+            limit=int(given.memory_gib * 2**30),
+            multiple=given.batch_multiple,
+        )
     seconds = None
     if given.card:
         traffic, machine = rules.traffic(trace, ranks=devices), Machine(given.card, devices)

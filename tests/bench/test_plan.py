@@ -44,6 +44,15 @@ def test_peaks_of_2021_are_planned_within_15_percent(tmp_path, capsys):
     assert peaks["rows, planned", "ddp"] == pytest.approx(peaks["rows", "ddp"], rel=0.15)
 
 
+@pytest.mark.slow
+def test_peaks_of_offloaded_models_of_2021_are_planned_within_20_percent(capsys):
+    bench.main(["plan", "--against", str(SETTINGS.with_name("offload_8xa100_2021.csv"))])
+    lines = capsys.readouterr().out.splitlines()
+    deviations = [float(line.split()[-1].rstrip("%")) for line in lines if "deepspeed_stage_3_offload" in line]
+    assert len(deviations) == 6 and all(abs(deviation) < 20 for deviation in deviations), deviations
+    assert "largest batch: nothing measured" in lines
+
+
 def test_a_row_overrides_the_settings(tmp_path, capsys):
     bench.main(["plan", "--against", str(_some_rows(tmp_path, n_embd="768", n_head="12", peak_mib_per_gpu=""))])
     printed = capsys.readouterr().out

@@ -39,10 +39,16 @@ def test_dry_run_of_published_commands(sizes, text_file, tmp_path, monkeypatch, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", sorted((REPO / "configs").glob("mingpt_*b_offload.yaml")), ids=lambda p: p.stem)
-def test_recipe_size_matches_its_name(recipe, text_file, tmp_path, monkeypatch, capsys):
+def test_recipe_is_what_its_name_and_the_manual_say(recipe, text_file, tmp_path, monkeypatch, capsys):
     printed = _dry_run([f"--config={recipe}"], text_file, tmp_path, monkeypatch, capsys)
     billions = float(recipe.stem.split("_")[1].removesuffix("b"))
-    assert int(printed["parameters"].replace(",", "")) / 1e9 == pytest.approx(billions, rel=0.06)
+    parameters = int(printed["parameters"].replace(",", ""))
+    assert parameters / 1e9 == pytest.approx(billions, rel=0.06)
+    manual = (REPO / "docs" / "strategies.md").read_text()
+    [row] = re.findall(rf"^\| `configs/{recipe.name}` \| (.*) \| (.*) GiB \| (.*) GiB \|$", manual, re.MULTILINE)
+    peak, host = float(printed["peak"].split()[0]), float(printed["host"].split()[0])
+    assert row[1:] == (f"{peak:.1f}", f"{host:.0f}")
+    assert int(row[0].replace(",", "")) == pytest.approx(parameters, rel=1e-3)  # another vocabulary
 
 
 def test_dry_run_ignores_missing_devices_but_refuses_mistakes(text_file, tmp_path, monkeypatch, capsys):
