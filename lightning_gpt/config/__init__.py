@@ -198,17 +198,21 @@ class RunOptions:
     seed: Seed = 1337
     """seed of the initial weights, the order of samples, and dropout"""
     logger: str = "tensorboard"
-    """tensorboard, csv, wandb, several of them separated by commas, or none"""
+    """tensorboard, csv, wandb, mlflow, several of them separated by commas, or none"""
     run_name: str | None = None
-    """name of the run for wandb (default: the name of the run folder)"""
+    """name of the run for wandb and mlflow (default: the name of the run folder)"""
     project: str | None = None
-    """project of the run for wandb (default: WANDB_PROJECT, else lightning_logs)"""
+    """project of the run for wandb (default: WANDB_PROJECT, else lightning_logs), or experiment for mlflow (default:
+    lightning-gpt)"""
     tags: str | None = None
-    """tags of the run for wandb, separated by commas"""
+    """tags of the run for wandb and mlflow, separated by commas"""
     prompt: str = "\n"
     """prompt of the final sample (default: a newline; for a task, a question of its validation split)"""
     sample_tokens: NonNegativeInt | None = None
     """length of the final sample in tokens; 0 for none (default: 200; for a task, its answer)"""
+    log_samples: PositiveInt | None = None
+    """write a sample to samples/ in the run folder and to the loggers every N steps, and log the gradient norm of each
+    block (not under DeepSpeed)"""
     dry_run: bool | str = False
     """print the memory and compute that the run needs, and stop; the devices need not be present. all: every strategy
     side by side, with and without --recompute"""

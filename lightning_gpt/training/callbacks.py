@@ -278,11 +278,11 @@ class FinalSample(Callback):
         self.temperature = temperature
         self.top_k = top_k
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sample while the model is on its devices, on all ranks, because weights may be sharded."""
+    def text(self, trainer: Trainer, pl_module: LightningModule) -> str:
+        """Return a sample; call it on all ranks, because weights may be sharded."""
         assert isinstance(pl_module, GPTModule)
         with trainer.precision_plugin.forward_context():
-            text = complete(
+            return complete(
                 pl_module,
                 tokenizer=self.tokenizer,
                 prompt=self.prompt,
@@ -291,5 +291,9 @@ class FinalSample(Callback):
                 temperature=self.temperature,
                 top_k=self.top_k,
             )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sample while the model is on its devices."""
+        text = self.text(trainer, pl_module)
         if trainer.is_global_zero:
             print(f"--- sample ---\n{text}\n--------------")

@@ -18,6 +18,7 @@ from lightning_gpt.checkpoint.continuing import checkpoints_in
 from lightning_gpt.config import RunOptions, UserError
 from lightning_gpt.launch import restarted
 from lightning_gpt.strategies.agreement import holds_for_all
+from lightning_gpt.training.samples import SAMPLES
 from lightning_gpt.training.summary import CHART, SUMMARY
 from lightning_gpt.trust import remember_run
 
@@ -131,8 +132,9 @@ def _make_room(run_dir: Path, run: RunOptions, *, sources: Iterable[Path]) -> No
 
 
 def _written_by_runs(run_dir: Path) -> list[Path]:
-    """Return the checkpoints, their converted forms, the logs, the summary and the chart in a run folder."""
+    """Return the checkpoints, their converted forms, the logs, samples, summary and chart in a run folder."""
     checkpoints = checkpoints_in(run_dir)
     converted = [folder for folder in map(canonical_folder, checkpoints) if CanonicalCheckpoint.recognises(folder)]
     unfinished = run_dir.glob("checkpoints/*.ckpt.part")
-    return [*checkpoints, *converted, *unfinished, *run_dir.glob("logs/version_*"), run_dir / SUMMARY, run_dir / CHART]
+    logged = [*run_dir.glob("logs/version_*"), *run_dir.glob(f"{SAMPLES}/*.txt")]
+    return [*checkpoints, *converted, *unfinished, *logged, run_dir / SUMMARY, run_dir / CHART]

@@ -181,7 +181,7 @@ class Health(Callback):
         bad_losses = self._records.new_zeros(trainer.world_size, len(steps))
         bad_losses[trainer.global_rank] = bad_losses.new_tensor([not math.isfinite(loss) for loss in losses])
         blamed = trainer.strategy.reduce(bad_losses, reduce_op="sum").T.tolist()
-        is_scaled = _loss_scale(trainer) > 1
+        is_scaled = loss_scale(trainer) > 1
         found: list[tuple[int, str]] = []
         for step, norm, bound, ranks in zip(steps, norms, bounds, blamed, strict=True):
             if any(ranks):
@@ -217,7 +217,7 @@ def _report(trainer: Trainer, found: list[tuple[int, str]]) -> None:
             say(f"{named}: {reason}; skipped")
 
 
-def _loss_scale(trainer: Trainer) -> float:
+def loss_scale(trainer: Trainer) -> float:
     """Return the factor of the loss that fp16 training uses, 1 without one; waits for the device."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     if scaler is not None:

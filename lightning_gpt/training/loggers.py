@@ -4,13 +4,14 @@ import contextlib
 import csv
 import math
 import os
+import textwrap
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
 from lightning_gpt.atomic import atomic_file
@@ -18,6 +19,14 @@ from lightning_gpt.config import RunOptions, UserError
 from lightning_gpt.training.callbacks import warn
 
 _Base: Any = object  # typed so, because the methods of a mixin call those of the class that follows it
+
+
+@runtime_checkable
+class TextLogger(Protocol):
+    """A logger that takes texts."""
+
+    def log_sample(self, text: str, *, step: int) -> None:
+        """Log what the model wrote at a step."""
 
 
 class _Tolerant(_Base):
@@ -167,6 +176,11 @@ class _TensorBoard(_Tolerant, TensorBoardLogger):
         with self._tolerated():
             self.experiment.add_text("settings", "\n".join(["|option|value|", "|---|---|", *rows]))
 
+    @rank_zero_only
+    def log_sample(self, text: str, *, step: int) -> None:
+        with self._tolerated():
+            self.experiment.add_text("sample", textwrap.indent(text, " " * 4, lambda line: True), step)  # as it is
+
     def _start_again(self) -> None:
         self._experiment = None  # its thread has ended
         self._kwargs.pop("purge_step", None)  # it would hide the steps since the run was resumed
@@ -192,9 +206,61 @@ def _csv(run: Path, options: RunOptions, step: int | None) -> Logger:
     return _Csv(run, version=_version(run, options, step, file="metrics.csv"), step=step or 0)
 
 
+class _Wandb(WandbLogger):
+    """Lightning's logger for wandb, with a table of samples."""
+
+    @rank_zero_only
+    def log_sample(self, text: str, *, step: int) -> None:
+        self.log_text("samples", columns=["step", "text"], data=[[str(step), text]], step=step)
+
+
 def _wandb(run: Path, options: RunOptions, step: int | None) -> Logger:
+    # wandb's folders are wandb/run-DATE_TIME-ID and wandb/offline-run-DATE_TIME-ID.
+    earlier = sorted(run.glob("wandb/*run-*-*"), key=lambda path: path.name.removeprefix("offline-"))
+    goes_on = earlier[-1].name.rpartition("-")[2] if earlier and step is not None else None
     tags = _tags(options) or None
-    return WandbLogger(save_dir=run, name=options.run_name or run.name, project=options.project, tags=tags)
+    return _Wandb(save_dir=run, name=options.run_name or run.name, project=options.project, tags=tags, version=goes_on)
+
+
+class _MLflow(MLFlowLogger):
+    """Lightning's logger for MLflow, which continues the run that it started; samples are texts among its artifacts.
+
+    Without ``MLFLOW_TRACKING_URI`` it writes a database to the run folder.
+
+    Args:
+        run: The run folder.
+        options: The run's options.
+        goes_on: Whether the run is resumed.
+    """
+
+    def __init__(self, run: Path, options: RunOptions, *, goes_on: bool) -> None:
+        self._file = run / "logs" / "mlflow.txt"  # the id of the run
+        self._goes_on = goes_on and self._file.is_file()
+        server = os.environ.get("MLFLOW_TRACKING_URI")
+        super().__init__(
+            experiment_name=options.project or "lightning-gpt",
+            run_name=options.run_name or run.name,
+            tracking_uri=server or f"sqlite:///{run.resolve() / 'mlflow.db'}",
+            artifact_location=None if server else (run.resolve() / "mlflow").as_uri(),
+            tags=dict.fromkeys(_tags(options), "true") or None,
+            run_id=self._file.read_text() if self._goes_on else None,
+        )
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any) -> None:
+        """Log the settings of a new run, and remember its id. MLflow does not let a run change its settings."""
+        if not self._goes_on:
+            super().log_hyperparams(params)
+            self._file.parent.mkdir(exist_ok=True)
+            self._file.write_text(str(self.run_id))
+
+    @rank_zero_only
+    def log_sample(self, text: str, *, step: int) -> None:
+        self.experiment.log_text(self.run_id, text, f"samples/{step}.txt")
+
+
+def _mlflow(run: Path, options: RunOptions, step: int | None) -> Logger:
+    return _MLflow(run, options, goes_on=step is not None)
 
 
 def _tags(options: RunOptions) -> list[str]:
@@ -205,6 +271,7 @@ LOGGERS: dict[str, Callable[[Path, RunOptions, int | None], Logger]] = {
     "tensorboard": _tensorboard,
     "csv": _csv,
     "wandb": _wandb,
+    "mlflow": _mlflow,
 }
 
 

@@ -44,6 +44,7 @@ from lightning_gpt.training.folder import SameFolder, fresh_folder, open_folder
 from lightning_gpt.training.header import describe_resumed, print_finished, print_header
 from lightning_gpt.training.health import stopping_on_bad_numbers
 from lightning_gpt.training.record import make_record, summary_facts
+from lightning_gpt.training.samples import LoggedSamples
 from lightning_gpt.training.stopping import Stopping, duration, stopping_safely
 from lightning_gpt.training.summary import Summary
 from lightning_gpt.training.trainer import check_optimizer, check_trainer_options, make_callbacks, make_trainer
@@ -97,6 +98,9 @@ def _train(config: TrainConfig, watch: Watchdog, callbacks: Sequence[Callback]) 
     config = replace(config, model=replace(config.model, pad_vocab=config.model.pad_vocab or padding > 0))
     config = _resolve_tokens(config, source, start)
     sample = _final_sample(config, source)
+    if run.log_samples and not sample:
+        lacking = "the data does not record its tokenizer" if run.sample_tokens != 0 else "--sample_tokens is 0"
+        raise UserError(f"--log_samples {run.log_samples} has nothing to write: {lacking}")
     data = _data(config, source)
     budget = make_budget(config, where, data, accumulate=accumulate)
     if checkpoint and config.resumed and config.resumed.automatic and checkpoint.step >= budget.max_steps:
@@ -147,6 +151,8 @@ def _train(config: TrainConfig, watch: Watchdog, callbacks: Sequence[Callback]) 
         draws=run.logger != "none",
     )
     run_callbacks = make_callbacks(config, folder.run_dir, metrics, summary, resumed=checkpoint)
+    if run.log_samples:
+        run_callbacks.append(LoggedSamples(sample[0], every=run.log_samples, run_dir=folder.run_dir))
     every = [*own, *run_callbacks, *sample, *callbacks]
     at = checkpoint.step if checkpoint else None
     trainer = _trainer(config, strategy, where, budget, run_dir=folder.run_dir, callbacks=every, step=at)
@@ -297,7 +303,7 @@ def _resolve_tokens(config: TrainConfig, source: Source, start: Checkpoint | Non
     )
 
 
-def _final_sample(config: TrainConfig, source: Source) -> list[Callback]:
+def _final_sample(config: TrainConfig, source: Source) -> list[FinalSample]:
     """Return the callback that samples at the end, if any; raise a UserError now if the prompt cannot be encoded."""
     run = config.run
     if source.tokenizer is None or not run.sample_tokens:

@@ -54,7 +54,7 @@ NAMES = {
     "accelerator": (["--accelerator", "abacus"], ["--accelerator abacus", "cpu", "gpu"]),
     "preset": (["--model_type", "gpt-huge"], ["--model_type gpt-huge", "gpt-micro", "gpt2-xl"]),
     "precision": (["--precision", "8"], ["--precision 8", "16", "bf16", "32"]),
-    "logger": (["--logger", "csv,paper"], ["--logger paper", "tensorboard", "csv", "wandb", "none"]),
+    "logger": (["--logger", "csv,paper"], ["--logger paper", "tensorboard", "csv", "wandb", "mlflow", "none"]),
     "logger twice": (["--logger", "csv,csv"], ["--logger csv,csv", "csv twice"]),
     "optimizer": (["--optimizer", "sgd"], ["--optimizer sgd", "adamw", "muon"]),
     "tokenizer": (["--tokenizer", "word"], ["--tokenizer word", "char", "byte", "gpt2"]),

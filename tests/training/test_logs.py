@@ -5,6 +5,7 @@ import csv
 import pytest
 
 import train
+from tests.launching import run_calls
 
 FLAGS = "--max_steps=8 --eval_interval=2 --eval_batches=2 --log_every_n_steps=1 --keep=9 --sample_tokens=0".split()
 TIMES = {"step_time_ms", "tokens_per_second", "peak_memory_mib"}
@@ -53,3 +54,26 @@ def test_csv_is_written_before_a_checkpoint(runs, tmp_path, tiny_flags, text_fil
     flags = [*tiny_flags, f"--data={text_file}", "--log_every_n_steps=1", "--logger=csv", "--sample_tokens=0"]
     train.main([*flags, f"--out_dir={tmp_path / 'run'}"])
     assert [row["step"] for row in rows_of(tmp_path / "run") if row["train_loss"]] == list("1234")
+
+
+def test_mlflow_and_wandb_continue_their_runs(tmp_path, tiny_flags, text_file, monkeypatch):
+    mlflow = pytest.importorskip("mlflow", reason="needs mlflow")
+    pytest.importorskip("wandb", reason="needs wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = tmp_path / "run"
+    flags = [*tiny_flags, f"--data={text_file}", "--log_every_n_steps=1", "--sample_tokens=8", f"--out_dir={run}"]
+    own = ["--max_steps=2", "--log_samples=2", "--logger=mlflow,wandb", "--tags=a,b", "--run_name=first"]
+    for call in ([*flags, *own], [f"--resume={run}", "--max_steps=4"]):
+        result = run_calls(["train", *call])
+        assert result.returncode == 0, result.stderr
+    client = mlflow.MlflowClient(f"sqlite:///{run}/mlflow.db")
+    [logged] = client.search_runs([client.get_experiment_by_name("lightning-gpt").experiment_id])
+    losses = client.get_metric_history(logged.info.run_id, "train_loss")
+    assert [point.step for point in losses] == [1, 2, 3, 4]
+    assert logged.info.run_name == "first" and {"a", "b"} <= logged.data.tags.keys()
+    assert [file.path for file in client.list_artifacts(logged.info.run_id, "samples")] == [
+        "samples/2.txt",
+        "samples/4.txt",
+    ]
+    folders = list((run / "wandb").glob("offline-run-*"))
+    assert len(folders) == 2 and len({folder.name.rpartition("-")[2] for folder in folders}) == 1
