@@ -1,4 +1,4 @@
-"""The wheel: built from the sources, installed into a folder of its own, and used from another folder."""
+"""The source archive and the wheel made of it, which is installed into a folder of its own and used from another."""
 
 import importlib.util
 import os
@@ -27,12 +27,14 @@ def installed(tmp_path_factory):
     for name in SOURCES:  # a build writes beside the sources
         source = REPO / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / "sources" / name)
+    archive = [sys.executable, "-c", f"from setuptools.build_meta import build_sdist; build_sdist({str(folder)!r})"]
+    done = subprocess.run(archive, cwd=folder / "sources", capture_output=True, text=True)
+    if "setuptools" in done.stderr and done.returncode:
+        pytest.skip("this environment's setuptools cannot build the archive")
+    assert done.returncode == 0, done.stderr
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     build = [*pip, "wheel", "--no-deps", "--no-index", "--no-build-isolation", f"--wheel-dir={folder}"]
-    done = subprocess.run([*build, folder / "sources"], capture_output=True, text=True)
-    if "setuptools" in done.stderr and done.returncode:
-        pytest.skip("this environment's setuptools cannot build the wheel")
-    assert done.returncode == 0, done.stderr
+    subprocess.run([*build, next(folder.glob("*.tar.gz"))], check=True)
     [wheel] = folder.glob("*.whl")
     subprocess.run([*pip, "install", "--no-deps", "--no-index", f"--target={folder / 'site'}", wheel], check=True)
     return wheel, folder / "site"

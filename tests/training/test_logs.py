@@ -57,8 +57,8 @@ def test_csv_is_written_before_a_checkpoint(runs, tmp_path, tiny_flags, text_fil
 
 
 def test_mlflow_and_wandb_continue_their_runs(tmp_path, tiny_flags, text_file, monkeypatch):
-    mlflow = pytest.importorskip("mlflow", reason="needs mlflow")
-    pytest.importorskip("wandb", reason="needs wandb")
+    mlflow = pytest.importorskip("mlflow", reason="needs requirements/loggers.txt")
+    pytest.importorskip("wandb", reason="needs requirements/loggers.txt")
     monkeypatch.setenv("WANDB_MODE", "offline")
     run = tmp_path / "run"
     flags = [*tiny_flags, f"--data={text_file}", "--log_every_n_steps=1", "--sample_tokens=8", f"--out_dir={run}"]

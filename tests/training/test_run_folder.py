@@ -142,14 +142,15 @@ def test_resume_alone_takes_the_newest_run_or_none(copied_run, flags, tmp_path, 
     refused(train.main, "--resume", mentions=["runs/newer", "no checkpoint"])
 
 
-RESTARTED = """
+RESTARTED = r"""
 import os, sys, lightning
 from lightning_gpt import parse_train, train
 class Crash(lightning.Callback):
     def on_train_batch_start(self, trainer, *_):
         if trainer.global_step == 3 and trainer.global_rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             os._exit(9)
-print("FOLDER", train(parse_train(sys.argv[1:]), callbacks=[Crash()]), flush=True)
+folder = train(parse_train(sys.argv[1:]), callbacks=[Crash()])
+print(f"\nFOLDER {folder}\n", end="", flush=True)  # one write, which no line of the other rank divides
 """
 
 

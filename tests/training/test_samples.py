@@ -70,6 +70,18 @@ def test_samples_on_two_ranks(strategy, tiny_flags, text_file, tmp_path):
         require_norms_that_add_up(tmp_path / "run")
 
 
+@pytest.mark.slow
+def test_fsdp_in_bf16_trains_validates_saves_and_samples(tiny_flags, text_file, tmp_path):
+    """The whole command under the README's row, with models whose caches and masks differ from nanogpt's."""
+    own = [*tiny_flags, *FLAGS, f"--data={text_file}", "--strategy=fsdp", "--devices=2", "--precision=bf16"]
+    models = ("mingpt", "moderngpt", "nanogpt")
+    calls = [["train", *own, f"--implementation={name}", f"--out_dir={tmp_path / name}"] for name in models]
+    calls += [["train", f"--resume={tmp_path / name}", "--max_steps=6"] for name in models]
+    result = run_calls(*calls, ranks=2)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("--- sample ---") == 6 and result.stdout.count("step 6: train_loss") == 3
+
+
 def test_samples_that_cannot_be_written_are_refused(tiny_flags, text_file, refused):
     flags = [*tiny_flags, f"--data={text_file}", "--log_samples=2", "--sample_tokens=0"]
     refused(train.main, *flags, mentions=["--log_samples 2", "--sample_tokens"])
