@@ -44,8 +44,10 @@ def show(options: AppOptions) -> None:
     if not plans:
         st.info("Choose at least one strategy.")
         return
-    _chart({name: memory_parts(text) for name, text in plans.items()}, machine.memory / 2**30)
-    st.dataframe([_row(name, text, machine) for name, text in plans.items()], hide_index=True)
+    memory = {name: memory_parts(text) for name, text in plans.items()}
+    limit = machine.memory / 2**30
+    _chart(memory, limit)
+    st.dataframe([_row(name, memory[name], text, limit) for name, text in plans.items()], hide_index=True)
     for strategy, text in plans.items():
         with st.expander(f"{strategy}: all numbers"):
             st.code(text, language=None, wrap_lines=True)
@@ -139,15 +141,15 @@ def _chart(plans: dict[str, dict[str, float]], memory: float) -> None:
     st.caption("Black mark: peak. Dashed line: memory of a GPU.")
 
 
-def _row(strategy: str, text: str, machine: Machine) -> dict[str, Any]:
-    """Return the row of the table for a plan."""
-    memory, cost = memory_parts(text), {unit: number for number, unit in _COST.findall(text)}
+def _row(strategy: str, memory: dict[str, float], text: str, limit: float) -> dict[str, Any]:
+    """Return the row of the table for a plan, its memory and that of a GPU in GiB."""
+    cost = {unit: number for number, unit in _COST.findall(text)}
     peak = memory.get("peak", 0)
     row = {
         "strategy": short_name(strategy),
         "peak, GiB": round(peak, 2),
         "host, GiB": round(memory.get("host", 0), 2),
-        "fits": peak <= machine.memory / 2**30,
+        "fits": peak <= limit,
     }
     return row | {title: _number(cost[unit]) for unit, title in _TITLES.items() if unit in cost}
 

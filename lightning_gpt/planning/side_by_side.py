@@ -84,8 +84,8 @@ def side_by_side(
             def memory(batch: int, rules: MemoryRules = candidate.rules, recompute: bool = recompute) -> Memory:
                 return rules.memory(traces.step(rules, batch_size=batch, recompute=recompute), ranks=world_size)
 
-            needed = memory(batch_size)
             trace = traces.step(candidate.rules, batch_size=batch_size, recompute=recompute)
+            needed = candidate.rules.memory(trace, ranks=world_size)
             traffic = candidate.rules.traffic(trace, ranks=world_size)
             rows.append(
                 Row(

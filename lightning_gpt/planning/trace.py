@@ -179,16 +179,16 @@ class _LiveBytes(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        operation = _operation(func, args, kwargs, out)
+        read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        # Views and in-place results share their input's storage, which is already counted or belongs to a parameter.
+        given = {t.untyped_storage()._cdata for t in read}
+        made = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.untyped_storage()._cdata not in given]
+        operation = _operation(func, args, kwargs, out, read=read, made=made)
         if operation is not None:
             self.operations[operation] += 1
-        # Views and in-place results share their input's storage, which is already counted or belongs to a parameter.
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        for tensor in tree_leaves(out):
-            if not isinstance(tensor, Tensor):
-                continue
+        for tensor in made:
             storage = tensor.untyped_storage()
-            if storage._cdata not in given and storage._cdata not in self._sizes:
+            if storage._cdata not in self._sizes:
                 self._sizes[storage._cdata] = storage.nbytes()
                 self.bytes += storage.nbytes()
                 weakref.finalize(storage, self._freed, storage._cdata)
@@ -199,15 +199,23 @@ class _LiveBytes(TorchDispatchMode):
         self.bytes -= self._sizes.pop(key)
 
 
-def _operation(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Operation | None:
-    """Return what a call computes and moves; None for views, allocations and calls without a kernel."""
+def _operation(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, *, read: list[Tensor], made: list[Tensor]
+) -> Operation | None:
+    """Return what a call computes and moves; None for views, allocations and calls without a kernel.
+
+    Args:
+        func: The operation.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        out: Its result.
+        read: The tensors among its arguments.
+        made: The tensors in its result that share no storage with these.
+    """
     name = func.overloadpacket.__name__
     if func.namespace != "aten" or name.startswith(("empty", "new_empty")):
         return None
-    read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    results = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-    given = {t.untyped_storage()._cdata for t in read}
-    written = [t for t in results if t.untyped_storage()._cdata not in given]
+    written = list(made)
     if func._schema.is_mutable:
         for argument, value in zip(func._schema.arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write:

@@ -34,7 +34,7 @@ def devices_of(config: TrainConfig) -> tuple[TrainConfig, Devices, Machine | Non
     """Return the config with the devices that ``--on`` names, these devices, and the machine, if one is named.
 
     Raises:
-        UserError: The devices cannot be had, ``--on`` is wrong or contradicts other flags, or ``--dry_run`` has an
+        UserError: There are no such devices, ``--on`` is wrong or contradicts other flags, or ``--dry_run`` has an
             unknown value.
     """
     run, trainer = config.run, config.trainer
