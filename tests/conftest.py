@@ -34,6 +34,12 @@ def _group(nodeid: str) -> str:
     return f"{split[1]} {split[2]}" if split else Path(nodeid.partition("::")[0]).stem
 
 
+def pytest_configure(config):
+    """Hide GPUs, so that the tests are the same on every machine, unless those that need one were chosen."""
+    if "gpu" not in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """Have one process run all tests of a group, so that it makes the fixtures they share once."""

@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ class GpuReport:
 
 
 def measure_gpu(*, steps: str | None, minutes: int, accelerator: str, json: str | None) -> GpuReport:
-    """Run the steps one after another, and collect their checks.
+    """Run the steps and collect their checks: first, some at a time, those that time nothing, then the others alone.
 
     Args:
         steps: Names of steps, separated by commas; None for all.
@@ -77,14 +78,27 @@ def measure_gpu(*, steps: str | None, minutes: int, accelerator: str, json: str 
     device = torch.device("cuda" if accelerator == "gpu" else "cpu")
     report = GpuReport([], {}, machine_facts(device, torch.get_num_threads()))
     end = time.monotonic() + 60 * minutes
-    for name in names:
+
+    def run(name: str) -> tuple[list[Check], float]:
         started = time.monotonic()
-        for check in _run(name, device=device, seconds=min(STEPS[name].seconds, end - started)):
-            report.checks.append(check)
-            print(f"{check.verdict:8}{name}: {check.name} {check.value}", file=sys.stderr, flush=True)
-        report.seconds[name] = time.monotonic() - started
-        write_result(json, report.to_dict())
+        checks = list(_run(name, device=device, seconds=min(STEPS[name].seconds, end - started)))
+        return checks, time.monotonic() - started
+
+    for timed in (False, True):
+        chosen = [name for name in names if STEPS[name].timed == timed]
+        with ThreadPoolExecutor(1 if timed else _processes()) as pool:
+            for name, (checks, seconds) in zip(chosen, pool.map(run, chosen), strict=True):
+                report.checks.extend(checks)
+                report.seconds[name] = seconds
+                for check in checks:
+                    print(f"{check.verdict:8}{name}: {check.name} {check.value}", file=sys.stderr, flush=True)
+                write_result(json, report.to_dict())
     return report
+
+
+def _processes() -> int:
+    """Return how many steps run at a time, each with four cores."""
+    return max(1, min(4, (os.cpu_count() or 1) // 4))
 
 
 def _run(name: str, *, device: torch.device, seconds: float) -> Iterator[Check]:

@@ -35,7 +35,8 @@ def fit(module: GPTModule, **settings) -> Trainer:
     idx = torch.arange(9).repeat(64, 1)
     loader = DataLoader(TensorDataset(idx[:, :-1], idx[:, 1:]), batch_size=8)
     quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    trainer = Trainer(accelerator="cpu", devices=1, gradient_clip_val=1.0, **{"max_epochs": 1, **quiet, **settings})
+    defaults = dict(accelerator="cpu", devices=1, gradient_clip_val=1.0, max_epochs=1)
+    trainer = Trainer(**{**defaults, **quiet, **settings})
     trainer.fit(module, loader, loader)
     return trainer
 
@@ -166,7 +167,8 @@ def test_fused_adam_is_chosen_if_it_compiles(monkeypatch):
         assert type(deepspeed_adam(groups, **choice, fused=True)) is AdamW
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and -m gpu")
 def test_fused_adam_on_a_gpu():
     builder = pytest.importorskip("deepspeed.ops.op_builder").FusedAdamBuilder()
     try:
