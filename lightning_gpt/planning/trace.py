@@ -8,7 +8,7 @@ activations are counted, not estimated, for any model, under autocast and with r
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -96,8 +96,8 @@ def trace_step(
     # Lightning, too, turns the cache off.
     enabled = rules.autocasts(precision)
     autocast = torch.autocast("cpu", dtype=_half(precision), enabled=enabled, cache_enabled=False)
-    attention = _attention_as_on_gpu() if device_type == "cuda" else nullcontext()
-    with live, attention:
+    kernels = _kernels_as_on_gpu() if device_type == "cuda" else nullcontext()
+    with live, kernels:
         with autocast:
             _, loss = model(idx, idx, **({"head_loss": HeadLoss()} if chunked_loss else {}))
         forward, live.moments = live.moments, []
@@ -241,21 +241,47 @@ def _attention_flops(func: Any, args: tuple[Any, ...], tensors: list[Tensor]) ->
     return products * 2 * query.numel() * key.size(-2) // (2 if causal else 1)
 
 
+class _FusedRMSNorm(torch.autograd.Function):
+    """Keep and move what CUDA's kernel does, which is one operation; the CPU computes several."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32))
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, weight, _ = ctx.saved_tensors
+        return gradient + x, None if weight is None else torch.empty_like(weight)
+
+
 @contextmanager
-def _attention_as_on_gpu() -> Iterator[None]:
-    """Disable attention dropout, because only the CPU's kernel stores the dropped-out probabilities (B, nh, T, T).
+def _kernels_as_on_gpu() -> Iterator[None]:
+    """Replace functions whose CPU kernels keep more for the backward pass than CUDA's.
 
-    Replaces the function itself, because a TorchFunctionMode does not reach recomputation in the backward pass.
+    Attention with dropout keeps the dropped-out probabilities (B, nh, T, T); dropout, a mask in the dtype of its input,
+    where CUDA's has one byte per element; RMSNorm, its intermediate results. The functions themselves are replaced,
+    because a TorchFunctionMode does not reach recomputation in the backward pass.
     """
-    attend = nn.functional.scaled_dot_product_attention
+    functional = nn.functional
+    attend, drop, norm = functional.scaled_dot_product_attention, functional.dropout, functional.rms_norm
 
-    def without_dropout(
+    def attend_without_dropout(
         query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, **rest: Any
     ) -> Tensor:
         return attend(query, key, value, attn_mask, 0.0, **rest)
 
-    nn.functional.scaled_dot_product_attention = without_dropout  # type: ignore[assignment]
+    def drop_with_narrow_mask(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        return torch.native_dropout(input, p, True)[0] if training and p else input
+
+    def norm_at_once(
+        input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+    ) -> Tensor:
+        return _FusedRMSNorm.apply(input, weight)
+
+    functional.scaled_dot_product_attention = attend_without_dropout  # type: ignore[assignment]
+    functional.dropout, functional.rms_norm = drop_with_narrow_mask, norm_at_once
     try:
         yield
     finally:
-        nn.functional.scaled_dot_product_attention = attend
+        functional.scaled_dot_product_attention, functional.dropout, functional.rms_norm = attend, drop, norm
