@@ -87,6 +87,7 @@ class ForkedRun:
         """Be one rank; in the child process."""
         if launch:
             os.environ.update(launch, RANK=str(rank), LOCAL_RANK=str(rank))
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
         _redirect(output)
         callbacks: list[Callback] = [Heartbeat(self._shared)]
         if self._make_callback is not None:
