@@ -99,7 +99,8 @@ def trace_step(
     kernels = _kernels_as_on_gpu() if device_type == "cuda" else nullcontext()
     with live, kernels:
         with autocast:
-            _, loss = model(idx, idx, **({"head_loss": HeadLoss()} if chunked_loss else {}))
+            # A step lets go of the logits before the backward pass.
+            loss = model(idx, idx, **({"head_loss": HeadLoss()} if chunked_loss else {}))[1]
         forward, live.moments = live.moments, []
         loss.backward()
     return StepTrace(

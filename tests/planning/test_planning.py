@@ -167,6 +167,28 @@ def test_attention_with_dropout_stores_no_probabilities_on_a_gpu():
     assert cpu - cuda > BATCH_SIZE * 4 * 512**2 * 4 * SIZES["n_layer"]  # a (B, n_head, T, T) tensor per layer
 
 
+@pytest.mark.parametrize(
+    ("implementation", "fields", "tensors"),
+    [
+        # Two dropouts in each block keep a byte per element instead of one in bf16.
+        ("nanogpt", {"dropout": 0.1, "attention": "sdpa"}, 1),
+        # RMSNorm's intermediate results are not kept: two bf16 tensors are those of queries and keys.
+        ("moderngpt", {"dropout": 0.0}, 2),
+    ],
+)
+def test_kernels_of_a_gpu_keep_less(implementation, fields, tensors):
+    sizes = {"block_size": 64, **fields}
+    case = Case(implementation=implementation, precision="bf16-mixed")
+    cpu, cuda = (_kept(case, sizes, device_type=device) for device in ("cpu", "cuda"))
+    assert cpu - cuda >= 0.9 * tensors * SIZES["n_layer"] * BATCH_SIZE * 64 * SIZES["n_embd"] * 2
+
+
+def _kept(case: Case, fields: dict[str, int | float | str], *, device_type: str) -> int:
+    module = GPTModule.without_memory(case.implementation, model_config=SIZES | fields, optimizer="adamw")
+    traces = Traces(module, block_size=64, accumulate=1, precision=case.precision, device_type=device_type)
+    return traces.step(case.rules, batch_size=BATCH_SIZE, recompute=False).forward[-1].activations
+
+
 def test_offloading_moves_the_optimizer_to_the_host():
     here, offloaded = (_plan(Case(strategy=f"deepspeed_stage_2{o}"), devices_per_node=4) for o in ("", "_offload"))
     assert here.host == 0 and here.memory.optimizer > 0
