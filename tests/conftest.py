@@ -3,7 +3,6 @@
 import os
 import random
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -73,19 +72,9 @@ def _own_cache(tmp_path_factory):
         session = session.parent
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LIGHTNING_GPT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        if "CXX" not in os.environ and shutil.which("c++"):
-            patch.setenv("CXX", str(_quick_compiler(tmp_path_factory.mktemp("bin"))))
         if "TORCH_EXTENSIONS_DIR" not in os.environ:
             patch.setenv("TORCH_EXTENSIONS_DIR", str(session / "extensions"))
         yield
-
-
-def _quick_compiler(folder: Path) -> Path:
-    """Write a C++ compiler that optimizes little, because torch's -O3 and -g take the tests minutes."""
-    script = folder / "c++"
-    script.write_text(f'#!/bin/sh\nexec {shutil.which("c++")} "$@" -O1 -g0\n', encoding="utf-8")
-    script.chmod(0o755)
-    return script
 
 
 @pytest.fixture(scope="session")

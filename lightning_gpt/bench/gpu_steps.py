@@ -251,6 +251,8 @@ def _speed(device: torch.device, *, implementation: str) -> Found:
     for compiled in (False, True) if device.type == "cuda" else (False,):
         name = f"{implementation}{', compiled' * compiled}"
         gc.collect()  # a model holds references to itself
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # the peak of this run, not of the one before
         printed = printed_by_training([*flags, *["--compile"] * compiled, f"--out_dir=run-{compiled}"])
         shown = " ".join(re.findall(r"speed +(.*), peak memory", printed))
         yield name, shown + (f" (planned {milliseconds[1]} without --compile)" if milliseconds else ""), "", None
