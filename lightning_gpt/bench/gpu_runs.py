@@ -70,6 +70,11 @@ def gibibytes(printed: str, pattern: str) -> float:
     return float(found[1].replace(",", "")) / (1024 if found[2] == "MiB" else 1)
 
 
+def planned_peak(printed: str) -> float:
+    """Return the peak memory of a device in GiB that ``--dry_run`` has printed."""
+    return gibibytes(printed, r"peak +([\d.,]+) (MiB|GiB) per device")
+
+
 def median_seconds(function: Callable[[], object], device: torch.device, *, repeats: int = 10) -> float:
     """Return the median time of a call, after two calls to warm up."""
     times = []

@@ -27,6 +27,7 @@ from lightning_gpt.bench.gpu_runs import (
     gibibytes,
     large_model,
     median_seconds,
+    planned_peak,
     printed_by_training,
     write_text,
 )
@@ -186,9 +187,16 @@ def _optimizers(device: torch.device) -> Found:
 # Whole commands
 
 
-def count_waits(seen: list[warnings.WarningMessage]) -> int:
-    """Return how many warnings are of a wait for the device; torch also warns that its detection is a prototype."""
-    return sum("called a synchronizing" in str(warning.message) for warning in seen)
+@contextlib.contextmanager
+def waits_for_device() -> Iterator[Callable[[], int]]:
+    """Yield a function that returns how often torch has noticed a wait for the device in this context."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")  # which also warns, once, that it is a prototype
+        try:
+            yield lambda: sum("called a synchronizing" in str(warning.message) for warning in seen)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 class SyncCount(Callback):
@@ -197,18 +205,15 @@ class SyncCount(Callback):
     def __init__(self) -> None:
         self.count: int | None = None
         self._stack = contextlib.ExitStack()
-        self._seen: list[warnings.WarningMessage] | None = None
+        self._waits: Callable[[], int] | None = None
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         """Begin or end the count."""
-        if self._seen is not None:
-            torch.cuda.set_sync_debug_mode("default")
-            self.count, self._seen = count_waits(self._seen), None
+        if self._waits is not None:
+            self.count, self._waits = self._waits(), None
             self._stack.close()
         elif trainer.global_step == _UNLOGGED_STEP - 1 and torch.cuda.is_available() and self.count is None:
-            self._seen = self._stack.enter_context(warnings.catch_warnings(record=True))
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")
+            self._waits = self._stack.enter_context(waits_for_device())
 
 
 def _whole(device: torch.device, *, strategy: str) -> Found:
@@ -246,7 +251,7 @@ def _speed(device: torch.device, *, implementation: str) -> Found:
     flags += ["--logger=none", "--sample_tokens=0", "--max_steps=30", "--eval_interval=30", "--eval_batches=1"]
     flags += ["--log_every_n_steps=10"]
     plan = printed_by_training([*flags, "--dry_run"])
-    planned = gibibytes(plan, r"peak +([\d.,]+) (MiB|GiB) per device")
+    planned = planned_peak(plan)
     milliseconds = re.search(r"time +([\d.,]+) ms per step", plan)  # None for a card without a data sheet
     for compiled in (False, True) if device.type == "cuda" else (False,):
         name = f"{implementation}{', compiled' * compiled}"
@@ -326,13 +331,10 @@ def _decoding(device: torch.device) -> Found:
             generate()
             yield name, f"{rows * new / (device_time(device) - start):,.0f} tokens/s", "", None
             if device.type == "cuda":
-                with warnings.catch_warnings(record=True) as seen:
-                    warnings.simplefilter("always")
-                    torch.cuda.set_sync_debug_mode("warn")
+                with waits_for_device() as waits:
                     generate()
-                    torch.cuda.set_sync_debug_mode("default")
-                waits = count_waits(seen) / new
-                yield f"{name}, waits per token", f"{waits:.2f}", "1", waits <= 1.05
+                per_token = waits() / new
+                yield f"{name}, waits per token", f"{per_token:.2f}", "1", per_token <= 1.05
 
 
 def _checkpoints(device: torch.device) -> Found:

@@ -20,7 +20,7 @@ import torch
 
 from lightning_gpt.atomic import atomic_file, require_writable
 from lightning_gpt.bench.forked import ForkedRun, in_child
-from lightning_gpt.bench.gpu_runs import gibibytes, printed_by_training
+from lightning_gpt.bench.gpu_runs import gibibytes, planned_peak, printed_by_training
 from lightning_gpt.bench.probe import OUT_OF_MEMORY, Probe, Reading, read
 from lightning_gpt.bench.report import machine_facts, require_positive
 from lightning_gpt.config import TrainerOptions, UserError
@@ -373,7 +373,7 @@ def _planned(settings: _Settings, flags: list[str]) -> tuple[int | None, float |
         printed = in_child(printed_by_training, [*flags, "--dry_run"], timeout=_PLAN_SECONDS)
     except RuntimeError:
         return None, None
-    found = gibibytes(printed, r"peak +([\d.,]+) (MiB|GiB) per device")
+    found = planned_peak(printed)
     if settings.on_cpu and re.search(r"^host ", printed, re.MULTILINE):
         found += gibibytes(printed, r"host +([\d.,]+) (MiB|GiB) per node") / settings.devices
     parameters = re.search(r"^parameters +([\d,]+)", printed, re.MULTILINE)

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 
 import bench
 
@@ -29,7 +28,6 @@ def test_step_that_fails_or_is_late_is_a_failed_check(tmp_path, monkeypatch, cap
     assert "exit code 1: SystemExit: a message |  | FAIL |" in out and "0 of 1 checks passed" in out
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 def test_bad_options_are_refused(refused):
     refused(bench.main, "gpu", mentions=["needs an NVIDIA GPU", "--accelerator cpu"])
     refused(bench.main, "gpu", "--steps=facts,dance", mentions=["--steps dance", "numerics"])

@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 import bench
 import evaluate
@@ -157,7 +156,6 @@ def test_wrong_options_are_refused(flags, mentions, tmp_path, monkeypatch, refus
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "other.json"]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_gpu_recipe_without_a_gpu_is_refused(refused):
     refused(
         bench.main, "time_to_loss", "--recipe=gpu", "--rows=nanogpt-published", mentions="--recipe gpu: needs a GPU"

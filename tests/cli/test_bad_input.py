@@ -16,8 +16,6 @@ import train
 
 REPO = Path(__file__).parents[2]
 
-needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where there is none")
-
 
 @pytest.fixture
 def refused(refused, tmp_path, monkeypatch):
@@ -145,13 +143,11 @@ def test_empty_budget_is_refused(flag, refused, tiny_flags, text_file):
     refused(train.main, *flags, f"--data={text_file}", f"--{flag}=0", mentions=f"--{flag}")
 
 
-@needs_no_gpu
 @pytest.mark.parametrize("flags", [["--gpus=1"], ["--accelerator=gpu"], ["--accelerator=cuda"]])
 def test_training_on_a_missing_gpu_is_refused(flags, refused, text_file):
     refused(train.main, f"--data={text_file}", *flags, mentions=["GPU", "--accelerator cpu"])
 
 
-@needs_no_gpu
 def test_evaluating_and_sampling_on_a_missing_gpu_is_refused(refused, tiny_run):
     refused(evaluate.main, "--checkpoint", tiny_run, "--accelerator=gpu", mentions="--accelerator cpu")
     refused(sample.main, "--checkpoint", tiny_run, "--accelerator=gpu", mentions="--accelerator cpu")

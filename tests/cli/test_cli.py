@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 import train
@@ -146,7 +145,6 @@ def test_short_flag_names():
     assert config.optim.accumulate_grad_batches == 4 and config.optim.gradient_clip_val == 0.5
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where there is none")
 def test_gpus_are_refused_without_a_gpu():
     options = parse_train(["--gpus", "2"]).trainer
     assert options.gpus == 2

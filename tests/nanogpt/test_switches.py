@@ -372,7 +372,6 @@ def test_flash_cached_step_equals_manual(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and -m gpu")
 @pytest.mark.parametrize(
     "fields",
     [{"attention": "flash"}, {"position": "alibi"}, {"position": "alibi", "dropout": 0.0, "n_head": 3}],
@@ -398,7 +397,6 @@ def test_half_precision_on_a_gpu_is_close_to_manual(fields):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and -m gpu")
 def test_alibi_on_a_gpu_allocates_no_bias():
     model = model_of(position="alibi", block_size=4096, n_embd=96).cuda()
     idx = tokens(4096, B=1).cuda()

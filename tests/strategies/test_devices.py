@@ -126,7 +126,6 @@ def test_tf32_is_a_choice_on_gpus_alone(gpu, allowed, precision, monkeypatch):
     assert chosen == [precision]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 def test_an_apple_gpu_is_one_device_in_float32_or_bfloat16(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     for accelerator in ("mps", "gpu", "auto"):
